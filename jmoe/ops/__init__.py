@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the mixture-of-experts operations and their containers."""

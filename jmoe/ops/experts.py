@@ -1,0 +1,44 @@
+"""The weights of one mixture-of-experts layer, and the LoRA adapters on them."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+
+from jmoe.ops.mxfp4 import Mxfp4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """E experts, each y = down @ swiglu(gate_up @ x + gate_up_bias) + down_bias; a pytree.
+
+    gate_up: MXFP4 or floating [E, 2I, H]; rows alternate gate, up, gate, up, ... as gpt-oss stores them.
+    gate_up_bias: [E, 2I], rows as above, or None.
+    down: MXFP4 or floating [E, H, I].
+    down_bias: [E, H] or None.
+    """
+
+    gate_up: Mxfp4 | Float[Array, "E 2I H"]
+    gate_up_bias: Float[Array, "E 2I"] | None
+    down: Mxfp4 | Float[Array, "E H I"]
+    down_bias: Float[Array, "E H"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A adapters on the experts: W[e] + scale[a] * b[a, e] @ a[a, e] for a token with adapter a; a pytree.
+
+    gate_up_a [A, E, r, H], gate_up_b [A, E, 2I, r], gate_up_scale float32 [A];
+    down_a [A, E, r', I], down_b [A, E, H, r'], down_scale float32 [A].
+    A scale is alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, and has no gradient. The three fields of a
+    projection without LoRA are None.
+    """
+
+    gate_up_a: Float[Array, "A E R H"] | None = None
+    gate_up_b: Float[Array, "A E 2I R"] | None = None
+    gate_up_scale: Float[Array, " A"] | None = None
+    down_a: Float[Array, "A E R I"] | None = None
+    down_b: Float[Array, "A E H R"] | None = None
+    down_scale: Float[Array, " A"] | None = None
