@@ -1,0 +1,67 @@
+"""Launches plans on torch tensors: on a GPU, or in Triton's interpreter on a CPU."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from jmoe.triton_src.plan import Plan
+
+ALIGNMENT = 16
+"""Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile another
+kernel for one that is not."""
+
+INTERPRETER_CAPABILITY = 90
+"""The interpreter has no device: it runs the plans for this one."""
+
+
+def launch(plans: Sequence[Plan], buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Runs plans in order on the current stream and returns every buffer, given and written, by name."""
+    everything = dict(buffers)
+    device = next(iter(buffers.values())).device
+    for plan in plans:
+        plan.check_names()
+        outputs = {
+            parameter: torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+            for parameter, buffer in plan.outputs.items()
+        }
+        operands = {
+            parameter: None if name is None else everything[name] for parameter, name in plan.operands.items()
+        }
+        plan.kernel[plan.grid](
+            **operands,
+            **outputs,
+            **plan.scalars,
+            **plan.constexprs,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+        everything |= {buffer.name: outputs[parameter] for parameter, buffer in plan.outputs.items()}
+    return everything
+
+
+def capability_of(device: torch.device, kernel: object) -> int:
+    """The compute capability to plan for (90 is 9.0).
+
+    Raises:
+      NotImplementedError: a CPU tensor, and the kernels were not decorated for Triton's interpreter.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major * 10 + minor
+    if device.type == "cpu" and isinstance(kernel, InterpretedFunction):
+        return INTERPRETER_CAPABILITY
+    raise NotImplementedError(
+        f"the kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before jmoe.interop is "
+        f"imported; got tensors on {device}"
+    )
+
+
+def check_buffer(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raises ValueError unless the kernels can read the tensor as it lies."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+    if tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} must be aligned to {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}")

@@ -1,0 +1,114 @@
+"""The mixture-of-experts layer on torch tensors, by the launches that the JAX side runs."""
+
+from typing import Protocol
+
+import torch
+
+from jmoe.interop.interpreter import bfloat16_arithmetic
+from jmoe.interop.launch import capability_of, check_buffer, launch
+from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
+from jmoe.triton_src.moe import MoeProblem, plan_moe
+
+
+class Mxfp4Like(Protocol):
+    """MXFP4 bytes as torch tensors: blocks [E, N, K/32, 16] and scales [E, N, K/32]."""
+
+    @property
+    def blocks(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor: ...
+
+
+class ExpertsLike(Protocol):
+    """jmoe.Experts with torch tensors for leaves, or anything with its fields."""
+
+    @property
+    def gate_up(self) -> Mxfp4Like | torch.Tensor: ...
+    @property
+    def gate_up_bias(self) -> torch.Tensor | None: ...
+    @property
+    def down(self) -> Mxfp4Like | torch.Tensor: ...
+    @property
+    def down_bias(self) -> torch.Tensor | None: ...
+
+
+class LoraLike(Protocol):
+    """jmoe.Lora with torch tensors for leaves, or anything with its fields."""
+
+    @property
+    def gate_up_a(self) -> torch.Tensor | None: ...
+    @property
+    def gate_up_b(self) -> torch.Tensor | None: ...
+    @property
+    def gate_up_scale(self) -> torch.Tensor | None: ...
+    @property
+    def down_a(self) -> torch.Tensor | None: ...
+    @property
+    def down_b(self) -> torch.Tensor | None: ...
+    @property
+    def down_scale(self) -> torch.Tensor | None: ...
+
+
+class RoutingLike(Protocol):
+    """jmoe.Routing with torch tensors: experts int32 [T, k], weights float32 [T, k]."""
+
+    @property
+    def experts(self) -> torch.Tensor: ...
+    @property
+    def weights(self) -> torch.Tensor: ...
+
+
+def moe(
+    x: torch.Tensor,
+    router_logits: torch.Tensor | None,
+    experts: ExpertsLike,
+    *,
+    top_k: int,
+    lora: LoraLike | None = None,
+    adapter_ids: torch.Tensor | None = None,
+    routing: RoutingLike | None = None,
+    expert_offset: torch.Tensor | None = None,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+) -> torch.Tensor:
+    """y [T, H] like x; arguments as in jmoe.moe, with torch tensors for leaves and two-dimensional x.
+
+    x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted.
+
+    Raises:
+      ValueError: a tensor is on another device than x, not contiguous, not aligned to 16 bytes, or x is not bf16 [T, H].
+      NotImplementedError: no GPU and no interpreter.
+    """
+    if x.ndim != 2 or x.dtype != torch.bfloat16:
+        raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
+    buffers = {"x": x}
+    if routing is not None:
+        buffers |= {"experts": routing.experts, "weights": routing.weights}
+    elif router_logits is not None:
+        buffers["router_logits"] = router_logits
+    else:
+        raise ValueError("router_logits may be None only when routing is given")
+    if expert_offset is not None:
+        buffers["expert_offset"] = expert_offset
+    if adapter_ids is not None:
+        buffers["adapter_ids"] = adapter_ids
+    for projection in ("gate_up", "down"):
+        weight, bias = getattr(experts, projection), getattr(experts, f"{projection}_bias")
+        if isinstance(weight, torch.Tensor):
+            buffers[projection] = weight
+        else:
+            buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
+        if bias is not None:
+            buffers[f"{projection}_bias"] = bias
+        if lora is not None and getattr(lora, f"{projection}_a") is not None:
+            for part in ("a", "b", "scale"):
+                buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}")
+    for name, tensor in buffers.items():
+        check_buffer(name, tensor, x.device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in buffers.items()}
+    problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit)
+    capability = capability_of(x.device, grouped_matmul_kernel)
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    with torch.cuda.device(x.device) if x.is_cuda else bfloat16_arithmetic():
+        return launch(plan_moe(problem, capability), buffers)["y"]

@@ -1,0 +1,25 @@
+"""MXFP4 mixture-of-experts with LoRA for JAX."""
+
+from jmoe.ops.experts import Experts as Experts
+from jmoe.ops.experts import Lora as Lora
+from jmoe.ops.export import allow_triton_call as allow_triton_call
+from jmoe.ops.moe import moe as moe
+from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
+from jmoe.ops.mxfp4 import dequantize as dequantize
+from jmoe.ops.mxfp4 import quantize as quantize
+from jmoe.ops.routing import Routing as Routing
+from jmoe.ops.routing import route as route
+from jmoe.ops.target import Target as Target
+
+__all__ = [
+    "Experts",
+    "Lora",
+    "Mxfp4",
+    "Routing",
+    "Target",
+    "allow_triton_call",
+    "dequantize",
+    "moe",
+    "quantize",
+    "route",
+]

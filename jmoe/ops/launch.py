@@ -1,0 +1,149 @@
+"""The one door to Triton: a JAX primitive that becomes the layer's launches when it is lowered for CUDA.
+
+Everything that needs Triton, jax-triton or a GPU happens in lowering, so the primitive can be traced on any machine.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.interpreters import mlir, xla
+
+if TYPE_CHECKING:
+    from jmoe.triton_src.plan import Plan
+
+OLDEST = {"jax-triton": (0, 4, 1), "triton": (3, 7)}
+"""jax-triton 0.3.1 launches cannot be captured into CUDA graphs; 0.4.1 needs Triton 3.7."""
+
+INSTALL = 'pip install "jmoe[cuda13]"'
+
+moe_p = jex.core.Primitive("jmoe_moe")
+"""Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
+
+
+moe_p.def_abstract_eval(lambda *avals, names, **_: avals[names.index("x")])
+moe_p.def_impl(lambda *args, **params: xla.apply_primitive(moe_p, *args, **params))
+
+
+def _moe_launches(
+    *arrays: jax.Array,
+    names: tuple[str, ...],
+    top_k: int,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    capability: int | None,
+) -> jax.Array:
+    """The layer as launches: what the primitive stands for on CUDA."""
+    check_installed()
+    if capability is None:
+        capability = local_capability()
+    buffers = dict(zip(names, arrays, strict=True))
+    check_dtypes(buffers)
+    if buffers["x"].size == 0:
+        return jnp.zeros_like(buffers["x"])
+
+    from jmoe.triton_src.moe import MoeProblem, plan_moe
+
+    shapes = {name: array.shape for name, array in buffers.items()}
+    problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit)
+    return launch(plan_moe(problem, capability), buffers, capability)["y"]
+
+
+def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    raise NotImplementedError(
+        f'the Triton backend runs on CUDA GPUs, but was lowered for {", ".join(platforms)}; '
+        f'use backend="xla" there, or backend=None to choose by platform'
+    )
+
+
+mlir.register_lowering(moe_p, _moe_elsewhere)
+mlir.register_lowering(moe_p, mlir.lower_fun(_moe_launches, multiple_results=False), platform="cuda")
+
+
+def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:
+    """Traces the plans in order and returns every buffer, given and written, by name."""
+    jax_triton = import_jax_triton()
+    everything = dict(buffers)
+    for plan in plans:
+        plan.check_names()
+        # jax-triton hands out results in the order of the kernel's parameters.
+        outputs = [plan.outputs[parameter] for parameter in plan.kernel.arg_names if parameter in plan.outputs]
+        operands = {p: None if name is None else everything[name] for p, name in plan.operands.items()}
+        results = jax_triton.triton_call(
+            kernel=plan.kernel,
+            out_type=[jax.ShapeDtypeStruct(buffer.shape, jnp.dtype(buffer.dtype)) for buffer in outputs],
+            grid=plan.grid,
+            name=plan.name,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+            compute_capability=capability,
+            cost_estimate={"flops": plan.flops, "bytes_accessed": plan.bytes_accessed},
+            **operands,
+            **plan.scalars,
+            **plan.constexprs,
+        )
+        everything |= {buffer.name: result for buffer, result in zip(outputs, results, strict=True)}
+    return everything
+
+
+def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
+    """Raises NotImplementedError for what only backend "xla" computes."""
+    for name in ("x", "gate_up", "down"):
+        dtype = buffers[name].dtype
+        if dtype not in (jnp.bfloat16, jnp.uint8):
+            raise NotImplementedError(f'the Triton backend takes bfloat16 {name}, got {dtype}; use backend="xla"')
+
+
+def check_installed() -> None:
+    """Raises ImportError unless Triton and jax-triton are there and recent enough."""
+    for package, oldest in OLDEST.items():
+        wanted = ".".join(map(str, oldest))
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(
+                f"the Triton backend needs {package} >= {wanted}, which is not installed: {INSTALL}"
+            ) from None
+        if release(version) < oldest:
+            raise ImportError(f"the Triton backend needs {package} >= {wanted}, got {version}: {INSTALL}")
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (3, 8, 0) of "3.8.0+git1a2b"."""
+    numbers: list[int] = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def import_jax_triton() -> Any:
+    """jax_triton, without what its import does to the process: it deletes TRITON_CACHE_DIR from the environment."""
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if kept is not None:
+        os.environ["TRITON_CACHE_DIR"] = kept
+    return jax_triton
+
+
+def local_capability() -> int:
+    """The compute capability of this machine's GPU (90 is 9.0).
+
+    Raises:
+      NotImplementedError: there is none, so that the target must be named.
+    """
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        raise NotImplementedError(
+            'lowering for CUDA on a machine without a GPU: name the GPU to compile for, as in backend=jmoe.Target("sm_90")'
+        ) from None
+    major, minor = device.compute_capability.split(".")
+    return int(major) * 10 + int(minor)

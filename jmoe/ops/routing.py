@@ -1,0 +1,44 @@
+"""The choice of experts for each token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which experts each token uses, and with which weights; a pytree.
+
+    experts: int32 [..., k], best first. weights: float32 [..., k]. Leading axes are those of the tokens.
+    """
+
+    experts: Int32[Array, "... k"]
+    weights: Float[Array, "... k"]
+
+
+def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
+    """The top_k experts of each token, and the softmax over their logits alone, as gpt-oss does.
+
+    Equal logits go to the lower expert. NaN counts as infinity, so that it is chosen and its token's weights are NaN.
+
+    Raises:
+      ValueError: top_k is not between 1 and E, or the logits are not bfloat16 or float32.
+    """
+    check_top_k(top_k, router_logits.shape[-1])
+    if router_logits.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"router_logits must be bfloat16 or float32, got {router_logits.dtype}")
+    logits = router_logits.astype(jnp.float32)
+    order = jnp.where(jnp.isnan(logits), jnp.inf, jnp.where(logits == 0, 0.0, logits))  # -0 and 0 are equal
+    _, experts = lax.top_k(lax.stop_gradient(order), top_k)
+    weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+    return Routing(experts, weights)
+
+
+def check_top_k(top_k: int, experts: int) -> None:
+    """Raises ValueError unless 1 <= top_k <= experts."""
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be between 1 and the number of experts ({experts}), got {top_k}")

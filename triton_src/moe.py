@@ -1,0 +1,121 @@
+"""The launches of one mixture-of-experts layer, in order. Both frameworks run this list; neither adds to it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+from jmoe.triton_src.combine import plan_combine
+from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
+from jmoe.triton_src.lora import plan_shrink
+from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.routing import plan_choose, plan_sort, tile_slots
+from jmoe.triton_src.tiles import choose_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeProblem:
+    """Everything a layer's launches depend on, apart from the GPU. Hashable."""
+
+    tokens: int  # at least 1
+    hidden: int
+    intermediate: int
+    experts: int  # held here
+    top_k: int
+    router_experts: int | None  # columns of the router's logits; None: experts and weights are given
+    gate_up_mxfp4: bool
+    down_mxfp4: bool
+    gate_up_bias: bool
+    down_bias: bool
+    adapters: int  # 0 without LoRA
+    gate_up_rank: int | None
+    down_rank: int | None
+    adapter_ids: bool
+    expert_offset: bool
+    swiglu_alpha: float
+    swiglu_limit: float
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, top_k: int, swiglu_alpha: float, swiglu_limit: float
+    ) -> Self:
+        """The problem posed by buffers of these names and shapes.
+
+        x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down with gate_up_scales and down_scales
+        if they are MXFP4, and gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b, down_scale,
+        adapter_ids and expert_offset where there are any.
+        """
+        tokens, hidden = shapes["x"]
+        scale = shapes.get("gate_up_scale", shapes.get("down_scale"))
+        return cls(
+            tokens=tokens,
+            hidden=hidden,
+            intermediate=shapes["gate_up"][1] // 2,
+            experts=shapes["gate_up"][0],
+            top_k=top_k,
+            router_experts=shapes["router_logits"][1] if "router_logits" in shapes else None,
+            gate_up_mxfp4="gate_up_scales" in shapes,
+            down_mxfp4="down_scales" in shapes,
+            gate_up_bias="gate_up_bias" in shapes,
+            down_bias="down_bias" in shapes,
+            adapters=0 if scale is None else scale[0],
+            gate_up_rank=shapes["gate_up_a"][2] if "gate_up_a" in shapes else None,
+            down_rank=shapes["down_a"][2] if "down_a" in shapes else None,
+            adapter_ids="adapter_ids" in shapes,
+            expert_offset="expert_offset" in shapes,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_limit=swiglu_limit,
+        )
+
+
+def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
+    """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
+
+    Raises:
+      NotImplementedError: the GPU is older than the kernels support.
+    """
+    p = problem
+    pairs = p.tokens * p.top_k
+    tile = choose_tile(capability, pairs, p.experts)
+    slots = tile_slots(pairs, p.experts, tile.block_m)
+    plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
+    plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)
+    for projection in ("gate_up", "down"):
+        gate_up = projection == "gate_up"
+        n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
+        rank = p.gate_up_rank if gate_up else p.down_rank
+        shared = {
+            "k": k,
+            "slots": slots,
+            "pairs": pairs,
+            "top_k": p.top_k,
+            "experts": p.experts,
+            "adapters": p.adapters,
+            "rank": rank,
+            "adapter_ids": p.adapter_ids,
+            "tile": tile,
+        }
+        if rank is not None:
+            plans.append(plan_shrink(projection, x="x" if gate_up else "activations", gather=gate_up, **shared))
+        plans.append(
+            plan_grouped_matmul(
+                projection,
+                n=n,
+                mxfp4=p.gate_up_mxfp4 if gate_up else p.down_mxfp4,
+                bias=p.gate_up_bias if gate_up else p.down_bias,
+                swiglu_alpha=p.swiglu_alpha,
+                swiglu_limit=p.swiglu_limit,
+                **shared,
+            )
+        )
+    plans.append(
+        plan_combine(
+            tokens=p.tokens,
+            top_k=p.top_k,
+            hidden=p.hidden,
+            experts=p.experts,
+            adapters=p.adapters,
+            adapter_ids=p.adapter_ids,
+            expert_offset=p.expert_offset,
+        )
+    )
+    return plans

@@ -1,0 +1,46 @@
+"""Tile sizes and launch parameters as data: one table per GPU family, chosen by rows an expert gets on average.
+
+sm_90 was measured on an H100 80GB HBM3 with gpt-oss-20b's sizes; the other families use its sizes where their shared
+memory holds them and have not been measured.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sizes of a grouped product's tiles, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    shrink_block_k: int = 128
+
+
+_FEW = Tile(rows=16, block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4)
+_SOME = Tile(rows=32, block_m=32, block_n=64, block_k=128, num_warps=4, num_stages=4)
+_MORE = Tile(rows=96, block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3)
+_MANY = Tile(rows=float("inf"), block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, shrink_block_k=64)
+
+TILES: dict[int, tuple[Tile, ...]] = {
+    80: (_FEW, _SOME, _MORE, _MANY),
+    90: (_FEW, _SOME, _MORE, _MANY),
+    100: (_FEW, _SOME, _MORE, _MANY),
+}
+"""Compute capability * 10 -> tiles by increasing rows."""
+
+
+def choose_tile(capability: int, pairs: int, experts: int) -> Tile:
+    """The tile for `pairs` rows spread over `experts` experts on a GPU of this compute capability (90 is 9.0).
+
+    Raises:
+      NotImplementedError: the GPU is older than the oldest family in the table.
+    """
+    family = max((c for c in TILES if c <= capability), default=None)
+    if family is None:
+        raise NotImplementedError(f"jmoe's Triton kernels need compute capability 8.0 or later, got sm_{capability}")
+    average = pairs / min(pairs, experts)
+    return next(tile for tile in TILES[family] if average <= tile.rows)
