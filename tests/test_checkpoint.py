@@ -337,7 +337,7 @@ def test_rms_norm_rounds_once_after_the_weight():
     want = (normal * np.asarray(weight, np.float64)).astype(np.float32).astype(ml_dtypes.bfloat16)
     got = np.asarray(rms_norm(x, weight, 1e-5))
     assert got.dtype == ml_dtypes.bfloat16
-    # float32 sums put a few values on the other side of a rounding boundary; rounding before the product moves a quarter.
+    # float32 sums put a few values on the other side of a boundary; rounding before the product moves a quarter.
     assert np.mean(got == want) > 0.999
 
 
