@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.plan import Buffer, Plan
 
 ALIGNMENT = 16
 """Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile another
@@ -21,10 +21,7 @@ def launch(plans: Sequence[Plan], buffers: Mapping[str, torch.Tensor]) -> dict[s
     device = next(iter(buffers.values())).device
     for plan in plans:
         plan.check_names()
-        outputs = {
-            parameter: torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
-            for parameter, buffer in plan.outputs.items()
-        }
+        outputs = {parameter: allocate(buffer, device) for parameter, buffer in plan.outputs.items()}
         operands = {
             parameter: None if name is None else everything[name] for parameter, name in plan.operands.items()
         }
@@ -38,6 +35,11 @@ def launch(plans: Sequence[Plan], buffers: Mapping[str, torch.Tensor]) -> dict[s
         )
         everything |= {buffer.name: outputs[parameter] for parameter, buffer in plan.outputs.items()}
     return everything
+
+
+def allocate(buffer: Buffer, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor for a launch to write."""
+    return torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
 
 
 def capability_of(device: torch.device, kernel: object) -> int:

@@ -1,0 +1,80 @@
+"""OpenAI's triton_kernels running the same layer: the peer that jmoe is compared with and measured beside.
+
+Not installed by jmoe; `pip install --group peers` from a checkout gets it. PyPI's project of that name is another one.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jmoe.interop.moe import ExpertsLike, Mxfp4Like, RoutingLike
+
+
+def missing() -> str | None:
+    """Why the peer cannot run here, or None if it can."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if importlib.util.find_spec("triton_kernels") is None:
+        return "not installed"
+    if importlib.util.find_spec("triton_kernels.matmul_ogs") is None:
+        return "another project of that name"
+    return None
+
+
+def prepare(
+    experts: ExpertsLike, *, num_warps: int, swiglu_alpha: float = 1.702, swiglu_limit: float = 7.0
+) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    """Swizzles MXFP4 experts once and returns the block: (x, what `route` returned) -> y [T, H].
+
+    num_warps is that of the kernels the weights are laid out for: 4 is best at few tokens, 8 at many.
+    """
+    import triton_kernels.matmul_ogs_details.opt_flags as opt_flags
+    import triton_kernels.swiglu as swiglu
+    from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
+    from triton_kernels.numerics import InFlexData
+    from triton_kernels.tensor import FP4, convert_layout, wrap_torch_tensor
+    from triton_kernels.tensor_details import layout
+
+    opt_flags.update_opt_flags_constraints({"split_k": 1})  # as vLLM sets it on Hopper
+
+    def swizzle(weight: Mxfp4Like | torch.Tensor) -> tuple[Any, Any]:
+        if isinstance(weight, torch.Tensor):
+            raise ValueError(f"the peer is set up for MXFP4 experts, got {weight.dtype}")
+        weight_layout, weight_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
+        scale_layout, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=num_warps)
+        # On Hopper its kernel reads scales past K, and 255 there would be NaN: padding with zeros is the caller's part.
+        scales = torch.nn.functional.pad(weight.scales, (0, -weight.scales.shape[-1] % 4)).transpose(-2, -1)
+        blocks = wrap_torch_tensor(weight.blocks.flatten(-2).transpose(-2, -1), dtype=FP4)
+        scales = convert_layout(wrap_torch_tensor(scales), scale_layout, **scale_options)
+        precision = PrecisionConfig(weight_scale=scales, flex_ctx=FlexCtx(rhs_data=InFlexData()))
+        return convert_layout(blocks, weight_layout, **weight_options), precision
+
+    gate_up, gate_up_precision = swizzle(experts.gate_up)
+    down, down_precision = swizzle(experts.down)
+    biases = [None if b is None else b.float() for b in (experts.gate_up_bias, experts.down_bias)]
+    activation = FusedActivation(
+        FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), (swiglu_alpha, swiglu_limit), 2
+    )
+
+    def block(x: torch.Tensor, routed: Any) -> torch.Tensor:
+        data, gather, scatter = routed
+        h = matmul_ogs(
+            x, gate_up, biases[0], data,
+            gather_indx=gather, precision_config=gate_up_precision, fused_activation=activation,
+        )  # fmt: skip
+        return matmul_ogs(
+            h, down, biases[1], data,
+            scatter_indx=scatter, precision_config=down_precision, gammas=data.gate_scal,
+        )  # fmt: skip
+
+    return block
+
+
+def route(router_logits: torch.Tensor, top_k: int, routing: RoutingLike | None = None) -> Any:
+    """The peer's routing of these logits, with the experts that `routing` chose if it is given."""
+    from triton_kernels.routing import routing as peer_routing
+
+    chosen = None if routing is None else routing.experts.to(torch.int16)
+    return peer_routing(router_logits, top_k, expt_indx=chosen)

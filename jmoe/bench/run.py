@@ -1,0 +1,118 @@
+"""Times jmoe's layer and each peer that is installed, in one process, on one GPU."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.ops.experts import Experts
+from jmoe.ops.moe import moe
+from jmoe.ops.mxfp4 import Mxfp4, dequantize
+from jmoe.ops.random_layer import LayerShape, random_layer
+from jmoe.ops.reference import swiglu
+from jmoe.ops.routing import route
+
+SAMPLES = 7
+
+
+def shapes(tokens: list[int] | None, experts: int) -> list[LayerShape]:
+    """gpt-oss's layer on a GPU; elsewhere one small enough for a CPU."""
+    if jax.default_backend() == "gpu":
+        return [LayerShape(count, experts=experts) for count in tokens or (1, 4, 16, 64, 256, 1024, 4096)]
+    return [LayerShape(count, 256, 256, experts) for count in tokens or (1, 16, 64)]
+
+
+def measure(shape: LayerShape) -> dict[str, float | str]:
+    """Microseconds a call by implementation, or why there is no figure."""
+    return {name: implementation(shape) for name, implementation in IMPLEMENTATIONS.items()}
+
+
+def calls_for(shape: LayerShape) -> int:
+    """Calls in one sample: enough that launching the sample does not show."""
+    return 50 if shape.tokens < 1024 else 10
+
+
+def scan_microseconds(shape: LayerShape, layer_call: Callable[[jax.Array, jax.Array], jax.Array]) -> float:
+    """Median time of layer_call(x, router_logits) inside lax.scan, with other logits at each step."""
+    layer = random_layer(shape)
+    steps = calls_for(shape)
+    logits = jax.random.normal(jax.random.key(1), (steps, *layer.router_logits.shape), jnp.bfloat16)
+
+    @jax.jit
+    def sample(x: jax.Array, logits: jax.Array) -> jax.Array:
+        def step(x: jax.Array, step_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = layer_call(x, step_logits)
+            return x + 0 * y[:1, :1], y[0, 0]  # each step waits for the last
+
+        return lax.scan(step, x, logits)[1]
+
+    sample(layer.x, logits).block_until_ready()
+    times = []
+    for _ in range(SAMPLES):
+        start = time.perf_counter()
+        sample(layer.x, logits).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / steps * 1e6
+
+
+def jmoe(shape: LayerShape) -> float:
+    """jmoe.moe, routing included."""
+    experts = random_layer(shape).experts
+    return scan_microseconds(shape, lambda x, logits: moe(x, logits, experts, top_k=shape.top_k))
+
+
+def triton_kernels(shape: LayerShape) -> float | str:
+    """OpenAI's fused block and its routing, the better of its two weight layouts."""
+    if importlib.util.find_spec("torch") is None:
+        return "no torch"
+    from jmoe.interop import triton_kernels_peer as peer
+
+    if (reason := peer.missing()) is not None:
+        return reason
+    from jmoe.bench.torch_timing import graph_microseconds
+    from jmoe.interop.dlpack import to_torch
+
+    layer = jax.tree.map(to_torch, random_layer(shape))
+    best = float("inf")
+    for num_warps in (4, 8):
+        block = peer.prepare(layer.experts, num_warps=num_warps)
+        call = lambda block=block: block(layer.x, peer.route(layer.router_logits, shape.top_k))  # noqa: E731
+        best = min(best, graph_microseconds(call, calls_for(shape)))
+    return best
+
+
+def ragged_dot(shape: LayerShape) -> float | str:
+    """What JAX itself offers: experts dequantised to bf16, sorted rows through lax.ragged_dot."""
+    if jax.default_backend() != "gpu":
+        return "GPU only"
+    experts = random_layer(shape).experts
+    dense = [dequantize(w) if isinstance(w, Mxfp4) else w for w in (experts.gate_up, experts.down)]
+    gate_up, down = (jnp.swapaxes(w, 1, 2) for w in dense)
+    biased = Experts(gate_up, experts.gate_up_bias, down, experts.down_bias)
+    return scan_microseconds(shape, lambda x, logits: ragged_layer(x, logits, biased, shape.top_k))
+
+
+def ragged_layer(x: jax.Array, logits: jax.Array, experts: Experts, top_k: int) -> jax.Array:
+    """The layer on dense weights [E, K, N] by lax.ragged_dot."""
+    routing = route(logits, top_k)
+    flat = routing.experts.reshape(-1)
+    order = jnp.argsort(flat)
+    sizes = jnp.bincount(flat, length=experts.down.shape[0])
+    rows = flat[order]
+    z = lax.ragged_dot(x[order // top_k], experts.gate_up, sizes)
+    z = z if experts.gate_up_bias is None else z + experts.gate_up_bias[rows]
+    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), experts.down, sizes)
+    out = out if experts.down_bias is None else out + experts.down_bias[rows]
+    weighted = out.astype(jnp.float32) * routing.weights.reshape(-1)[order][:, None]
+    return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted).astype(x.dtype)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[LayerShape], float | str]] = {
+    "jmoe": jmoe,
+    "triton_kernels": triton_kernels,
+    "lax.ragged_dot, bf16": ragged_dot,
+}

@@ -1,0 +1,34 @@
+"""Times torch calls as CUDA graphs. The only file of jmoe.bench that is about torch; imported where torch is."""
+
+import statistics
+from collections.abc import Callable
+
+SAMPLES = 7
+
+
+def graph_microseconds(call: Callable[[], object], calls: int) -> float:
+    """Median time of one call over replays of a CUDA graph of `calls` of them."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(SAMPLES):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls * 1e3)
+    return statistics.median(times)

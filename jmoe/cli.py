@@ -1,0 +1,154 @@
+"""The `jmoe` command."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jmoe.bench.record import birth_certificate
+
+if TYPE_CHECKING:
+    from jmoe.interop.parity import Row
+    from jmoe.ops.random_layer import Layer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=max(110, Console().width))
+
+
+@app.callback()
+def jmoe() -> None:
+    """MXFP4 mixture-of-experts with LoRA for JAX."""
+
+
+@app.command()
+def parity(
+    checkpoint: Annotated[Path | None, typer.Option(help="A gpt-oss directory: run one of its layers.")] = None,
+    layer: Annotated[int, typer.Option(help="Which layer of the checkpoint.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory for the checkpoint.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")] = None,
+) -> None:
+    """Runs a layer through JAX and PyTorch on the same bytes, and compares each result with float64.
+
+    Random layers of several sizes, or a layer of a real checkpoint on a real text. Exits with 1 if anything disagrees.
+    """
+    if adapter is not None and checkpoint is None:
+        raise typer.BadParameter("--adapter needs --checkpoint")
+    gpu = jax.default_backend() == "gpu"
+    if not gpu:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which happens below
+    from jmoe.interop import parity as check
+
+    if checkpoint is None:
+        shapes = check.real_shapes() if gpu else check.small_shapes()
+        rows = [check.compare_random(shape) for shape in shapes]
+    else:
+        arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens)
+        shapes = [check.shape_of(arrays, top_k)]
+        rows = [check.compare(f"layer {layer}, {arrays.x.shape[0]} tokens", arrays, top_k)]
+    failures = [failure for row in rows for failure in row.failures]
+    show(rows)
+    if gpu:
+        console.print(f"on {jax.devices()[0].device_kind}")
+    else:
+        error = check.lower_elsewhere(shapes)
+        targets = ", ".join(check.TARGETS)
+        if error is None:
+            console.print(f"no GPU here: Triton ran in its interpreter, and every launch compiled for {targets}")
+        else:
+            failures.append(f"the launches do not compile for {targets}: {error}")
+    for failure in failures:
+        console.print(f"FAIL {failure}", markup=False)
+    if out is not None:
+        write(out, {**birth_certificate(), "rows": [dataclasses.asdict(row) for row in rows]})
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between.")] = "",
+    experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions.")] = None,
+) -> None:
+    """Times one layer of gpt-oss's size beside every peer that is installed: microseconds a call.
+
+    On a machine without a GPU it times backend "xla" at a small size.
+    """
+    from jmoe.bench import run
+
+    shapes = run.shapes([int(count) for count in tokens.split(",")] if tokens else None, experts)
+    table = Table(title="microseconds a call")
+    table.add_column("layer")
+    names = list(run.IMPLEMENTATIONS)
+    for name in names:
+        table.add_column(name)
+    rows = []
+    for shape in shapes:
+        figures = run.measure(shape)
+        rows.append({"shape": dataclasses.asdict(shape), "microseconds": figures})
+        table.add_row(str(shape), *(f"{v:.1f}" if isinstance(v := figures[name], float) else v for name in names))
+    console.print(table)
+    if out is not None:
+        write(out, {**birth_certificate(), "rows": rows})
+
+
+def write(file: Path, results: dict[str, object]) -> None:
+    """Writes results as JSON that diffs well."""
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def show(rows: "list[Row]") -> None:
+    """Prints the table of `parity`."""
+    table = Table(title="relative error against float64")
+    for column in ("layer", "XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
+        table.add_column(column)
+    for row in rows:
+        columns = (row.xla, row.triton_jax, row.triton_torch, row.triton_kernels, row.torch_bf16)
+        errors = [f"{value:.1e}" if isinstance(value, float) else value for value in columns]
+        same = row.same_bits if isinstance(row.same_bits, str) else ("yes" if row.same_bits else "NO")
+        table.add_row(row.label, *errors, same, "FAIL" if row.failures else "pass")
+    console.print(table)
+
+
+def read_layer(
+    directory: Path, index: int, adapter: Path | None, text: Path | None, tokens: int
+) -> "tuple[Layer, int]":
+    """(one layer's arguments for the first tokens of a text, top_k): embedded, normalised and routed by the checkpoint."""
+    from tokenizers import Tokenizer
+
+    from jmoe.adapters import load_lora
+    from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, rms_norm, router_logits
+    from jmoe.ops.random_layer import Layer
+
+    source = Checkpoint(directory)
+    layer = load_moe_layer(source, index)
+    words = text.read_text() if text is not None else readme_text()
+    ids = np.array(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(words).ids[:tokens])
+    x = rms_norm(embed(source, ids), layer.norm_weight, source.config.rms_norm_eps)
+    lora = None if adapter is None else load_lora(adapter, source.config, index)
+    console.print(
+        f"{directory}: layer {index} of {source.config.num_hidden_layers}, {source.config.num_local_experts} experts, "
+        f"top-{source.config.num_experts_per_tok}, {source.config.hidden_size}/{source.config.intermediate_size}; "
+        f"{len(ids)} tokens of {text or 'the README'}" + ("" if adapter is None else f"; adapter {adapter}")
+    )
+    return Layer(x, router_logits(layer, x), layer.experts, lora, None), source.config.num_experts_per_tok
+
+
+def readme_text() -> str:
+    """jmoe's README, which is part of the installed package's metadata."""
+    return importlib.metadata.distribution("jmoe").metadata.get_payload()
+
+
+def main() -> None:
+    """Entry point of the `jmoe` command."""
+    app()

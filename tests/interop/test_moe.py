@@ -1,0 +1,208 @@
+"""The kernels' numbers on a CPU: the whole layer through Triton's interpreter, against float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmoe.interop import launch, reference
+from jmoe.interop.moe import moe
+from tests.torch_layers import Layer, PoisonedAllocator, Routing, Weight, random_layer, relative_error, surround, transform
+
+pytestmark = pytest.mark.interpret
+
+LARGEST_ERROR = 5e-3
+ENOUGH = 256
+"""Results over which rounding errors average out; with fewer of them a cancellation in one shows, and 1e-2 is allowed."""
+
+
+def check(layer: Layer) -> torch.Tensor:
+    """The layer in poison agrees with float64, at most 1.1 times as far off as torch's own bf16, and writes nothing else."""
+    poisoned = transform(layer, surround)
+    allocate, launch.allocate = launch.allocate, PoisonedAllocator()
+    try:
+        y = moe(poisoned.x, poisoned.router_logits, poisoned.experts, **poisoned.options)
+        assert launch.allocate.guards_are_intact()
+    finally:
+        launch.allocate = allocate
+    assert y.shape == layer.x.shape
+    assert y.dtype == torch.bfloat16
+    exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
+    theirs = reference.moe(layer.x, layer.router_logits, layer.experts, dtype=torch.bfloat16, **layer.options)
+    error = relative_error(y, exact)
+    if y.numel() < ENOUGH:
+        assert error <= 2 * LARGEST_ERROR
+    else:
+        assert error <= LARGEST_ERROR
+        assert error <= 1.1 * relative_error(theirs, exact)
+    return y
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """Layers of at most some two hundred tiles."""
+    experts = draw(st.integers(1, 16))
+    adapters = draw(st.integers(0, 3))
+    ranks = st.one_of(st.none(), st.integers(1, 40))
+    mxfp4 = draw(st.booleans())
+    width = st.sampled_from([32, 64, 96, 160]) if mxfp4 else st.integers(17, 100)
+    gate_up_rank = draw(ranks)
+    return random_layer(
+        tokens=draw(st.integers(1, 20)),
+        hidden=draw(width),
+        intermediate=draw(width),
+        experts=experts,
+        top_k=draw(st.integers(1, min(8, experts))),
+        adapters=adapters,
+        gate_up_rank=gate_up_rank,
+        down_rank=draw(ranks) if gate_up_rank is not None else draw(st.integers(1, 40)),
+        mixed=adapters > 1 or (adapters == 1 and draw(st.booleans())),
+        mxfp4=mxfp4,
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers())
+def test_any_layer_agrees_with_float64(layer: Layer) -> None:
+    check(layer)
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_every_top_k(top_k: int) -> None:
+    check(random_layer(tokens=5, experts=9, top_k=top_k))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 3, "experts": 256, "top_k": 4, "hidden": 32, "intermediate": 32},
+        {"tokens": 3, "experts": 128, "top_k": 8, "hidden": 32, "intermediate": 32},
+        {"tokens": 4, "experts": 1, "top_k": 1},
+        {"tokens": 70, "experts": 2, "top_k": 1},
+        {"tokens": 300, "experts": 2, "top_k": 1, "hidden": 32, "intermediate": 32},
+        {"tokens": 4, "adapters": 1, "gate_up_rank": 256, "down_rank": 200},
+        {"tokens": 40, "adapters": 8, "gate_up_rank": 8, "down_rank": 4, "mixed": True},
+    ],
+    ids=str,
+)
+def test_sizes_at_the_ends(options: dict) -> None:
+    check(random_layer(**options))
+
+
+def test_no_tokens() -> None:
+    layer = random_layer(tokens=0)
+    assert moe(layer.x, layer.router_logits, layer.experts, **layer.options).shape == (0, 64)
+
+
+def test_one_expert_takes_every_token() -> None:
+    layer = random_layer(tokens=40, experts=5, top_k=1)
+    layer.router_logits[:, 3] = 100
+    check(layer)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    layer = random_layer(tokens=33, experts=6, top_k=3, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
+    first, second = (moe(layer.x, layer.router_logits, layer.experts, **layer.options) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_shards_of_the_experts_sum_to_the_whole() -> None:
+    layer = random_layer(tokens=12, experts=6, top_k=3, bias=False)
+    whole = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
+    total = torch.zeros_like(whole, dtype=torch.float32)
+    for first in (0, 2, 4):
+        shard = transform(layer.experts, lambda t, first=first: t[first : first + 2].contiguous())
+        offset = torch.tensor([first], dtype=torch.int32)
+        total += moe(layer.x, layer.router_logits, shard, expert_offset=offset, **layer.options).float()
+    assert relative_error(total, whole.double()) <= LARGEST_ERROR
+
+
+def test_a_given_routing_is_replayed() -> None:
+    layer = random_layer(tokens=9, experts=5, top_k=2)
+    routing = Routing(torch.randint(0, 5, (9, 2), dtype=torch.int32), torch.rand(9, 2))
+    y = moe(layer.x, None, layer.experts, routing=routing, **layer.options)
+    exact = reference.moe(layer.x, None, layer.experts, routing=routing, **layer.options)
+    assert relative_error(y, exact) <= LARGEST_ERROR
+
+
+def test_a_token_whose_adapter_does_not_exist_is_nan_and_no_other() -> None:
+    layer = random_layer(tokens=6, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
+    layer.adapter_ids[:] = torch.tensor([0, 2, -1, -2, 1, 1000])
+    y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
+    assert torch.isnan(y).all(dim=1).tolist() == [False, True, False, True, False, True]
+    assert torch.isfinite(y[[0, 2, 4]]).all()
+
+
+def test_nan_tokens_stay_alone() -> None:
+    layer = random_layer(tokens=20, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
+    layer.x[3, 5] = torch.nan
+    y = check(layer)
+    assert torch.isnan(y).any(dim=1).nonzero().flatten().tolist() == [3]
+
+
+def test_infinite_tokens_end_where_the_reference_has_them() -> None:
+    layer = random_layer(tokens=20, adapters=1, gate_up_rank=5, down_rank=3)
+    layer.x[7, 2] = torch.inf
+    check(layer)
+
+
+def test_a_nan_router_logit_makes_its_token_nan() -> None:
+    layer = random_layer(tokens=5)
+    layer.router_logits[2, 1] = torch.nan
+    y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
+    assert torch.isnan(y).all(dim=1).tolist() == [False, False, True, False, False]
+
+
+def test_nan_in_an_adapter_reaches_only_its_tokens() -> None:
+    layer = random_layer(tokens=30, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
+    layer.lora.gate_up_b[1] = torch.nan
+    layer.lora.down_a[1] = torch.inf
+    y = check(layer)
+    assert torch.equal(torch.isnan(y).all(dim=1), layer.adapter_ids == 1)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 253, 254, 255])
+def test_scale_bytes_at_the_ends(scale: int) -> None:
+    layer = random_layer(tokens=9, bias=False)
+    weight = layer.experts.gate_up
+    assert isinstance(weight, Weight)
+    weight.scales[1, 10, 1] = scale
+    # One value of 0.5, the rest zeros of either sign: 2^126 times an activation stays below float32's infinity.
+    weight.blocks[1, 10, 1] = torch.tensor([0x80, 0x08, 0x01, *[0] * 13], dtype=torch.uint8)
+    check(layer)
+
+
+def test_scale_255_shows_through_the_clamp() -> None:
+    layer = random_layer(tokens=9, experts=1, top_k=1)
+    layer.experts.gate_up.scales[0, 11, 0] = 255  # an up row, whose infinity would be clamped to 7
+    assert torch.isnan(check(layer)).all()
+
+
+def test_float32_adapters_and_biases_are_taken() -> None:
+    layer = random_layer(tokens=9, adapters=1, gate_up_rank=4, down_rank=4)
+    layer.lora = transform(layer.lora, lambda t: t.float())
+    layer.experts.gate_up_bias = layer.experts.gate_up_bias.float()
+    check(layer)
+
+
+def test_a_weight_may_be_dense_beside_an_mxfp4_one() -> None:
+    dense, packed = random_layer(tokens=9, mxfp4=False), random_layer(tokens=9)
+    check(dataclasses.replace(packed, experts=dataclasses.replace(packed.experts, down=dense.experts.down)))
+
+
+def test_tensors_the_kernels_cannot_read_are_named() -> None:
+    layer = random_layer(tokens=4)
+    with pytest.raises(ValueError, match=r"gate_up_scales must be contiguous, got shape \(4, 192, 2\) with strides"):
+        weight = Weight(layer.experts.gate_up.blocks, layer.experts.gate_up.scales.mT.contiguous().mT)
+        moe(layer.x, layer.router_logits, dataclasses.replace(layer.experts, gate_up=weight), top_k=2)
+    with pytest.raises(ValueError, match="router_logits must be aligned to 16 bytes, got address 0x"):
+        shifted = torch.zeros(17, dtype=torch.bfloat16)[1:].view(4, 4)
+        moe(layer.x, shifted, layer.experts, top_k=2)
+    with pytest.raises(ValueError, match=r"x must be bfloat16 \[T, H\], got torch.float32 with shape \(4, 64\)"):
+        moe(layer.x.float(), layer.router_logits, layer.experts, top_k=2)
+    with pytest.raises(ValueError, match="router_logits may be None only when routing is given"):
+        moe(layer.x, None, layer.experts, top_k=2)
