@@ -65,7 +65,7 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(layers())
 def test_any_layer_agrees_with_float64(layer: Layer) -> None:
     check(layer)

@@ -31,7 +31,7 @@ def sort(experts: torch.Tensor, count: int, block_m: int, offset: int | None) ->
     return done["order"].numpy(), done["tiles"].numpy()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 256), st.integers(1, 8), st.integers(0, 10**6))
 def test_choice_is_the_largest_logits_and_their_softmax(tokens: int, experts: int, top_k: int, seed: int) -> None:
     top_k = min(top_k, experts)
@@ -59,7 +59,7 @@ def test_nan_is_chosen_and_shows() -> None:
     assert weights.isnan().all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 700), st.integers(1, 64), st.sampled_from([16, 64, 128]), st.integers(0, 10**6), st.booleans()
 )

@@ -1,0 +1,43 @@
+# Each target makes the environment it needs; the first time that takes minutes, later it takes none.
+VENV ?= .venv
+PYTHON := $(firstword $(foreach p,python3.12 python3.13 python3 python,$(shell $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := dev$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	@$(BIN)/jmoe parity --checkpoint examples/tiny_gpt_oss --layer 0 --adapter examples/tiny_gpt_oss/adapter --text LICENSE
+
+test: $(READY)
+	@echo "== kernels in Triton's interpreter (about 3 minutes on 2 cores)"
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpret
+	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 6 minutes)"
+	@$(BIN)/pytest -q -n 2 -m "not interpret"
+
+lint: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/jmoe bench
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+ifeq ($(PYTHON),)
+$(READY):
+	@echo "jmoe needs Python 3.12 or later, and found none as python3.12 or python3: install it, then run make again" >&2; exit 1
+else
+$(READY): pyproject.toml
+	@echo "== making $(VENV) with $(PYTHON): installs JAX, PyTorch and Triton, several minutes the first time"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@echo "== adding JAX's CUDA plugin without the CUDA libraries, to compile for GPUs that are not here"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  "jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	@touch $(READY)
+endif

@@ -1,0 +1,65 @@
+"""JAX arrays as torch tensors and back, without a copy.
+
+Both frameworks then own one buffer. JAX takes its arrays for immutable: write to such a tensor only if no JAX computation
+will read the array again.
+"""
+
+import jax
+import jax.numpy as jnp
+import torch
+
+ALIGNMENT = {"cpu": 64, "cuda": 16}
+"""Bytes. On a CPU what XLA demands of a buffer that it takes over; on a GPU what the kernels are compiled for."""
+
+DTYPES = {
+    torch.bfloat16: jnp.dtype("bfloat16"),
+    torch.uint8: jnp.dtype("uint8"),
+    torch.int32: jnp.dtype("int32"),
+    torch.float32: jnp.dtype("float32"),
+}
+SUPPORTED = "bfloat16, uint8, int32 or float32"
+
+
+def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
+    """The same memory as a torch tensor, readable on torch's current stream.
+
+    Raises:
+      ValueError: the array is traced, lies on several devices, or has a dtype other than bfloat16, uint8, int32 or float32;
+        the text calls it `name`.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise ValueError(f"{name} must be a concrete array, got the tracer {array.aval}")
+    if len(array.devices()) > 1:
+        raise ValueError(f"{name} must lie on one device, got {len(array.devices())}: {array.sharding}")
+    if array.dtype not in DTYPES.values():
+        raise ValueError(f"{name} must be {SUPPORTED}, got {array.dtype}")
+    tensor = torch.from_dlpack(array)
+    if array.size and tensor.data_ptr() != array.unsafe_buffer_pointer():
+        raise ValueError(f"{name} would have been copied on its way to torch: {array.sharding}, {array.dtype}")
+    return tensor
+
+
+def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
+    """The same memory as a JAX array, read after what torch's current stream has queued.
+
+    Raises:
+      ValueError: the tensor requires a gradient, is not dense and contiguous, is not aligned (16 bytes on a GPU, 64 on a CPU),
+        is on another kind of device, or has a dtype other than bfloat16, uint8, int32 or float32; the text calls it `name`.
+    """
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: pass {name}.detach()")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must be {SUPPORTED}, got {tensor.dtype}")
+    if tensor.device.type not in ALIGNMENT:
+        raise ValueError(f"{name} must be on a CPU or a CUDA device, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+    alignment = ALIGNMENT[tensor.device.type]
+    if tensor.data_ptr() % alignment:
+        raise ValueError(f"{name} must be aligned to {alignment} bytes, got address {tensor.data_ptr():#x}")
+    array = jax.dlpack.from_dlpack(tensor, copy=False)
+    if array.size and array.unsafe_buffer_pointer() != tensor.data_ptr():
+        raise ValueError(f"{name} would have been copied on its way to JAX: {tensor.device}, {tensor.dtype}")
+    return array

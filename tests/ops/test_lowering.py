@@ -1,0 +1,158 @@
+"""Every launch plan compiled to PTX for the architectures it declares, on any machine."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jmoe
+from jmoe.ops.random_layer import Layer, LayerShape, random_layer
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+SHAPES = [
+    LayerShape(1),  # the tile for one row an expert
+    LayerShape(16, adapters=1, rank=8),
+    LayerShape(256, experts=128, adapters=8, rank=64, mixed=True),
+    LayerShape(512, top_k=3, experts=17, mxfp4=False, bias=False),
+    LayerShape(1024, adapters=2, rank=256, mixed=True),
+    LayerShape(4096),
+    LayerShape(131072),
+    LayerShape(5, hidden=96, intermediate=33, experts=1, top_k=1, mxfp4=False, adapters=1, rank=1),
+    LayerShape(9, experts=256, top_k=8),
+]
+
+
+def lower(shape: LayerShape, architecture: str, **options: object) -> str:
+    """The layer's program for CUDA, as text."""
+    layer = jax.eval_shape(functools.partial(random_layer, shape))
+
+    def call(layer: Layer) -> jax.Array:
+        return jmoe.moe(
+            layer.x,
+            layer.router_logits,
+            layer.experts,
+            top_k=shape.top_k,
+            lora=layer.lora,
+            adapter_ids=layer.adapter_ids,
+            backend=jmoe.Target(architecture),
+            **options,
+        )
+
+    return jax.jit(call).trace(layer).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(program: str) -> int:
+    """How many kernels a program launches."""
+    return program.count("@triton_kernel_call_ffi")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_plan_compiles(shape: LayerShape, architecture: str) -> None:
+    shrinks = 2 if shape.adapters else 0
+    assert launches(lower(shape, architecture)) == 6 + shrinks
+
+
+def test_a_replayed_routing_needs_no_choice() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+    routing = jmoe.route(layer.router_logits, 2)
+    call = jax.jit(
+        lambda routing: jmoe.moe(layer.x, None, layer.experts, top_k=2, routing=routing, backend=jmoe.Target("sm_90"))
+    )
+    assert launches(call.trace(routing).lower(lowering_platforms=("cuda",)).as_text()) == 5
+
+
+def test_no_tokens_need_no_launch() -> None:
+    assert launches(lower(LayerShape(0, hidden=64, intermediate=64), "sm_90")) == 0
+
+
+def test_a_traced_expert_offset_compiles() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+    call = jax.jit(
+        lambda offset: jmoe.moe(
+            layer.x, layer.router_logits, layer.experts, top_k=2, expert_offset=offset, backend=jmoe.Target("sm_90")
+        )
+    )
+    assert launches(call.trace(jnp.int32(0)).lower(lowering_platforms=("cuda",)).as_text()) == 6
+
+
+def test_vmap_over_tokens_is_one_longer_batch() -> None:
+    layer = random_layer(LayerShape(12, hidden=64, intermediate=64, experts=4, top_k=2))
+    call = lambda x, logits: jmoe.moe(x, logits, layer.experts, top_k=2, backend=jmoe.Target("sm_90"))  # noqa: E731
+    x, logits = layer.x.reshape(3, 4, 64), layer.router_logits.reshape(3, 4, 4)
+    program = jax.jit(jax.vmap(call)).trace(x, logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert launches(program) == 6
+
+
+def test_vmap_over_experts_is_a_loop_over_launches() -> None:
+    layers = [random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2), seed) for seed in (1, 2)]
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), *layers)
+    call = lambda layer: jmoe.moe(  # noqa: E731
+        layer.x, layer.router_logits, layer.experts, top_k=2, backend=jmoe.Target("sm_90")
+    )
+    program = jax.jit(jax.vmap(call)).trace(both).lower(lowering_platforms=("cuda",)).as_text()
+    assert launches(program) == 6
+    assert "stablehlo.while" in program
+
+
+def test_scan_and_checkpoint_hold_one_copy_of_the_launches() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        call = lambda x: jmoe.moe(  # noqa: E731
+            x, layer.router_logits, layer.experts, top_k=2, backend=jmoe.Target("sm_90")
+        )
+        return jax.checkpoint(call)(x), None
+
+    program = jax.jit(lambda x: jax.lax.scan(step, x, None, length=8)[0])
+    assert launches(program.trace(layer.x).lower(lowering_platforms=("cuda",)).as_text()) == 6
+
+
+def test_export_without_a_gpu() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2, adapters=1, rank=4))
+    call = jax.jit(
+        lambda x, logits, experts, lora: jmoe.moe(
+            x, logits, experts, top_k=2, lora=lora, backend=jmoe.Target("sm_90")
+        )
+    )
+    arguments = (layer.x, layer.router_logits, layer.experts, layer.lora)
+    with pytest.raises(ValueError, match="Cannot serialize code with custom calls whose targets have no compatibility"):
+        jax.export.export(call, platforms=["cuda"])(*arguments)
+    exported = jax.export.export(call, platforms=["cuda"], disabled_checks=jmoe.allow_triton_call())(*arguments)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cuda",)
+    assert again.in_tree == jax.tree.structure((arguments, {}))
+
+
+def test_sharded_experts_lower_for_cuda() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+    mesh = jax.make_mesh((2,), ("experts",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(x: jax.Array, logits: jax.Array, experts: jmoe.Experts) -> jax.Array:
+        offset = jax.lax.axis_index("experts") * 2
+        y = jmoe.moe(x, logits, experts, top_k=2, expert_offset=offset, backend=jmoe.Target("sm_90"))
+        return jax.lax.psum(y, "experts")
+
+    specs = (jax.P(), jax.P(), jax.P("experts"))
+    call = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=jax.P()))
+    traced = call.trace(layer.x, layer.router_logits, layer.experts)
+    assert launches(traced.lower(lowering_platforms=("cuda",)).as_text()) == 6
+
+
+def test_widths_and_sizes_are_compiled_in_but_the_number_of_tokens_is_not() -> None:
+    def kernels(tokens: int) -> set[str]:
+        from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
+
+        lower(LayerShape(tokens, hidden=64, intermediate=64, experts=4, top_k=2), "sm_90")
+        return set(map(str, grouped_matmul_kernel._jT_kernel_cache))
+
+    assert kernels(101) == kernels(103)
+
+
+def test_ptx_names_the_kernels() -> None:
+    program = lower(dataclasses.replace(SHAPES[0], hidden=64, intermediate=64), "sm_90")
+    assert len(re.findall("@triton_kernel_call_ffi", program)) == 6

@@ -1,0 +1,196 @@
+"""The project as a whole: who may import whom, what is public, what the documents promise."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import jmoe
+
+ROOT = Path(__file__).parent.parent
+
+PUBLIC = {
+    "Experts",
+    "Lora",
+    "Mxfp4",
+    "Routing",
+    "Target",
+    "allow_triton_call",
+    "dequantize",
+    "moe",
+    "quantize",
+    "route",
+}
+
+
+class Import(NamedTuple):
+    """One import in a source file."""
+
+    file: str
+    module: str
+    inside_function: bool
+
+
+def imports(folder: str) -> Iterator[Import]:
+    """Every import in a folder's files, links not followed, those under `if TYPE_CHECKING` left out."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        if folder == "jmoe" and file.startswith(("jmoe/triton_src/", "jmoe/interop/")):
+            continue
+        yield from walk(file, ast.parse(path.read_text()), inside=False)
+
+
+def walk(file: str, node: ast.AST, inside: bool) -> Iterator[Import]:
+    """The imports under a node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (Import(file, alias.name, inside) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{file}: relative import"
+            yield Import(file, child.module or "", inside)
+        yield from walk(file, child, inside or isinstance(child, ast.FunctionDef))
+
+
+def starts(module: str, *packages: str) -> bool:
+    """Whether the module is one of the packages or lies in it."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def test_triton_src_imports_triton_and_the_standard_library_alone() -> None:
+    for found in imports("triton_src"):
+        allowed = starts(found.module, "triton", "jmoe.triton_src") or found.module.split(".")[0] in sys.stdlib_module_names
+        assert allowed, found
+
+
+def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
+    for found in imports("jmoe"):
+        if starts(found.module, "torch", "jmoe.interop"):
+            assert starts(found.file.replace("/", ".").removesuffix(".py"), "jmoe.cli", "jmoe.bench"), found
+            assert found.inside_function, found
+
+
+def test_triton_has_one_door() -> None:
+    for found in imports("jmoe"):
+        if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
+            assert found.file == "jmoe/ops/launch.py", found
+            assert found.inside_function, found
+
+
+def test_operations_do_not_know_what_is_built_on_them() -> None:
+    for found in imports("jmoe"):
+        if found.file.startswith("jmoe/ops/"):
+            allowed = not starts(found.module, "flax", "jmoe") or starts(found.module, "jmoe.ops", "jmoe.triton_src")
+            assert allowed, found
+
+
+def test_the_torch_side_meets_jax_in_two_files() -> None:
+    for found in imports("interop"):
+        assert not starts(found.module, "flax", "jax_triton"), found
+        if starts(found.module, "jax"):
+            assert found.file in ("interop/dlpack.py", "interop/parity.py"), found
+        if starts(found.module, "jmoe"):
+            rooms = ["jmoe.interop", "jmoe.triton_src"] + ["jmoe.ops"] * (found.file == "interop/parity.py")
+            assert starts(found.module, *rooms), found
+
+
+def test_public_names() -> None:
+    assert set(jmoe.__all__) == PUBLIC
+    assert all(hasattr(jmoe, name) for name in PUBLIC)
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "triton", "jax_triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+USE = """
+import jax, jax.numpy as jnp, jmoe
+assert not {"torch", "triton", "jax_triton"} & set(sys.modules)
+w = lambda n, k: jmoe.quantize(jax.random.normal(jax.random.key(n), (4, n, k)))
+experts = jmoe.Experts(w(128, 32), None, w(32, 64), None)
+x, logits = jnp.ones((3, 32), jnp.bfloat16), jnp.eye(3, 4)
+for backend in ("xla", None):
+    y = jax.jit(lambda x: jmoe.moe(x, logits, experts, top_k=2, backend=backend))(x)
+    assert y.shape == (3, 32) and bool(jnp.isfinite(y).all())
+try:
+    jax.jit(lambda x: jmoe.moe(x, logits, experts, top_k=2, backend=jmoe.Target("sm_90"))).trace(x).lower(
+        lowering_platforms=("cuda",))
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_jmoe_works_without_torch_and_triton() -> None:
+    run = subprocess.run([sys.executable, "-c", BLOCKER + USE], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    # Only their modules are hidden here, so what is missed is the import; a bare environment misses the package.
+    assert "No module named" in run.stdout
+
+
+@pytest.mark.bare_env
+def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT]
+    subprocess.run(install, check=True, stdin=subprocess.DEVNULL)
+    use = "import sys, importlib.util as u\nassert not any(map(u.find_spec, ('torch', 'triton', 'jax_triton')))\n" + USE
+    run = subprocess.run([python, "-c", use], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("the Triton backend needs jax-triton >= 0.4.1, which is not installed: pip install")
+
+
+def import_seconds(modules: str) -> float:
+    """The least time of a few fresh processes."""
+    program = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
+    return min(float(run.stdout) for run in runs)
+
+
+def test_import_takes_no_longer_than_jax_and_flax() -> None:
+    # A tenth and 50 ms are what such a measurement varies by.
+    assert import_seconds("jmoe") <= 1.1 * import_seconds("jax, flax") + 0.05
+
+
+def test_files_can_be_read_whole() -> None:
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files", "*.py"], capture_output=True, text=True, check=True)
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.stdout.split() if "/" in name}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_readme_names_real_targets() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_readme_example_runs() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert examples
+    for example in examples:
+        run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+
+
+def test_readme_tables_are_those_of_the_committed_figures() -> None:
+    from jmoe.bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
+
+
+def test_extras_agree_with_what_the_door_demands() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"jax-triton>=0.4.1", "triton>=3.7"} <= set(extras["cuda13"])

@@ -1,0 +1,125 @@
+"""Launch plans: values that can be checked without a device."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from jmoe.triton_src.lora import rank_blocks
+from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.plan import Plan, cdiv
+from jmoe.triton_src.routing import plan_sort, tile_slots
+from jmoe.triton_src.tiles import TILES, choose_tile
+
+PROBLEM = MoeProblem(
+    tokens=16,
+    hidden=2880,
+    intermediate=2880,
+    experts=32,
+    top_k=4,
+    router_experts=32,
+    gate_up_mxfp4=True,
+    down_mxfp4=True,
+    gate_up_bias=True,
+    down_bias=True,
+    adapters=2,
+    gate_up_rank=8,
+    down_rank=16,
+    adapter_ids=True,
+    expert_offset=True,
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+)
+
+VARIANTS = [
+    dataclasses.replace(PROBLEM, tokens=tokens, **change)
+    for tokens in (1, 7, 300, 131072)
+    for change in (
+        {},
+        {"router_experts": None},
+        {"gate_up_rank": None, "down_rank": None, "adapters": 0, "adapter_ids": False},
+        {"gate_up_mxfp4": False, "down_mxfp4": False, "gate_up_bias": False, "down_bias": False},
+        {"expert_offset": False, "experts": 128, "router_experts": 128},
+    )
+]
+
+
+@pytest.mark.parametrize("problem", VARIANTS)
+@pytest.mark.parametrize("capability", TILES)
+def test_plans_name_every_parameter_and_read_only_what_was_written(problem: MoeProblem, capability: int) -> None:
+    given = {"x", "gate_up", "down", "gate_up_scales", "down_scales", "gate_up_bias", "down_bias", "adapter_ids"}
+    given |= {f"{projection}_{part}" for projection in ("gate_up", "down") for part in ("a", "b", "scale")}
+    given |= {"expert_offset"} | ({"experts", "weights"} if problem.router_experts is None else {"router_logits"})
+    for plan in plan_moe(problem, capability):
+        plan.check_names()
+        assert {name for name in plan.operands.values() if name} <= given
+        given |= {buffer.name for buffer in plan.outputs.values()}
+        # CUDA's limits; the second and third axes are short ones.
+        assert 1 <= plan.grid[0] < 2**31
+        assert all(1 <= size <= 65535 for size in plan.grid[1:])
+    assert "y" in given
+
+
+@pytest.mark.parametrize("problem", VARIANTS)
+def test_grids_cover_rows_and_columns(problem: MoeProblem) -> None:
+    for plan in plan_moe(problem, 90):
+        if plan.name == "grouped_matmul":
+            assert plan.grid[0] * plan.constexprs["BLOCK_N"] >= plan.constexprs["N"]
+            assert plan.constexprs["BLOCK_N"] % 2 == 0  # gate and up stay together
+        if plan.name == "shrink":
+            assert plan.grid[0] * plan.constexprs["BLOCK_R"] == plan.constexprs["RANK_PADDED"]
+            assert plan.constexprs["RANK_PADDED"] >= plan.constexprs["RANK"]
+
+
+def test_a_misspelt_parameter_is_noticed() -> None:
+    plan = plan_moe(PROBLEM, 90)[-1]
+    wrong = dataclasses.replace(plan, operands={**plan.operands, "adapter_ptr": None})
+    with pytest.raises(TypeError, match=r"plan of combine: missing \[\], unknown \['adapter_ptr'\]"):
+        wrong.check_names()
+    fewer = {name: value for name, value in plan.constexprs.items() if name != "H"}
+    with pytest.raises(TypeError, match=r"plan of combine: missing \['H'\], unknown \[\]"):
+        dataclasses.replace(plan, constexprs=fewer).check_names()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "block_m"), list(itertools.product((1, 3, 17, 300), (1, 4, 40), (4, 16)))
+)
+def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m: int) -> None:
+    worst = 0
+    for active in range(1, min(pairs, experts) + 1):
+        # The most tiles: every expert but one ends with a tile of a single row.
+        spare = pairs - active
+        worst = max(worst, active + spare // block_m)
+    assert tile_slots(pairs, experts, block_m) == worst
+
+
+def test_sort_bounds_what_its_programs_read() -> None:
+    for pairs in (1, 128, 129, 128 * 256, 128 * 256 + 1, 131072 * 8):
+        count, sort = plan_sort(pairs=pairs, experts=32, block_m=128, expert_offset=False)
+        assert count.grid == sort.grid
+        assert sort.grid[0] <= 256
+        assert sort.grid[0] * sort.constexprs["STEPS"] * sort.constexprs["BLOCK_P"] >= pairs
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 64, 65, 200, 256])
+def test_ranks_are_padded_to_whole_blocks(rank: int) -> None:
+    block, padded = rank_blocks(rank)
+    assert block >= 16
+    assert padded == cdiv(rank, block) * block
+    assert padded - rank < block
+
+
+def test_tables_reach_any_load_and_newer_gpus_use_the_last_family() -> None:
+    for capability in (80, 86, 89, 90, 100, 103, 120):
+        for pairs in (1, 64, 10**6):
+            tile = choose_tile(capability, pairs, 32)
+            assert tile.block_k % 32 == 0
+    with pytest.raises(NotImplementedError, match="need compute capability 8.0 or later, got sm_75"):
+        choose_tile(75, 1, 1)
+
+
+@pytest.mark.parametrize("problem", VARIANTS[:5])
+def test_estimates_are_positive(problem: MoeProblem) -> None:
+    plans: list[Plan] = plan_moe(problem, 90)
+    assert all(plan.bytes_accessed > 0 for plan in plans)
+    assert sum(plan.flops for plan in plans) > 2 * problem.tokens * problem.top_k * 3 * 2880**2
