@@ -1,7 +1,7 @@
 """JAX arrays as torch tensors and back, without a copy.
 
-Both frameworks then own one buffer. JAX takes its arrays for immutable: write to such a tensor only if no JAX computation
-will read the array again.
+Both frameworks then own one buffer. JAX takes its arrays for immutable: write to such a tensor only if no JAX
+computation will read the array again.
 """
 
 import jax
@@ -24,8 +24,8 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
     """The same memory as a torch tensor, readable on torch's current stream.
 
     Raises:
-      ValueError: the array is traced, lies on several devices, or has a dtype other than bfloat16, uint8, int32 or float32;
-        the text calls it `name`.
+      ValueError: the array is traced, lies on several devices, or has a dtype other than bfloat16, uint8, int32 or
+        float32; the text calls it `name`.
     """
     if isinstance(array, jax.core.Tracer):
         raise ValueError(f"{name} must be a concrete array, got the tracer {array.aval}")
@@ -43,8 +43,9 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
     """The same memory as a JAX array, read after what torch's current stream has queued.
 
     Raises:
-      ValueError: the tensor requires a gradient, is not dense and contiguous, is not aligned (16 bytes on a GPU, 64 on a CPU),
-        is on another kind of device, or has a dtype other than bfloat16, uint8, int32 or float32; the text calls it `name`.
+      ValueError: the tensor requires a gradient, is not dense, contiguous and aligned (16 bytes on a GPU, 64 on a
+        CPU), is on another kind of device, or has a dtype other than bfloat16, uint8, int32 or float32; the text calls
+        it `name`.
     """
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient: pass {name}.detach()")

@@ -8,8 +8,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from jmoe.triton_src.plan import Buffer, Plan
 
 ALIGNMENT = 16
-"""Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile another
-kernel for one that is not."""
+"""Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile
+another kernel for one that is not."""
 
 INTERPRETER_CAPABILITY = 90
 """The interpreter has no device: it runs the plans for this one."""
@@ -22,9 +22,7 @@ def launch(plans: Sequence[Plan], buffers: Mapping[str, torch.Tensor]) -> dict[s
     for plan in plans:
         plan.check_names()
         outputs = {parameter: allocate(buffer, device) for parameter, buffer in plan.outputs.items()}
-        operands = {
-            parameter: None if name is None else everything[name] for parameter, name in plan.operands.items()
-        }
+        operands = {parameter: None if name is None else everything[name] for parameter, name in plan.operands.items()}
         plan.kernel[plan.grid](
             **operands,
             **outputs,

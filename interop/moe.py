@@ -76,7 +76,8 @@ def moe(
     x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted.
 
     Raises:
-      ValueError: a tensor is on another device than x, not contiguous, not aligned to 16 bytes, or x is not bf16 [T, H].
+      ValueError: a tensor is on another device than x, not contiguous or not aligned to 16 bytes, or x is not bf16
+        [T, H].
       NotImplementedError: no GPU and no interpreter.
     """
     if x.ndim != 2 or x.dtype != torch.bfloat16:

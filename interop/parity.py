@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import torch
@@ -23,7 +24,7 @@ from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.plan import cdiv
 
 LARGEST_ERROR = 5e-3
-"""||y - reference|| / ||reference||: bf16 keeps 8 bits, so one rounding costs up to 2e-3 and a layer has about three."""
+"""||y - reference|| / ||reference||: bf16 keeps 8 bits, so a rounding costs up to 2e-3, and a layer has about three."""
 
 LARGEST_RATIO = 1.1
 """Times the error of PyTorch's own bf16 computation on the same inputs."""
@@ -84,7 +85,9 @@ def compare(label: str, layer: Layer, top_k: int) -> Row:
     t, t_routing = jax.tree.map(to_torch, (layer, routing))
     options = {"top_k": top_k, "lora": t.lora, "adapter_ids": t.adapter_ids}
     exact = reference.moe(t.x, None, t.experts, routing=t_routing, **options)
-    bf16 = relative_error(reference.moe(t.x, None, t.experts, routing=t_routing, dtype=torch.bfloat16, **options), exact)
+    bf16 = relative_error(
+        reference.moe(t.x, None, t.experts, routing=t_routing, dtype=torch.bfloat16, **options), exact
+    )
     xla = relative_error(to_torch(run_jax(layer, top_k, "xla")), exact)
 
     triton_jax: float | str = "lowered only"
@@ -118,7 +121,9 @@ def failures(row: Row) -> list[str]:
             if not error <= LARGEST_ERROR:
                 wrong.append(f"{row.label}: {name} is off by {error:.1e}, more than {LARGEST_ERROR:.0e}")
             if not error <= LARGEST_RATIO * row.torch_bf16:
-                wrong.append(f"{row.label}: {name} is off by {error:.1e}, more than PyTorch's bf16 {row.torch_bf16:.1e}")
+                wrong.append(
+                    f"{row.label}: {name} is off by {error:.1e}, more than PyTorch's bf16 {row.torch_bf16:.1e}"
+                )
     if row.same_bits is False:
         wrong.append(f"{row.label}: the launches from JAX and from torch differ")
     return wrong
@@ -140,7 +145,7 @@ def run_jax(layer: Layer, top_k: int, backend: str) -> jax.Array:
 
 
 @functools.cache
-def jitted_layer(top_k: int, backend: str | Target) -> Callable[[Layer], jax.Array]:
+def jitted_layer(top_k: int, backend: str | Target) -> Any:
     """jax.jit of jmoe.moe on a Layer."""
 
     def call(layer: Layer) -> jax.Array:
@@ -172,7 +177,7 @@ def interpreter_steps(layer: Layer, top_k: int) -> int:
 
 
 def lower(shapes: Sequence[LayerShape]) -> None:
-    """Compiles every launch of these layers to PTX for every target, on any machine; raises what the compiler raises."""
+    """Compiles every launch of these layers to PTX for every target, on any machine; raises what compilers raise."""
     for shape in shapes:
         layer = jax.eval_shape(functools.partial(random_layer, shape))
         for target in TARGETS:
@@ -181,7 +186,7 @@ def lower(shapes: Sequence[LayerShape]) -> None:
 
 
 def lower_elsewhere(shapes: Sequence[LayerShape]) -> str | None:
-    """`lower` in a process of its own, whose kernels are not those of Triton's interpreter; the error's text, or None."""
+    """`lower` in a process of its own, whose kernels are not the interpreter's; the error's text, or None."""
     program = "import sys, jmoe.interop.parity as parity; parity.lower_command(sys.argv[1])"
     command = [sys.executable, "-c", program, json.dumps([dataclasses.asdict(shape) for shape in shapes])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment_without_interpreter(), check=False)
@@ -216,4 +221,3 @@ def shape_of(layer: Layer, top_k: int) -> LayerShape:
         mxfp4=not isinstance(gate_up, jax.Array),
         bias=layer.experts.gate_up_bias is not None,
     )
-

@@ -1,7 +1,7 @@
-"""The mixture-of-experts layer in plain torch: dequantise, then multiply. Independent of the kernels and of the JAX side.
+"""The layer in plain torch: dequantise, then multiply. Independent of the kernels and of the JAX side.
 
-The dtype says at what precision it runs: float64 is the reference that results are judged by, bfloat16 is what a PyTorch
-user would compute, whose error is the yardstick.
+The dtype says at what precision it runs: float64 is the reference that results are judged by, bfloat16 is what a
+PyTorch user would compute, whose error is the yardstick.
 """
 
 import torch
@@ -27,7 +27,7 @@ def dequantize(weight: Mxfp4Like | torch.Tensor, expert: int, dtype: torch.dtype
 
 
 def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts int64 [T, k], weights [T, k]): the top_k largest logits, then their softmax; ties go to the lower expert."""
+    """(experts int64 [T, k], weights [T, k]): the largest logits, then their softmax; ties go to the lower expert."""
     order = torch.argsort(router_logits, dim=1, descending=True, stable=True)[:, :top_k]
     return order, torch.softmax(torch.gather(router_logits, 1, order), dim=1)
 

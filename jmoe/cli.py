@@ -33,9 +33,13 @@ def parity(
     checkpoint: Annotated[Path | None, typer.Option(help="A gpt-oss directory: run one of its layers.")] = None,
     layer: Annotated[int, typer.Option(help="Which layer of the checkpoint.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory for the checkpoint.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")
+    ] = None,
 ) -> None:
     """Runs a layer through JAX and PyTorch on the same bytes, and compares each result with float64.
 
@@ -78,7 +82,9 @@ def parity(
 def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between.")] = "",
     experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions.")
+    ] = None,
 ) -> None:
     """Times one layer of gpt-oss's size beside every peer that is installed: microseconds a call.
 
@@ -123,7 +129,7 @@ def show(rows: "list[Row]") -> None:
 def read_layer(
     directory: Path, index: int, adapter: Path | None, text: Path | None, tokens: int
 ) -> "tuple[Layer, int]":
-    """(one layer's arguments for the first tokens of a text, top_k): embedded, normalised and routed by the checkpoint."""
+    """(one layer's arguments for the first tokens of a text, top_k); the checkpoint embeds, normalises and routes."""
     from tokenizers import Tokenizer
 
     from jmoe.adapters import load_lora
@@ -146,7 +152,7 @@ def read_layer(
 
 def readme_text() -> str:
     """jmoe's README, which is part of the installed package's metadata."""
-    return importlib.metadata.distribution("jmoe").metadata.get_payload()
+    return importlib.metadata.metadata("jmoe").json["description"]  # type: ignore[return-value]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-# Compilation makes the first example slow and no later one. CI must not fail by chance: examples are the same each time.
+# Compilation makes the first example slow and no later one. Examples are the same each time, so that CI fails for a reason.
 hypothesis.settings.register_profile("jmoe", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jmoe")
 

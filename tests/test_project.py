@@ -66,7 +66,9 @@ def starts(module: str, *packages: str) -> bool:
 
 def test_triton_src_imports_triton_and_the_standard_library_alone() -> None:
     for found in imports("triton_src"):
-        allowed = starts(found.module, "triton", "jmoe.triton_src") or found.module.split(".")[0] in sys.stdlib_module_names
+        allowed = (
+            starts(found.module, "triton", "jmoe.triton_src") or found.module.split(".")[0] in sys.stdlib_module_names
+        )
         assert allowed, found
 
 
@@ -154,7 +156,9 @@ def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
 def import_seconds(modules: str) -> float:
     """The least time of a few fresh processes."""
     program = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
     return min(float(run.stdout) for run in runs)
 
 

@@ -91,7 +91,11 @@ def random_layer(
     gate_up, down = weight(2 * intermediate, hidden), weight(hidden, intermediate)
     biases = [normal(experts, n).bfloat16() if bias else None for n in (2 * intermediate, hidden)]
     lora = Lora(*adapter(2 * intermediate, hidden, gate_up_rank), *adapter(hidden, intermediate, down_rank))
-    logits = torch.stack([torch.randperm(experts, generator=g) for _ in range(tokens)]) if tokens else torch.empty(0, experts)
+    logits = (
+        torch.stack([torch.randperm(experts, generator=g) for _ in range(tokens)])
+        if tokens
+        else torch.empty(0, experts)
+    )
     return Layer(
         x=normal(tokens, hidden).bfloat16(),
         router_logits=((logits - experts / 2) / 8).bfloat16(),

@@ -38,8 +38,9 @@ def grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """gate_up: out[p] = swiglu(x[token(p)] W[e]^T + LoRA + bias[e]). down: out[pair(p)] = gate * (x[p] W[e]^T + LoRA + bias[e]).
+    """out = x W[e]^T + LoRA + bias[e] by tiles of rows that share expert e, and what follows it.
 
+    gate_up: out[p] = swiglu(product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
     Grid: (cdiv(N, BLOCK_N), slots); one program = one expert's tile of positions by BLOCK_N columns.
     """
     tile = tl.program_id(1)

@@ -46,7 +46,9 @@ def shrink_kernel(
     k_in_tile = tl.arange(0, BLOCK_K)
     shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for adapter in range(ADAPTERS):
-        mine = row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
+        mine = (
+            row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
+        )
         if tl.max(mine.to(tl.int32), axis=0) > 0:
             a_base = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K)
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -59,7 +61,7 @@ def shrink_kernel(
                     other=0.0,
                 )
                 acc = tl.dot(x, a.to(x.dtype).T, acc)
-            # Rows of other adapters and padded ranks become zero here, not by a product with zero: x may hold infinities.
+            # Rows of other adapters and padded ranks are set to zero, not multiplied by it: x may hold infinities.
             shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), shrunk)
     tl.store(
         shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :],
@@ -87,9 +89,11 @@ def expand_tile(
     RANK_PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + shrunk B[a, e]^T for each row's adapter a. Rows of other adapters are selected away, not multiplied by zero."""
+    """acc + shrunk B[a, e]^T for each row's adapter a. Rows of others are selected away, not multiplied by zero."""
     for adapter in range(ADAPTERS):
-        mine = row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
+        mine = (
+            row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
+        )
         if tl.max(mine.to(tl.int32), axis=0) > 0:
             b_base = b_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (N * RANK)
             expanded = acc
@@ -111,7 +115,7 @@ def expand_tile(
 
 
 def rank_blocks(rank: int) -> tuple[int, int]:
-    """(BLOCK_R, RANK_PADDED) of a LoRA rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
+    """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
     block = min(64, max(16, next_power_of_2(rank)))
     return block, cdiv(rank, block) * block
 

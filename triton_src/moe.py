@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
@@ -40,9 +40,9 @@ class MoeProblem:
     ) -> Self:
         """The problem posed by buffers of these names and shapes.
 
-        x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down with gate_up_scales and down_scales
-        if they are MXFP4, and gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b, down_scale,
-        adapter_ids and expert_offset where there are any.
+        x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down, with gate_up_scales and
+        down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b,
+        down_scale, adapter_ids and expert_offset where there are any.
         """
         tokens, hidden = shapes["x"]
         scale = shapes.get("gate_up_scale", shapes.get("down_scale"))
@@ -83,7 +83,7 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
         gate_up = projection == "gate_up"
         n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
         rank = p.gate_up_rank if gate_up else p.down_rank
-        shared = {
+        shared: dict[str, Any] = {
             "k": k,
             "slots": slots,
             "pairs": pairs,

@@ -1,7 +1,6 @@
 """README's tables, generated from committed results: python -m jmoe.bench.readme rewrites README.md in place."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,12 @@ SECTIONS = {"parity": parity, "bench": bench}
 def render(text: str) -> str:
     """The text with each generated section filled anew."""
     for name, section in SECTIONS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda m, body=section(): m[1] + body + m[2], text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"README.md must have one section <!-- {name} -->, got {count}")
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have one section between {begin.strip()} and {end.strip()}")
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + begin + section() + end + after
     return text
 
 

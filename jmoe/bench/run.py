@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops.experts import Experts
 from jmoe.ops.moe import moe
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.random_layer import LayerShape, random_layer
@@ -92,21 +91,28 @@ def ragged_dot(shape: LayerShape) -> float | str:
     experts = random_layer(shape).experts
     dense = [dequantize(w) if isinstance(w, Mxfp4) else w for w in (experts.gate_up, experts.down)]
     gate_up, down = (jnp.swapaxes(w, 1, 2) for w in dense)
-    biased = Experts(gate_up, experts.gate_up_bias, down, experts.down_bias)
-    return scan_microseconds(shape, lambda x, logits: ragged_layer(x, logits, biased, shape.top_k))
+    biases = experts.gate_up_bias, experts.down_bias
+    return scan_microseconds(shape, lambda x, logits: ragged_layer(x, logits, gate_up, down, biases, shape.top_k))
 
 
-def ragged_layer(x: jax.Array, logits: jax.Array, experts: Experts, top_k: int) -> jax.Array:
+def ragged_layer(
+    x: jax.Array,
+    logits: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    biases: tuple[jax.Array | None, jax.Array | None],
+    top_k: int,
+) -> jax.Array:
     """The layer on dense weights [E, K, N] by lax.ragged_dot."""
     routing = route(logits, top_k)
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat)
-    sizes = jnp.bincount(flat, length=experts.down.shape[0])
+    sizes = jnp.bincount(flat, length=down.shape[0])
     rows = flat[order]
-    z = lax.ragged_dot(x[order // top_k], experts.gate_up, sizes)
-    z = z if experts.gate_up_bias is None else z + experts.gate_up_bias[rows]
-    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), experts.down, sizes)
-    out = out if experts.down_bias is None else out + experts.down_bias[rows]
+    z = lax.ragged_dot(x[order // top_k], gate_up, sizes)
+    z = z if biases[0] is None else z + biases[0][rows]
+    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), down, sizes)
+    out = out if biases[1] is None else out + biases[1][rows]
     weighted = out.astype(jnp.float32) * routing.weights.reshape(-1)[order][:, None]
     return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted).astype(x.dtype)
 

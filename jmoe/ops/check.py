@@ -119,15 +119,19 @@ def check_lora(lora: Lora | None, experts: Experts) -> None:
         check_float(f"lora.{projection}_b", b)
         if a.ndim != 4 or b.ndim != 4:
             raise ValueError(
-                f"lora.{projection}_a and _b must have rank 4 [A, E, r, {k}] and [A, E, {n}, r], got shapes {a.shape} and {b.shape}"
+                f"lora.{projection}_a and _b must have rank 4 [A, E, r, {k}] and [A, E, {n}, r], "
+                f"got shapes {a.shape} and {b.shape}"
             )
         if a.shape[2] != b.shape[3]:
             raise ValueError(
-                f"lora.{projection}_a and _b must have one rank, got {a.shape[2]} (A {a.shape}) and {b.shape[3]} (B {b.shape})"
+                f"lora.{projection}_a and _b must have one rank, "
+                f"got {a.shape[2]} (A {a.shape}) and {b.shape[3]} (B {b.shape})"
             )
         rank = a.shape[2]
         if adapters < 1 or rank < 1:
-            raise ValueError(f"lora.{projection}_a must hold at least one adapter of rank 1 or more, got shape {a.shape}")
+            raise ValueError(
+                f"lora.{projection}_a must hold at least one adapter of rank 1 or more, got shape {a.shape}"
+            )
         check_shape(f"lora.{projection}_a", a, (adapters, count, rank, k))
         check_shape(f"lora.{projection}_b", b, (adapters, count, n, rank))
         check_shape(f"lora.{projection}_scale", scale, (adapters,))
@@ -151,5 +155,6 @@ def check_adapter_ids(adapter_ids: jax.Array | None, lora: Lora | None, tokens: 
         ids = np.asarray(adapter_ids)
         if ids.min() < -1 or ids.max() >= adapters:
             raise ValueError(
-                f"adapter_ids must be between -1 (no adapter) and {adapters - 1}, got values from {ids.min()} to {ids.max()}"
+                f"adapter_ids must be between -1 (no adapter) and {adapters - 1}, "
+                f"got values from {ids.min()} to {ids.max()}"
             )

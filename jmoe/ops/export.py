@@ -15,7 +15,7 @@ TRITON_CUSTOM_CALL = "triton_kernel_call_ffi"
 
 
 def allow_triton_call() -> tuple[jax.export.DisabledSafetyCheck, ...]:
-    """`disabled_checks` for jax.export.export: admits jax-triton's custom call, which JAX does not vouch for over versions.
+    """`disabled_checks` for jax.export.export: admits jax-triton's custom call, for whose stability JAX does not vouch.
 
     jax.export.export(jax.jit(layer), platforms=["cuda"], disabled_checks=jmoe.allow_triton_call())(...)
     """

@@ -56,7 +56,7 @@ def _moe_launches(
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     platforms = ctx.platforms or ctx.module_context.platforms
     raise NotImplementedError(
-        f'the Triton backend runs on CUDA GPUs, but was lowered for {", ".join(platforms)}; '
+        f"the Triton backend runs on CUDA GPUs, but was lowered for {', '.join(platforms)}; "
         f'use backend="xla" there, or backend=None to choose by platform'
     )
 
@@ -143,7 +143,8 @@ def local_capability() -> int:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:
         raise NotImplementedError(
-            'lowering for CUDA on a machine without a GPU: name the GPU to compile for, as in backend=jmoe.Target("sm_90")'
+            "lowering for CUDA on a machine without a GPU: "
+            'name the GPU to compile for, as in backend=jmoe.Target("sm_90")'
         ) from None
     major, minor = device.compute_capability.split(".")
     return int(major) * 10 + int(minor)

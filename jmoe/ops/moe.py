@@ -58,14 +58,14 @@ def moe(
       experts: the weights; see jmoe.Experts.
       top_k: experts a token.
       lora: adapters on the experts; see jmoe.Lora.
-      adapter_ids: int32 [...], the adapter of each token, -1 for none. None with a Lora of one adapter: adapter 0 for all. An
-        id that no adapter has is an error when concrete, and makes its token NaN when traced.
+      adapter_ids: int32 [...], the adapter of each token, -1 for none. None with a Lora of one adapter: adapter 0 for
+        all. An id that no adapter has is an error when concrete, and makes its token NaN when traced.
       routing: a choice of experts to use instead of the logits', which are then ignored and may be None.
       expert_offset: `experts` holds the experts from this one on, of more that the router knows; pairs of others add
         nothing, so that shards sum to the whole. May be traced.
       swiglu_alpha, swiglu_limit: of gpt-oss's activation; see jmoe.ops.reference.swiglu.
-      backend: "triton", "xla", Target("sm_90") for Triton on a GPU that is not here, or None: Triton where this is lowered
-        for CUDA, XLA elsewhere.
+      backend: "triton", "xla", Target("sm_90") for Triton on a GPU that is not here, or None: Triton where this is
+        lowered for CUDA, XLA elsewhere.
 
     Returns:
       y like x.
@@ -114,8 +114,10 @@ def moe(
 
 def flatten_tokens(array: jax.Array, axes: int) -> jax.Array:
     """Merges the first `axes` axes into one."""
-    return array.reshape(-1, *array.shape[axes:]) if array.size else array.reshape(
-        int(np.prod(array.shape[:axes])), *array.shape[axes:]
+    return (
+        array.reshape(-1, *array.shape[axes:])
+        if array.size
+        else array.reshape(int(np.prod(array.shape[:axes])), *array.shape[axes:])
     )
 
 
@@ -162,9 +164,7 @@ def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
         routing = route(buffers["router_logits"], options.top_k)
     offset = buffers["expert_offset"][0] if "expert_offset" in buffers else 0
     ids = buffers.get("adapter_ids")
-    return moe_reference(
-        buffers["x"], routing, experts, lora, ids, offset, options.swiglu_alpha, options.swiglu_limit
-    )
+    return moe_reference(buffers["x"], routing, experts, lora, ids, offset, options.swiglu_alpha, options.swiglu_limit)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

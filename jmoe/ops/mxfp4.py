@@ -43,8 +43,8 @@ class Mxfp4:
 def quantize(w: Float[Array, "E N K"]) -> Mxfp4:
     """Rounds weights to MXFP4, block by block, as section 6.3 of the OCP MX specification says.
 
-    A block's scale is 2**(floor(log2(largest magnitude)) - 2); its values are rounded to the nearest e2m1, ties to even,
-    and saturate at 6 scales. A block with a NaN or an infinity becomes all NaN (scale byte 255).
+    A block's scale is 2**(floor(log2(largest magnitude)) - 2); its values are rounded to the nearest e2m1, ties to
+    even, and saturate at 6 scales. A block with a NaN or an infinity becomes all NaN (scale byte 255).
 
     Raises:
       ValueError: w is not a floating array of rank 3, or K is not a multiple of 32.

@@ -27,10 +27,10 @@ def moe_reference(
     swiglu_alpha: float,
     swiglu_limit: float,
 ) -> Float[Array, "T H"]:
-    """y[t] = sum over t's pairs of weight * expert(x[t]), one expert after another so that one is dequantised at a time.
+    """y[t] = sum over t's pairs of weight * expert(x[t]), one expert after another: one is dequantised at a time.
 
-    Pairs of experts outside [expert_offset, expert_offset + E) add nothing. An expert that no token chose is skipped, so
-    neither its time nor a NaN in it counts.
+    Pairs of experts outside [expert_offset, expert_offset + E) add nothing. An expert that no token chose is skipped,
+    so that neither its time nor a NaN in it counts.
     """
     if adapter_ids is None:
         adapter_ids = jnp.zeros_like(routing.experts[:, 0])

@@ -9,17 +9,26 @@ from hypothesis import strategies as st
 
 from jmoe.interop import launch, reference
 from jmoe.interop.moe import moe
-from tests.torch_layers import Layer, PoisonedAllocator, Routing, Weight, random_layer, relative_error, surround, transform
+from tests.torch_layers import (
+    Layer,
+    PoisonedAllocator,
+    Routing,
+    Weight,
+    random_layer,
+    relative_error,
+    surround,
+    transform,
+)
 
 pytestmark = pytest.mark.interpret
 
 LARGEST_ERROR = 5e-3
 ENOUGH = 256
-"""Results over which rounding errors average out; with fewer of them a cancellation in one shows, and 1e-2 is allowed."""
+"""Results over which rounding errors average out; with fewer, a cancellation in one shows, and 1e-2 is allowed."""
 
 
 def check(layer: Layer) -> torch.Tensor:
-    """The layer in poison agrees with float64, at most 1.1 times as far off as torch's own bf16, and writes nothing else."""
+    """The layer in poison agrees with float64, at most 1.1 times as far off as torch's bf16, and writes no more."""
     poisoned = transform(layer, surround)
     allocate, launch.allocate = launch.allocate, PoisonedAllocator()
     try:
@@ -196,11 +205,12 @@ def test_a_weight_may_be_dense_beside_an_mxfp4_one() -> None:
 
 def test_tensors_the_kernels_cannot_read_are_named() -> None:
     layer = random_layer(tokens=4)
+    blocks, scales = layer.experts.gate_up.blocks, layer.experts.gate_up.scales
+    strided = dataclasses.replace(layer.experts, gate_up=Weight(blocks, scales.mT.contiguous().mT))
+    shifted = torch.zeros(17, dtype=torch.bfloat16)[1:].view(4, 4)
     with pytest.raises(ValueError, match=r"gate_up_scales must be contiguous, got shape \(4, 192, 2\) with strides"):
-        weight = Weight(layer.experts.gate_up.blocks, layer.experts.gate_up.scales.mT.contiguous().mT)
-        moe(layer.x, layer.router_logits, dataclasses.replace(layer.experts, gate_up=weight), top_k=2)
+        moe(layer.x, layer.router_logits, strided, top_k=2)
     with pytest.raises(ValueError, match="router_logits must be aligned to 16 bytes, got address 0x"):
-        shifted = torch.zeros(17, dtype=torch.bfloat16)[1:].view(4, 4)
         moe(layer.x, shifted, layer.experts, top_k=2)
     with pytest.raises(ValueError, match=r"x must be bfloat16 \[T, H\], got torch.float32 with shape \(4, 64\)"):
         moe(layer.x.float(), layer.router_logits, layer.experts, top_k=2)

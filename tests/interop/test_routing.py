@@ -60,9 +60,7 @@ def test_nan_is_chosen_and_shows() -> None:
 
 
 @settings(max_examples=30)
-@given(
-    st.integers(1, 700), st.integers(1, 64), st.sampled_from([16, 64, 128]), st.integers(0, 10**6), st.booleans()
-)
+@given(st.integers(1, 700), st.integers(1, 64), st.sampled_from([16, 64, 128]), st.integers(0, 10**6), st.booleans())
 def test_order_is_a_stable_sort_and_tiles_cover_it(
     pairs: int, count: int, block_m: int, seed: int, sharded: bool
 ) -> None:

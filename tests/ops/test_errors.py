@@ -71,9 +71,8 @@ CASES = {
     "lora.gate_up_a and _b must have one rank, got 4 (A (2, 5, 4, 64)) and 8 (B (2, 5, 192, 8))": lora(
         gate_up_b=zeros(2, 5, 192, 8)
     ),
-    "lora.gate_up_a and _b must have rank 4 [A, E, r, 64] and [A, E, 192, r], got shapes (5, 4, 64) and (2, 5, 192, 4)": lora(
-        gate_up_a=zeros(5, 4, 64)
-    ),
+    "lora.gate_up_a and _b must have rank 4 [A, E, r, 64] and [A, E, 192, r], "
+    "got shapes (5, 4, 64) and (2, 5, 192, 4)": lora(gate_up_a=zeros(5, 4, 64)),
     "lora.gate_up_a must have shape (2, 5, 4, 64), got (2, 4, 4, 64)": lora(gate_up_a=zeros(2, 4, 4, 64)),
     "lora.down_b must have shape (2, 5, 64, 4), got (3, 5, 64, 4)": lora(down_b=zeros(3, 5, 64, 4)),
     "lora.down_a must be bfloat16 or float32, got int32": lora(down_a=zeros(2, 5, 4, 96, dtype=jnp.int32)),
@@ -120,7 +119,7 @@ def test_bad_routing(message: str, routing: jmoe.Routing) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match='^backend must be "triton", "xla", a jmoe.Target or None, got \'cuda\'$'):
+    with pytest.raises(ValueError, match=r'^backend must be "triton", "xla", a jmoe.Target or None, got \'cuda\'$'):
         run(backend="cuda")
 
 
@@ -132,21 +131,25 @@ def test_unknown_target(architecture: str) -> None:
 
 
 def test_triton_takes_bfloat16_alone() -> None:
-    with pytest.raises(NotImplementedError, match='^the Triton backend takes bfloat16 x, got float32; use backend="xla"$'):
+    with pytest.raises(
+        NotImplementedError, match=r'^the Triton backend takes bfloat16 x, got float32; use backend="xla"$'
+    ):
         run(layer(x=LAYER.x.astype(jnp.float32)), backend="triton")
-    with pytest.raises(NotImplementedError, match="^the Triton backend takes bfloat16 down, got float32"):
+    with pytest.raises(NotImplementedError, match=r"^the Triton backend takes bfloat16 down, got float32"):
         run(experts(down=zeros(5, 64, 96, dtype=jnp.float32)), backend=jmoe.Target("sm_90"))
 
 
 def test_triton_has_no_gradient_yet() -> None:
-    with pytest.raises(NotImplementedError, match="^the Triton backend of jmoe.moe has no gradient yet; differentiate with"):
+    with pytest.raises(
+        NotImplementedError, match=r"^the Triton backend of jmoe.moe has no gradient yet; differentiate with"
+    ):
         jax.grad(lambda x: run(layer(x=x), backend="triton").astype(jnp.float32).sum())(LAYER.x)
 
 
 def test_the_default_backend_refuses_a_gradient_only_where_it_is_triton() -> None:
     gradient = jax.jit(jax.grad(lambda x: run(layer(x=x)).astype(jnp.float32).sum()))
     assert jnp.isfinite(gradient(LAYER.x)).all()
-    with pytest.raises(NotImplementedError, match="has no gradient yet|on a machine without a GPU"):
+    with pytest.raises(NotImplementedError, match=r"has no gradient yet|on a machine without a GPU"):
         gradient.trace(LAYER.x).lower(lowering_platforms=("cuda",))
 
 
@@ -200,5 +203,7 @@ def test_no_gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such backend")
 
     monkeypatch.setattr(jax, "local_devices", no_devices)
-    with pytest.raises(NotImplementedError, match=r'name the GPU to compile for, as in backend=jmoe.Target\("sm_90"\)$'):
+    with pytest.raises(
+        NotImplementedError, match=r'name the GPU to compile for, as in backend=jmoe.Target\("sm_90"\)$'
+    ):
         jax.jit(lambda x: run(layer(x=x))).trace(LAYER.x).lower(lowering_platforms=("cuda",))

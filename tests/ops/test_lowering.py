@@ -115,9 +115,7 @@ def test_scan_and_checkpoint_hold_one_copy_of_the_launches() -> None:
 def test_export_without_a_gpu() -> None:
     layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2, adapters=1, rank=4))
     call = jax.jit(
-        lambda x, logits, experts, lora: jmoe.moe(
-            x, logits, experts, top_k=2, lora=lora, backend=jmoe.Target("sm_90")
-        )
+        lambda x, logits, experts, lora: jmoe.moe(x, logits, experts, top_k=2, lora=lora, backend=jmoe.Target("sm_90"))
     )
     arguments = (layer.x, layer.router_logits, layer.experts, layer.lora)
     with pytest.raises(ValueError, match="Cannot serialize code with custom calls whose targets have no compatibility"):

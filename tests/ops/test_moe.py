@@ -191,9 +191,7 @@ def test_vmap_is_a_loop(batched: str) -> None:
     arguments = [s if axis == 0 else o for s, o, axis in zip(stacked, single, axes, strict=True)]
     got = jax.vmap(call, in_axes=axes)(*arguments)
     for i in range(2):
-        np.testing.assert_allclose(
-            got[i].astype(jnp.float32), call(*pick(i)).astype(jnp.float32), rtol=1e-2, atol=1e-2
-        )
+        np.testing.assert_allclose(got[i].astype(jnp.float32), call(*pick(i)).astype(jnp.float32), rtol=1e-2, atol=1e-2)
 
 
 def test_scan_checkpoint_and_donation() -> None:
@@ -212,7 +210,14 @@ def test_containers_pass_through_device_put_and_tree_paths() -> None:
     moved = jax.device_put(layer, jax.devices()[0])
     assert jnp.array_equal(run(moved), run(layer))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(layer.experts)]
-    assert paths == [".gate_up.blocks", ".gate_up.scales", ".gate_up_bias", ".down.blocks", ".down.scales", ".down_bias"]
+    assert paths == [
+        ".gate_up.blocks",
+        ".gate_up.scales",
+        ".gate_up_bias",
+        ".down.blocks",
+        ".down.scales",
+        ".down_bias",
+    ]
 
 
 def test_orbax_saves_and_restores_containers(tmp_path: object) -> None:

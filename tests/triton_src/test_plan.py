@@ -81,9 +81,7 @@ def test_a_misspelt_parameter_is_noticed() -> None:
         dataclasses.replace(plan, constexprs=fewer).check_names()
 
 
-@pytest.mark.parametrize(
-    ("pairs", "experts", "block_m"), list(itertools.product((1, 3, 17, 300), (1, 4, 40), (4, 16)))
-)
+@pytest.mark.parametrize(("pairs", "experts", "block_m"), list(itertools.product((1, 3, 17, 300), (1, 4, 40), (4, 16))))
 def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m: int) -> None:
     worst = 0
     for active in range(1, min(pairs, experts) + 1):
@@ -114,7 +112,7 @@ def test_tables_reach_any_load_and_newer_gpus_use_the_last_family() -> None:
         for pairs in (1, 64, 10**6):
             tile = choose_tile(capability, pairs, 32)
             assert tile.block_k % 32 == 0
-    with pytest.raises(NotImplementedError, match="need compute capability 8.0 or later, got sm_75"):
+    with pytest.raises(NotImplementedError, match=r"need compute capability 8.0 or later, got sm_75"):
         choose_tile(75, 1, 1)
 
 
