@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import jax
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from jmoe.ops.random_layer import Layer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=max(110, Console().width))
+console = Console(width=max(140, Console().width))
 
 
 @app.callback()
@@ -57,8 +58,10 @@ def parity(
         rows = [check.compare_random(shape) for shape in shapes]
     else:
         arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens)
-        shapes = [check.shape_of(arrays, top_k)]
-        rows = [check.compare(f"layer {layer}, {arrays.x.shape[0]} tokens", arrays, top_k)]
+        layers = {"": dataclasses.replace(arrays, lora=None)} | ({} if arrays.lora is None else {", adapter": arrays})
+        shapes = [check.shape_of(each, top_k) for each in layers.values()]
+        name = f"layer {layer}, {shapes[0]}"
+        rows = [check.compare(name + suffix, each, top_k) for suffix, each in layers.items()]
     failures = [failure for row in rows for failure in row.failures]
     show(rows)
     if gpu:
@@ -93,8 +96,8 @@ def bench(
     from jmoe.bench import run
 
     shapes = run.shapes([int(count) for count in tokens.split(",")] if tokens else None, experts)
-    table = Table(title="microseconds a call")
-    table.add_column("layer")
+    table = Table(title="microseconds a call", box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
     names = list(run.IMPLEMENTATIONS)
     for name in names:
         table.add_column(name)
@@ -115,8 +118,9 @@ def write(file: Path, results: dict[str, object]) -> None:
 
 def show(rows: "list[Row]") -> None:
     """Prints the table of `parity`."""
-    table = Table(title="relative error against float64")
-    for column in ("layer", "XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
+    table = Table(title="relative error against float64", box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for column in ("XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
         table.add_column(column)
     for row in rows:
         columns = (row.xla, row.triton_jax, row.triton_torch, row.triton_kernels, row.torch_bf16)
@@ -156,5 +160,13 @@ def readme_text() -> str:
 
 
 def main() -> None:
-    """Entry point of the `jmoe` command."""
-    app()
+    """Entry point of the `jmoe` command: what is wrong with the input is one line, not a traceback."""
+    try:
+        app()
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(f"jmoe: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

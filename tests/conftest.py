@@ -8,7 +8,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-# Compilation makes the first example slow and no later one. Examples are the same each time, so that CI fails for a reason.
+# Compilation makes the first example slow and no later one. The examples are the same each time, so that CI fails for a
+# reason and not by chance.
 hypothesis.settings.register_profile("jmoe", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jmoe")
 

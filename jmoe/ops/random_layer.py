@@ -31,7 +31,8 @@ class LayerShape:
     def __str__(self) -> str:
         weights = "" if self.mxfp4 else ", bf16 experts"
         lora = "" if not self.adapters else f", LoRA r={self.rank}" + (f" x{self.adapters} mixed" if self.mixed else "")
-        size = f"{self.tokens} tokens, {self.experts} experts, top-{self.top_k}, {self.hidden}/{self.intermediate}"
+        count = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        size = f"{count}, {self.experts} experts, top-{self.top_k}, {self.hidden}/{self.intermediate}"
         return size + weights + lora
 
 

@@ -1,0 +1,78 @@
+"""The `jmoe` command, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny_gpt_oss"
+
+
+def jmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command on a machine that shows it no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jmoe.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_parity_of_a_checkpoint_with_an_adapter(tmp_path: Path) -> None:
+    out = tmp_path / "parity.json"
+    run = jmoe(
+        "parity", "--checkpoint", TINY, "--adapter", TINY / "adapter", "--tokens", 8, "--text", ROOT / "LICENSE", "--out", out
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "lowered only" in run.stdout
+    assert "not run" in run.stdout
+    assert "every launch compiled for sm_80, sm_90, sm_100" in run.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["failures"] == []
+    assert 0 < row["xla"] <= 5e-3
+    assert 0 < row["triton_torch"] <= 5e-3
+
+
+def test_parity_of_random_layers() -> None:
+    run = jmoe("parity")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("pass") == 6
+
+
+def test_parity_fails_when_results_disagree() -> None:
+    program = (
+        "import jmoe.cli, jmoe.ops.random_layer as r\n"
+        "from jmoe.interop import parity\n"
+        "parity.small_shapes = lambda: [r.LayerShape(3, 64, 64, 4, 2)]\n"
+        "real = parity.moe_torch\n"
+        "parity.moe_torch = lambda *a, **k: real(*a, **k) * 1.01\n"
+        "jmoe.cli.main()"
+    )
+    environment = dict(os.environ, TRITON_INTERPRET="1", JAX_PLATFORMS="cpu")
+    run = subprocess.run(
+        [sys.executable, "-c", program, "parity"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "FAIL 3 tokens, 4 experts, top-2, 64/64: triton_torch is off by 1.0e-02, more than 5e-03" in run.stdout
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    run = jmoe("parity", "--checkpoint", tmp_path / "nowhere")
+    assert run.returncode != 0
+    assert "nowhere" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_an_adapter_needs_a_checkpoint() -> None:
+    run = jmoe("parity", "--adapter", TINY / "adapter")
+    assert run.returncode == 2
+    assert "--adapter needs --checkpoint" in run.stderr
+
+
+def test_bench_times_what_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    run = jmoe("bench", "--tokens", "1", "--experts", "4", "--out", out)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(out.read_text())
+    assert results["rows"][0]["microseconds"]["jmoe"] > 0
+    assert results["rows"][0]["microseconds"]["triton_kernels"] == "no GPU"
+    assert {"date", "commit", "device", "versions"} <= set(results)
