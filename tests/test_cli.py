@@ -19,17 +19,20 @@ def jmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_parity_of_a_checkpoint_with_an_adapter(tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
+    adapter, text = TINY / "adapter", ROOT / "LICENSE"
     run = jmoe(
-        "parity", "--checkpoint", TINY, "--adapter", TINY / "adapter", "--tokens", 8, "--text", ROOT / "LICENSE", "--out", out
+        "parity", "--checkpoint", TINY, "--adapter", adapter, "--tokens", 8, "--text", text, "--out", out
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "lowered only" in run.stdout
     assert "not run" in run.stdout
     assert "every launch compiled for sm_80, sm_90, sm_100" in run.stdout
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["failures"] == []
-    assert 0 < row["xla"] <= 5e-3
-    assert 0 < row["triton_torch"] <= 5e-3
+    rows = json.loads(out.read_text())["rows"]
+    assert ["adapter" in row["label"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["failures"] == []
+        assert 0 < row["xla"] <= 5e-3
+        assert 0 < row["triton_torch"] <= 5e-3
 
 
 def test_parity_of_random_layers() -> None:

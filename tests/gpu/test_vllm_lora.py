@@ -31,7 +31,8 @@ def vllm_delta(
     config |= {"expand_block_size_n": 64, "expand_block_size_k": 16}
     delta = torch.zeros(chosen.shape[0], TOP_K, out, device=x.device, dtype=x.dtype)
     op._fused_moe_lora(
-        delta, x, [a[None] for a, _ in slices], [b[None] for _, b in slices], weights, None, chosen.flatten().int(), None,
+        delta, x, [a[None] for a, _ in slices], [b[None] for _, b in slices], weights,
+        None, chosen.flatten().int(), None,
         torch.zeros(chosen.shape[0], **ints), RANK, TOP_K, torch.tensor([0, -1], **ints),
         torch.tensor([1], dtype=torch.int32), torch.ones(2, **ints), mul_routed_weight=down, **config,
     )  # fmt: skip
