@@ -3,7 +3,14 @@ VENV ?= .venv
 PYTHON := $(firstword $(foreach p,python3.12 python3.13 python3 python,$(shell $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
+EXTRAS = dev$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
+
+# A failing recipe would add make's own lines and exit with 2. Asked whether a target is up to date, make says nothing,
+# runs nothing and exits with 1.
+ifeq ($(PYTHON)$(filter clean,$(MAKECMDGOALS)),)
+$(shell echo "jmoe needs Python 3.12 or later, and found none as python3.12, python3.13, python3 or python: install it" >&2)
+MAKEFLAGS += --question
+endif
 
 .PHONY: demo test lint bench clean
 
@@ -25,12 +32,8 @@ bench: $(READY)
 	@$(BIN)/jmoe bench
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-ifeq ($(PYTHON),)
-$(READY):
-	@echo "jmoe needs Python 3.12 or later, and found none as python3.12 or python3: install it, then run make again" >&2; exit 1
-else
 $(READY): pyproject.toml
 	@echo "== making $(VENV) with $(PYTHON): installs JAX, PyTorch and Triton, several minutes the first time"
 	@$(PYTHON) -m venv --clear $(VENV)
@@ -40,4 +43,3 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  "jax-cuda13-plugin==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	@touch $(READY)
-endif
