@@ -1,5 +1,7 @@
 """The bridge between JAX and torch: one buffer, two owners, no silent copy."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.layout import Format, Layout
 
 from jmoe.interop.dlpack import DTYPES, to_jax, to_torch
 
@@ -58,10 +61,20 @@ def test_tensors_that_jax_could_not_take_as_they_are() -> None:
         to_jax(torch.zeros(4, requires_grad=True), "x")
     with pytest.raises(ValueError, match=r"x must be dense, got layout torch.sparse_coo"):
         to_jax(torch.zeros(4).to_sparse(), "x")
+    with pytest.raises(ValueError, match=r"x must be dense, got a nested tensor"):
+        to_jax(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "x")
     with pytest.raises(ValueError, match=r"x must be bfloat16, uint8, int32 or float32, got torch.float16"):
         to_jax(torch.zeros(4, dtype=torch.float16), "x")
     with pytest.raises(ValueError, match=r"x must be on a CPU or a CUDA device, got meta"):
         to_jax(torch.zeros(4, device="meta"), "x")
+    with pytest.raises(ValueError, match=r"x must hold its own values, got a negated view: pass x.resolve_neg\(\)"):
+        to_jax(torch.ones(1, dtype=torch.complex64).conj().imag, "x")
+    freed = torch.zeros(4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"x must hold memory, got a Tensor at address 0"):
+        to_jax(freed, "x")
+    with pytest.raises(ValueError, match=r"x must be a torch.Tensor, got ndarray"):
+        to_jax(np.zeros(4), "x")
 
 
 def test_arrays_that_torch_could_not_take_as_they_are() -> None:
@@ -73,26 +86,81 @@ def test_arrays_that_torch_could_not_take_as_they_are() -> None:
     sharded = jax.device_put(jnp.zeros(4), jax.NamedSharding(mesh, jax.P("d")))
     with pytest.raises(ValueError, match=r"x must lie on one device, got 2: NamedSharding"):
         to_torch(sharded, "x")
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    columns_first = jax.device_put(jnp.zeros((2, 3)), Format(Layout(major_to_minor=(1, 0)), one_device))
+    with pytest.raises(ValueError, match=r"x must be contiguous, got shape \(2, 3\) with strides \(1, 2\)"):
+        to_torch(columns_first, "x")
+    deleted = jnp.zeros(4)
+    deleted.delete()
+    with pytest.raises(ValueError, match=r"x must hold memory, got a deleted or donated float32\[4\]"):
+        to_torch(deleted, "x")
+    with pytest.raises(ValueError, match=r"x must be a jax.Array, got ndarray"):
+        to_torch(np.zeros(4), "x")
+
+
+def test_a_read_in_torch_waits_for_jax_on_a_cpu() -> None:
+    run = slow_computation(size=512, steps=100)
+    array = run(jnp.ones((512, 512)))
+    running = not array.is_ready()
+    tensor = to_torch(array)
+    assert (running, *extremes(tensor)) == (True, 2.0, 2.0)
 
 
 @pytest.mark.gpu
-def test_a_read_in_torch_waits_for_jax() -> None:
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 60, lambda _, y: y @ x / 4096, x))
-    ones = jnp.ones((4096, 4096), jnp.float32)
-    slow(ones).block_until_ready()
-    tensor = to_torch(slow(ones))  # still running
-    assert float(tensor.min()) == float(tensor.max()) == 1.0
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_a_read_in_torch_waits_for_jax(side_stream: bool) -> None:
+    run = slow_computation(size=4096, steps=300)
+    with torch.cuda.stream(torch.cuda.Stream()) if side_stream else contextlib.nullcontext():
+        extremes(to_torch(jnp.zeros((4096, 4096))))  # loads torch's kernels: that may wait for the device
+        array = run(jnp.ones((4096, 4096)))
+        tensor = to_torch(array)
+        running = not array.is_ready()
+        assert (running, *extremes(tensor)) == (True, 2.0, 2.0)
 
 
 @pytest.mark.gpu
-def test_a_read_in_jax_waits_for_torch() -> None:
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_a_read_in_jax_waits_for_torch(side_stream: bool) -> None:
+    jax_extremes = jax.jit(lambda y: (y.min(), y.max()))
     x = torch.ones(4096, 4096, device="cuda")
     y = torch.full_like(x, 5.0)
+    jax_extremes(to_jax(x @ x))  # compiles
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(60):
+    with torch.cuda.stream(torch.cuda.Stream()) if side_stream else contextlib.nullcontext():
+        for _ in range(300):
             x = x @ x / 4096
         y.copy_(x)
-        array = to_jax(y)  # still running, on a stream that JAX does not know
-    assert float(array.min()) == float(array.max()) == 1.0
+        array = to_jax(y)
+        running = not torch.cuda.current_stream().query()
+        low, high = jax_extremes(array)
+    assert (running, float(low), float(high)) == (True, 1.0, 1.0)
+
+
+@pytest.mark.gpu
+def test_a_tensor_of_another_gpu_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensor = torch.arange(24, dtype=torch.int32, device="cuda:1")
+    array = to_jax(tensor)
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    assert to_torch(array).device == tensor.device
+    assert array.tolist() == tensor.tolist()
+
+
+def slow_computation(size: int, steps: int) -> jax.stages.Compiled:
+    """Maps ones to twos, compiled and run once on zeros.
+
+    The twos come with the last step: who reads earlier finds zeros or ones, in recycled memory too.
+    """
+
+    def run(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, steps, lambda _, y: y @ x / size, x) + 1
+
+    compiled = jax.jit(run).lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).compile()
+    compiled(jnp.zeros((size, size))).block_until_ready()
+    return compiled
+
+
+def extremes(tensor: torch.Tensor) -> tuple[float, float]:
+    """The least and the greatest value."""
+    return float(tensor.min()), float(tensor.max())
