@@ -60,7 +60,7 @@ def parity(
         arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens)
         layers = {"": dataclasses.replace(arrays, lora=None)} | ({} if arrays.lora is None else {", adapter": arrays})
         shapes = [check.shape_of(each, top_k) for each in layers.values()]
-        name = f"layer {layer}, {shapes[0]}"
+        name = f"layer {layer}, {arrays.x.shape[0]} tokens"
         rows = [check.compare(name + suffix, each, top_k) for suffix, each in layers.items()]
     failures = [failure for row in rows for failure in row.failures]
     show(rows)
@@ -121,7 +121,7 @@ def show(rows: "list[Row]") -> None:
     table = Table(title="relative error against float64", box=box.SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
     for column in ("XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for row in rows:
         columns = (row.xla, row.triton_jax, row.triton_torch, row.triton_kernels, row.torch_bf16)
         errors = [f"{value:.1e}" if isinstance(value, float) else value for value in columns]
