@@ -104,7 +104,7 @@ def compare(label: str, layer: Layer, top_k: int) -> Row:
     peer: float | str = triton_kernels_peer.missing() or "no LoRA"
     if triton_kernels_peer.missing() is None and layer.lora is None and hasattr(t.experts.gate_up, "blocks"):
         block = triton_kernels_peer.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
-        routed = triton_kernels_peer.route(t.router_logits.float(), top_k, t_routing)
+        routed = triton_kernels_peer.route_as(t_routing, t.router_logits)
         peer = relative_error(block(t.x, routed), exact)
 
     row = Row(label, xla, triton_jax, triton_torch, peer, bf16, same_bits, ())

@@ -72,9 +72,19 @@ def prepare(
     return block
 
 
-def route(router_logits: torch.Tensor, top_k: int, routing: RoutingLike | None = None) -> Any:
-    """The peer's routing of these logits, with the experts that `routing` chose if it is given."""
-    from triton_kernels.routing import routing as peer_routing
+def route(router_logits: torch.Tensor, top_k: int) -> Any:
+    """The peer's routing of these logits."""
+    from triton_kernels.routing import routing
 
-    chosen = None if routing is None else routing.experts.to(torch.int16)
-    return peer_routing(router_logits, top_k, expt_indx=chosen)
+    return routing(router_logits, top_k)
+
+
+def route_as(routing: RoutingLike, router_logits: torch.Tensor) -> Any:
+    """The peer's routing with the experts that `routing` chose, whichever way it breaks ties itself.
+
+    Logits that were not chosen become -inf. (Its own argument for given experts, int16, is shifted past its last bit.)
+    """
+    chosen = routing.experts.long()
+    only = torch.full_like(router_logits, -torch.inf, dtype=torch.float32)
+    only.scatter_(1, chosen, torch.gather(router_logits.float(), 1, chosen))
+    return route(only, chosen.shape[1])

@@ -14,6 +14,7 @@ import torch
 import jmoe
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from tests import torch_layers
+from tests.tolerances import BFLOAT16
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +45,7 @@ def test_parity_at_real_sizes(tokens: int, experts: int, lora: str) -> None:
     assert row.same_bits is True
     assert isinstance(row.triton_jax, float)
     if not LORA[lora] and isinstance(row.triton_kernels, float):
-        assert row.triton_kernels <= 5e-3
+        assert row.triton_kernels <= BFLOAT16.relative
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_nothing_beside_the_buffers_is_read_or_written(
     y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     assert allocator.guards_are_intact()
     exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch_layers.relative_error(y, exact) <= 5e-3
+    assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
 
 
 @pytest.mark.parametrize("scale", [0, 1, 253, 254, 255])
@@ -106,7 +107,7 @@ def test_scale_bytes_at_the_ends(scale: int) -> None:
     layer = torch_layers.transform(layer, lambda tensor: tensor.cuda())
     y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch_layers.relative_error(y, exact) <= 5e-3
+    assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
 
 
 def test_nan_and_infinity_end_where_the_reference_has_them() -> None:
@@ -119,7 +120,7 @@ def test_nan_and_infinity_end_where_the_reference_has_them() -> None:
     layer = torch_layers.transform(layer, lambda tensor: tensor.cuda())
     y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch_layers.relative_error(y, exact) <= 5e-3
+    assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
 
 
 def test_131072_tokens() -> None:
@@ -132,26 +133,24 @@ def test_131072_tokens() -> None:
         few = dataclasses.replace(layer, x=layer.x[part], router_logits=layer.router_logits[part])
         want = jax.jit(run, static_argnames="backend")(few, backend="xla").astype(jnp.float32)
         error = jnp.linalg.norm(y[part].astype(jnp.float32) - want) / jnp.linalg.norm(want)
-        assert float(error) <= 5e-3
+        assert float(error) <= BFLOAT16.relative
 
 
-def test_transformations_agree_with_xla() -> None:
+def test_scan_is_a_loop_and_vmap_a_batch() -> None:
     layer = random_layer(LayerShape(12, hidden=128, intermediate=96, experts=4, top_k=2, adapters=1, rank=4))
 
-    def stacked(backend: str) -> jax.Array:
-        def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            call = lambda x: run(dataclasses.replace(layer, x=x), 2, backend=backend)  # noqa: E731
-            return jax.checkpoint(call)(x), None
+    def once(x: jax.Array) -> jax.Array:
+        return run(dataclasses.replace(layer, x=x), 2)
 
-        def batch(x: jax.Array, logits: jax.Array) -> jax.Array:
-            return run(dataclasses.replace(layer, x=x, router_logits=logits), 2, backend=backend)
+    looped = once(once(once(layer.x)))
+    scanned = jax.jit(lambda x: jax.lax.scan(lambda x, _: (jax.checkpoint(once)(x), None), x, None, length=3)[0])
+    assert jnp.array_equal(scanned(layer.x), looped)
 
-        scanned = jax.lax.scan(step, layer.x, None, length=3)[0]
-        mapped = jax.vmap(batch)(layer.x.reshape(3, 4, -1), layer.router_logits.reshape(3, 4, -1))
-        return jnp.concatenate([scanned, mapped.reshape(12, -1)]).astype(jnp.float32)
+    def batch(x: jax.Array, logits: jax.Array) -> jax.Array:
+        return run(dataclasses.replace(layer, x=x, router_logits=logits), 2)
 
-    want, got = (jax.jit(stacked, static_argnums=0)(backend) for backend in ("xla", "triton"))
-    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) <= 5e-3
+    mapped = jax.vmap(batch)(layer.x.reshape(3, 4, -1), layer.router_logits.reshape(3, 4, -1))
+    assert jnp.array_equal(mapped.reshape(12, -1), once(layer.x))
 
 
 EXPORT = """
@@ -193,7 +192,9 @@ torch.cuda.synchronize()
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
     # Without torch's cache every tensor is an allocation of its own, whose end the sanitizer knows.
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    # cuFuncSetAttribute refuses a call of Triton's loader under the tool; only what kernels do to memory counts here.
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-c", SANITIZED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(f"{tool}: {done.stdout.strip().splitlines()[-1]}")
