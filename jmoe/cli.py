@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jmoe.ops.random_layer import Layer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=max(140, Console().width))
+console = Console(width=max(150, Console().width))
 
 
 @app.callback()
@@ -97,7 +97,7 @@ def bench(
 
     shapes = run.shapes([int(count) for count in tokens.split(",")] if tokens else None, experts)
     table = Table(title="microseconds a call", box=box.SIMPLE_HEAD)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer")
     names = list(run.IMPLEMENTATIONS)
     for name in names:
         table.add_column(name)
@@ -119,7 +119,7 @@ def write(file: Path, results: dict[str, object]) -> None:
 def show(rows: "list[Row]") -> None:
     """Prints the table of `parity`."""
     table = Table(title="relative error against float64", box=box.SIMPLE_HEAD)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer")
     for column in ("XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
         table.add_column(column, no_wrap=True)
     for row in rows:

@@ -13,4 +13,4 @@ class Tolerance(NamedTuple):
 BFLOAT16 = Tolerance(5e-3, "three roundings to 8 bits on the way (LoRA or activations, expert output, y), 2e-3 each")
 FLOAT32 = Tolerance(1e-5, "float32 sums of K terms in another order than the reference's")
 OF_TORCH = 1.1
-"""Times the error of PyTorch's own bf16 computation on the same inputs, where there are enough results to average over."""
+"""Times the error of PyTorch's own bf16 computation on the same inputs, where there are enough results to average."""

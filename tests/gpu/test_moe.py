@@ -52,7 +52,7 @@ def test_parity_at_real_sizes(tokens: int, experts: int, lora: str) -> None:
     "shape",
     [
         LayerShape(300, experts=8, mxfp4=False, adapters=2, rank=5, mixed=True),
-        LayerShape(33, experts=256, top_k=8, adapters=1, rank=256),
+        LayerShape(33, hidden=512, intermediate=320, experts=256, top_k=8, adapters=1, rank=256),
         LayerShape(50, hidden=96, intermediate=160, experts=3, top_k=3, adapters=3, rank=17, mixed=True),
         LayerShape(50, hidden=41, intermediate=37, experts=3, top_k=1, mxfp4=False, bias=False),
         LayerShape(65, experts=1, top_k=1),
