@@ -220,6 +220,13 @@ def test_readme_example_runs() -> None:
         assert run.returncode == 0, run.stderr
 
 
+def test_readme_tables_are_those_of_the_committed_figures() -> None:
+    from jmoe.bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
+
+
 def test_extras_agree_with_what_the_door_demands() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"jax-triton>=0.4.1", "triton>=3.7"} <= set(extras["cuda13"])

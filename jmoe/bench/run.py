@@ -4,6 +4,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,33 +36,38 @@ def calls_for(shape: LayerShape) -> int:
     return 50 if shape.tokens < 1024 else 10
 
 
-def scan_microseconds(shape: LayerShape, layer_call: Callable[[jax.Array, jax.Array], jax.Array]) -> float:
-    """Median time of layer_call(x, router_logits) inside lax.scan, with other logits at each step."""
+def scan_microseconds[W](
+    shape: LayerShape, layer_call: Callable[[jax.Array, jax.Array, W], jax.Array], weights: W
+) -> float:
+    """Median time of layer_call(x, router_logits, weights) inside lax.scan, with other logits at each step.
+
+    The weights are an argument: as constants XLA would copy and fold over a gigabyte while it compiles.
+    """
     layer = random_layer(shape)
     steps = calls_for(shape)
     logits = jax.random.normal(jax.random.key(1), (steps, *layer.router_logits.shape), jnp.bfloat16)
 
     @jax.jit
-    def sample(x: jax.Array, logits: jax.Array) -> jax.Array:
+    def sample(x: jax.Array, logits: jax.Array, weights: W) -> jax.Array:
         def step(x: jax.Array, step_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = layer_call(x, step_logits)
+            y = layer_call(x, step_logits, weights)
             return x + 0 * y[:1, :1], y[0, 0]  # each step waits for the last
 
         return lax.scan(step, x, logits)[1]
 
-    sample(layer.x, logits).block_until_ready()
+    sample(layer.x, logits, weights).block_until_ready()
     times = []
     for _ in range(SAMPLES):
         start = time.perf_counter()
-        sample(layer.x, logits).block_until_ready()
+        sample(layer.x, logits, weights).block_until_ready()
         times.append(time.perf_counter() - start)
     return statistics.median(times) / steps * 1e6
 
 
 def jmoe(shape: LayerShape) -> float:
     """jmoe.moe, routing included."""
-    experts = random_layer(shape).experts
-    return scan_microseconds(shape, lambda x, logits: moe(x, logits, experts, top_k=shape.top_k))
+    call = lambda x, logits, experts: moe(x, logits, experts, top_k=shape.top_k)  # noqa: E731
+    return scan_microseconds(shape, call, random_layer(shape).experts)
 
 
 def triton_kernels(shape: LayerShape) -> float | str:
@@ -91,28 +97,30 @@ def ragged_dot(shape: LayerShape) -> float | str:
     experts = random_layer(shape).experts
     dense = [dequantize(w) if isinstance(w, Mxfp4) else w for w in (experts.gate_up, experts.down)]
     gate_up, down = (jnp.swapaxes(w, 1, 2) for w in dense)
-    biases = experts.gate_up_bias, experts.down_bias
-    return scan_microseconds(shape, lambda x, logits: ragged_layer(x, logits, gate_up, down, biases, shape.top_k))
+    weights = Dense(gate_up, experts.gate_up_bias, down, experts.down_bias)
+    return scan_microseconds(shape, lambda x, logits, w: ragged_layer(x, logits, w, shape.top_k), weights)
 
 
-def ragged_layer(
-    x: jax.Array,
-    logits: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    biases: tuple[jax.Array | None, jax.Array | None],
-    top_k: int,
-) -> jax.Array:
-    """The layer on dense weights [E, K, N] by lax.ragged_dot."""
+class Dense(NamedTuple):
+    """Dense experts as lax.ragged_dot takes them: gate_up [E, H, 2I], down [E, I, H]."""
+
+    gate_up: jax.Array
+    gate_up_bias: jax.Array | None
+    down: jax.Array
+    down_bias: jax.Array | None
+
+
+def ragged_layer(x: jax.Array, logits: jax.Array, weights: Dense, top_k: int) -> jax.Array:
+    """The layer by lax.ragged_dot."""
     routing = route(logits, top_k)
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat)
-    sizes = jnp.bincount(flat, length=down.shape[0])
+    sizes = jnp.bincount(flat, length=weights.down.shape[0])
     rows = flat[order]
-    z = lax.ragged_dot(x[order // top_k], gate_up, sizes)
-    z = z if biases[0] is None else z + biases[0][rows]
-    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), down, sizes)
-    out = out if biases[1] is None else out + biases[1][rows]
+    z = lax.ragged_dot(x[order // top_k], weights.gate_up, sizes)
+    z = z if weights.gate_up_bias is None else z + weights.gate_up_bias[rows]
+    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), weights.down, sizes)
+    out = out if weights.down_bias is None else out + weights.down_bias[rows]
     weighted = out.astype(jnp.float32) * routing.weights.reshape(-1)[order][:, None]
     return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted).astype(x.dtype)
 
