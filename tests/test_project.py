@@ -113,6 +113,13 @@ def test_public_names() -> None:
     assert all(hasattr(jmoe, name) for name in PUBLIC)
 
 
+def test_public_names_of_the_torch_side() -> None:
+    from jmoe import interop
+
+    assert set(interop.__all__) == {"moe", "to_jax", "to_torch"}
+    assert all(callable(getattr(interop, name)) for name in interop.__all__)
+
+
 BLOCKER = """
 import sys
 class Blocker:
