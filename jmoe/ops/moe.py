@@ -1,6 +1,7 @@
 """The mixture-of-experts layer."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -114,11 +115,7 @@ def moe(
 
 def flatten_tokens(array: jax.Array, axes: int) -> jax.Array:
     """Merges the first `axes` axes into one."""
-    return (
-        array.reshape(-1, *array.shape[axes:])
-        if array.size
-        else array.reshape(int(np.prod(array.shape[:axes])), *array.shape[axes:])
-    )
+    return array.reshape(math.prod(array.shape[:axes]), *array.shape[axes:])
 
 
 def name_buffers(
@@ -222,7 +219,7 @@ def batchable(options: Options) -> Callable[[Buffers], jax.Array]:
                 for name, array in buffers.items()
             }
             y = call(merged)
-            return y.reshape(axis_size, -1, y.shape[-1]) if y.size else y.reshape(axis_size, 0, y.shape[-1]), True
+            return y.reshape(axis_size, y.shape[0] // axis_size, y.shape[1]), True
         moving = {name: buffers[name] for name in batched}
         return lax.map(lambda one: call({**buffers, **one}), moving), True
 
