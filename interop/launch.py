@@ -7,10 +7,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from jmoe.triton_src.plan import Buffer, Plan
 
-ALIGNMENT = 16
-"""Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile
-another kernel for one that is not."""
-
 INTERPRETER_CAPABILITY = 90
 """The interpreter has no device: it runs the plans for this one."""
 
@@ -55,13 +51,3 @@ def capability_of(device: torch.device, kernel: object) -> int:
         f"the kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before jmoe.interop is "
         f"imported; got tensors on {device}"
     )
-
-
-def check_buffer(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Raises ValueError unless the kernels can read the tensor as it lies."""
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
-    if tensor.data_ptr() % ALIGNMENT:
-        raise ValueError(f"{name} must be aligned to {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}")

@@ -4,8 +4,9 @@ from typing import Protocol
 
 import torch
 
+from jmoe.interop.check import check_buffers
 from jmoe.interop.interpreter import bfloat16_arithmetic
-from jmoe.interop.launch import capability_of, check_buffer, launch
+from jmoe.interop.launch import capability_of, launch
 from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 
@@ -73,11 +74,12 @@ def moe(
 ) -> torch.Tensor:
     """y [T, H] like x; arguments as in jmoe.moe, with torch tensors for leaves and two-dimensional x.
 
-    x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted.
+    x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted. Adapter ids
+    are not read on the host: an id that no adapter has makes its token NaN.
 
     Raises:
-      ValueError: a tensor is on another device than x, not contiguous or not aligned to 16 bytes, or x is not bf16
-        [T, H].
+      ValueError: a tensor's shape or dtype does not fit the others, it is on another device than x, not contiguous or
+        not aligned to 16 bytes, or adapters and adapter_ids do not go together.
       NotImplementedError: no GPU and no interpreter.
     """
     if x.ndim != 2 or x.dtype != torch.bfloat16:
@@ -104,8 +106,7 @@ def moe(
         if lora is not None and getattr(lora, f"{projection}_a") is not None:
             for part in ("a", "b", "scale"):
                 buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}")
-    for name, tensor in buffers.items():
-        check_buffer(name, tensor, x.device)
+    check_buffers(buffers, top_k)
     shapes = {name: tuple(tensor.shape) for name, tensor in buffers.items()}
     problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit)
     capability = capability_of(x.device, grouped_matmul_kernel)

@@ -80,7 +80,11 @@ def compare_random(shape: LayerShape) -> Row:
 
 
 def compare(label: str, layer: Layer, top_k: int) -> Row:
-    """Runs the layer through everything that this machine can run, all with one routing."""
+    """Runs the layer through everything that this machine can run.
+
+    jmoe's implementations route for themselves, by one rule; the references and the peer are given that routing, since
+    others break ties in other ways.
+    """
     routing = route(layer.router_logits, top_k)
     t, t_routing = jax.tree.map(to_torch, (layer, routing))
     options = {"top_k": top_k, "lora": t.lora, "adapter_ids": t.adapter_ids}

@@ -70,6 +70,11 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
     jax_triton = import_jax_triton()
     everything = dict(buffers)
     for plan in plans:
+        if not hasattr(plan.kernel, "params"):
+            raise NotImplementedError(
+                "JAX cannot launch kernels that were decorated for Triton's interpreter: "
+                "start anew without TRITON_INTERPRET"
+            )
         plan.check_names()
         # jax-triton hands out results in the order of the kernel's parameters.
         outputs = [plan.outputs[parameter] for parameter in plan.kernel.arg_names if parameter in plan.outputs]

@@ -1,14 +1,19 @@
 """The kernels' numbers on a CPU: the whole layer through Triton's interpreter, against float64."""
 
 import dataclasses
+import re
 
+import jax
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jmoe
 from jmoe.interop import launch, reference
 from jmoe.interop.moe import moe
+from jmoe.ops.random_layer import LayerShape
+from jmoe.ops.random_layer import random_layer as jax_random_layer
 from tests.tolerances import BFLOAT16, OF_TORCH
 from tests.torch_layers import (
     Layer,
@@ -203,16 +208,82 @@ def test_a_weight_may_be_dense_beside_an_mxfp4_one() -> None:
     check(dataclasses.replace(packed, experts=dataclasses.replace(packed.experts, down=dense.experts.down)))
 
 
-def test_tensors_the_kernels_cannot_read_are_named() -> None:
-    layer = random_layer(tokens=4)
-    blocks, scales = layer.experts.gate_up.blocks, layer.experts.gate_up.scales
-    strided = dataclasses.replace(layer.experts, gate_up=Weight(blocks, scales.mT.contiguous().mT))
+ADAPTED = random_layer(tokens=4, adapters=2, gate_up_rank=4, down_rank=3, mixed=True)
+PLAIN = random_layer(tokens=4)
+
+
+def experts(**changes: object) -> Layer:
+    """The layer with some of its weights replaced."""
+    return dataclasses.replace(ADAPTED, experts=dataclasses.replace(ADAPTED.experts, **changes))
+
+
+def lora(**changes: object) -> Layer:
+    """The layer with some of its adapters' tensors replaced."""
+    return dataclasses.replace(ADAPTED, lora=dataclasses.replace(ADAPTED.lora, **changes))
+
+
+def layer(**changes: object) -> Layer:
+    """The layer with some of its arguments replaced."""
+    return dataclasses.replace(ADAPTED, **changes)
+
+
+BLOCKS, SCALES = ADAPTED.experts.gate_up.blocks, ADAPTED.experts.gate_up.scales
+REFUSED = {
+    "x must be bfloat16 [T, H], got torch.float32 with shape (4, 64)": layer(x=torch.zeros(4, 64)),
+    "gate_up must have shape (4, 192, 3, 16), got (4, 192, 2, 16)": layer(x=torch.zeros(4, 96).bfloat16()),
+    "gate_up must have an inner size that is a multiple of 32 for MXFP4, x or I gives 65": layer(
+        x=torch.zeros(4, 65).bfloat16()
+    ),
+    "gate_up must have rank 4, got shape (4, 192, 32)": experts(gate_up=Weight(BLOCKS.flatten(-2), SCALES)),
+    "gate_up_scales must have shape (4, 192, 2), got (4, 192, 1)": experts(
+        gate_up=Weight(BLOCKS, SCALES[..., :1].contiguous())
+    ),
+    "down must be bfloat16, got torch.float32": experts(down=torch.zeros(4, 64, 96)),
+    "down_bias must have shape (4, 64), got (4, 65)": experts(down_bias=torch.zeros(4, 65)),
+    "router_logits must have shape (4, 4), got (4, 3)": layer(router_logits=torch.zeros(4, 3)),
+    "router_logits must have shape (4, 4), got (5, 4)": layer(router_logits=torch.zeros(5, 4)),
+    "top_k must be between 1 and the number of experts (4), got 5": layer(top_k=5),
+    "gate_up_a must have rank 4, got shape (4, 4, 64)": lora(gate_up_a=torch.zeros(4, 4, 64)),
+    "gate_up_b must have shape (2, 4, 192, 4), got (2, 4, 192, 8)": lora(gate_up_b=torch.zeros(2, 4, 192, 8)),
+    "down_a must have shape (2, 4, 3, 96), got (1, 4, 3, 96)": lora(down_a=torch.zeros(1, 4, 3, 96)),
+    "down_scale must be float32, got torch.bfloat16": lora(down_scale=torch.zeros(2).bfloat16()),
+    "adapter_ids must be int32, got torch.int64": layer(adapter_ids=torch.zeros(4, dtype=torch.int64)),
+    "adapter_ids must have shape (4,), got (3,)": layer(adapter_ids=torch.zeros(3, dtype=torch.int32)),
+    "adapter_ids must be given with 2 adapters, got None": layer(adapter_ids=None),
+    "adapter_ids were given without lora: there is no adapter they could name": layer(lora=None),
+    "router_logits may be None only when routing is given": layer(router_logits=None),
+}
+
+
+@pytest.mark.parametrize(("message", "bad"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_tensors_that_do_not_fit_are_named(message: str, bad: Layer) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moe(bad.x, bad.router_logits, bad.experts, **bad.options)
+
+
+def test_a_routing_that_does_not_fit_is_named() -> None:
+    chosen = torch.zeros(4, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^weights must have shape \(4, 2\), got \(4, 3\)$"):
+        moe(PLAIN.x, None, PLAIN.experts, routing=Routing(chosen, torch.zeros(4, 3)), **PLAIN.options)
+    with pytest.raises(ValueError, match=r"^experts must be int32, got torch.int64$"):
+        moe(PLAIN.x, None, PLAIN.experts, routing=Routing(chosen.long(), torch.zeros(4, 2)), **PLAIN.options)
+
+
+def test_tensors_that_lie_wrong_are_named() -> None:
+    strided = dataclasses.replace(PLAIN.experts, gate_up=Weight(BLOCKS, SCALES.mT.contiguous().mT))
     shifted = torch.zeros(17, dtype=torch.bfloat16)[1:].view(4, 4)
     with pytest.raises(ValueError, match=r"gate_up_scales must be contiguous, got shape \(4, 192, 2\) with strides"):
-        moe(layer.x, layer.router_logits, strided, top_k=2)
+        moe(PLAIN.x, PLAIN.router_logits, strided, top_k=2)
     with pytest.raises(ValueError, match="router_logits must be aligned to 16 bytes, got address 0x"):
-        moe(layer.x, shifted, layer.experts, top_k=2)
-    with pytest.raises(ValueError, match=r"x must be bfloat16 \[T, H\], got torch.float32 with shape \(4, 64\)"):
-        moe(layer.x.float(), layer.router_logits, layer.experts, top_k=2)
-    with pytest.raises(ValueError, match="router_logits may be None only when routing is given"):
-        moe(layer.x, None, layer.experts, top_k=2)
+        moe(PLAIN.x, shifted, PLAIN.experts, top_k=2)
+
+
+def test_jax_does_not_launch_interpreted_kernels() -> None:
+    jax_layer = jax_random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+    call = jax.jit(
+        lambda x: jmoe.moe(x, jax_layer.router_logits, jax_layer.experts, top_k=2, backend=jmoe.Target("sm_90"))
+    )
+    with pytest.raises(
+        NotImplementedError, match=r"^JAX cannot launch kernels that were decorated for Triton's interpreter"
+    ):
+        call.trace(jax_layer.x).lower(lowering_platforms=("cuda",))
