@@ -18,6 +18,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from jmoe.adapters import load_lora, stack_loras
 from jmoe.checkpoint import Config
 from jmoe.ops.experts import Lora
+from tests.trees import tree_equal
 
 CASE = Path(__file__).parent / "data" / "tiny_case"
 CONFIG = Config.load(CASE / "model")
@@ -238,10 +239,11 @@ def test_settings_errors(directory, entries, message):
 
 
 def test_settings_that_are_off_or_do_no_harm_are_accepted(directory):
+    before = load_lora(directory, CONFIG, 0)
     edit_settings(
         directory, use_new=False, new_config=None, new_list=[], lora_dropout=0.1, init_lora_weights="gaussian"
     )
-    load_lora(directory, CONFIG, 0)
+    assert tree_equal(load_lora(directory, CONFIG, 0), before)
 
 
 OUTER_A, OUTER_B = f"{MLP}experts.lora_A.weight", f"{MLP}experts.lora_B.weight"
