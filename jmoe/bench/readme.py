@@ -39,7 +39,19 @@ def parity() -> str:
     return table(header, rows) + "\n\n" + source(results, "jmoe parity")
 
 
-SECTIONS = {"parity": parity}
+def bench() -> str:
+    """The time table of the H100."""
+    results = json.loads((RESULTS / "bench_h100.json").read_text())
+    implementations = list(results["rows"][0]["microseconds"])
+    rows = []
+    for row in results["rows"]:
+        times = [f"{v:.0f}" if isinstance(v := row["microseconds"][name], float) else v for name in implementations]
+        rows.append([str(row["shape"]["tokens"]), *times])
+    header = ["tokens", *(f"{name}, us" for name in implementations)]
+    return table(header, rows) + "\n\n" + source(results, "jmoe bench")
+
+
+SECTIONS = {"parity": parity, "bench": bench}
 
 
 def render(text: str) -> str:
