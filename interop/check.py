@@ -2,6 +2,8 @@
 
 import torch
 
+from jmoe.triton_src.plan import cdiv
+
 ALIGNMENT = 16
 """Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile
 another kernel for one that is not."""
@@ -11,7 +13,7 @@ RANKS = {"x": 2, "gate_up": 3, "down": 3, "gate_up_a": 4, "down_a": 4}
 """Of the tensors that the sizes of all others are read from; MXFP4 blocks have one axis more."""
 
 
-def check_buffers(buffers: dict[str, torch.Tensor], top_k: int) -> None:
+def check_buffers(buffers: dict[str, torch.Tensor], top_k: int, intermediate: int) -> None:
     """Raises ValueError unless the kernels can read every tensor as it lies, and their shapes and dtypes agree."""
     device = buffers["x"].device
     for name, tensor in buffers.items():
@@ -19,7 +21,7 @@ def check_buffers(buffers: dict[str, torch.Tensor], top_k: int) -> None:
         rank = RANKS.get(name, tensor.ndim) + (f"{name}_scales" in buffers)
         if tensor.ndim != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {tuple(tensor.shape)}")
-    wanted = wanted_buffers(buffers, top_k)
+    wanted = wanted_buffers(buffers, top_k, intermediate)
     for name, tensor in buffers.items():
         shape, dtypes = wanted[name]
         if tuple(tensor.shape) != shape:
@@ -34,11 +36,15 @@ def check_buffers(buffers: dict[str, torch.Tensor], top_k: int) -> None:
 
 
 def wanted_buffers(
-    buffers: dict[str, torch.Tensor], top_k: int
+    buffers: dict[str, torch.Tensor], top_k: int, intermediate: int
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and dtypes that each buffer must have, by the sizes of x, gate_up and the first A."""
+    """Shape and dtypes that each buffer must have, by the sizes of x, gate_up and the first A.
+
+    Both weights must be packed or neither, as gate_up is.
+    """
     tokens, hidden = buffers["x"].shape
-    experts, double = buffers["gate_up"].shape[:2]
+    experts, double = buffers["gate_up"].shape[0], 2 * intermediate
+    packed = buffers["gate_up"].dtype == torch.int32
     logits = buffers.get("router_logits")
     # A shard holds fewer experts than the router knows.
     columns = max(experts, logits.shape[1]) if logits is not None and logits.ndim == 2 else experts
@@ -58,6 +64,11 @@ def wanted_buffers(
         wanted |= {
             name: ((experts, n, k // 32, 16), (torch.uint8,)) if mxfp4 else ((experts, n, k), (torch.bfloat16,)),
             f"{name}_scales": ((experts, n, k // 32), (torch.uint8,)),
+        }
+        if packed:
+            tiles = (experts, cdiv(n, 64), cdiv(k, 64))
+            wanted |= {name: ((*tiles, 512), ints), f"{name}_scales": ((*tiles, 32), ints)}
+        wanted |= {
             f"{name}_bias": ((experts, n), FLOATS),
             f"{name}_a": ((adapters, experts, rank, k), FLOATS),
             f"{name}_b": ((adapters, experts, n, rank), FLOATS),

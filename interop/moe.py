@@ -20,6 +20,17 @@ class Mxfp4Like(Protocol):
     def scales(self) -> torch.Tensor: ...
 
 
+class PackedMxfp4Like(Protocol):
+    """Packed MXFP4 bytes as torch tensors; see jmoe.PackedMxfp4."""
+
+    @property
+    def words(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+
 class ExpertsLike(Protocol):
     """jmoe.Experts with torch tensors for leaves, or anything with its fields."""
 
@@ -29,6 +40,19 @@ class ExpertsLike(Protocol):
     def gate_up_bias(self) -> torch.Tensor | None: ...
     @property
     def down(self) -> Mxfp4Like | torch.Tensor: ...
+    @property
+    def down_bias(self) -> torch.Tensor | None: ...
+
+
+class PackedExpertsLike(Protocol):
+    """What jmoe.pack returns, with torch tensors for leaves."""
+
+    @property
+    def gate_up(self) -> PackedMxfp4Like: ...
+    @property
+    def gate_up_bias(self) -> torch.Tensor | None: ...
+    @property
+    def down(self) -> PackedMxfp4Like: ...
     @property
     def down_bias(self) -> torch.Tensor | None: ...
 
@@ -62,7 +86,7 @@ class RoutingLike(Protocol):
 def moe(
     x: torch.Tensor,
     router_logits: torch.Tensor | None,
-    experts: ExpertsLike,
+    experts: ExpertsLike | PackedExpertsLike,
     *,
     top_k: int,
     lora: LoraLike | None = None,
@@ -80,7 +104,7 @@ def moe(
     Raises:
       ValueError: a tensor's shape or dtype does not fit the others, it is on another device than x, not contiguous or
         not aligned to 16 bytes, or adapters and adapter_ids do not go together.
-      NotImplementedError: no GPU and no interpreter.
+      NotImplementedError: no GPU and no interpreter, or packed weights where no kernel reads them.
     """
     if x.ndim != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
@@ -99,6 +123,8 @@ def moe(
         weight, bias = getattr(experts, projection), getattr(experts, f"{projection}_bias")
         if isinstance(weight, torch.Tensor):
             buffers[projection] = weight
+        elif hasattr(weight, "words"):
+            buffers |= {projection: weight.words, f"{projection}_scales": weight.scales}
         else:
             buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
         if bias is not None:
@@ -106,11 +132,24 @@ def moe(
         if lora is not None and getattr(lora, f"{projection}_a") is not None:
             for part in ("a", "b", "scale"):
                 buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}")
-    check_buffers(buffers, top_k)
+    intermediate = intermediate_size(experts.gate_up)
+    check_buffers(buffers, top_k, intermediate)
     shapes = {name: tuple(tensor.shape) for name, tensor in buffers.items()}
-    problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit)
+    problem = MoeProblem.from_shapes(
+        shapes,
+        intermediate=intermediate,
+        packed=buffers["gate_up"].dtype == torch.int32,
+        top_k=top_k,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_limit=swiglu_limit,
+    )
     capability = capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
         return torch.zeros_like(x)
     with torch.cuda.device(x.device) if x.is_cuda else bfloat16_arithmetic():
         return launch(plan_moe(problem, capability), buffers)["y"]
+
+
+def intermediate_size(gate_up: Mxfp4Like | PackedMxfp4Like | torch.Tensor) -> int:
+    """I of a layer by its gate_up weight [E, 2I, H]."""
+    return (gate_up.scales.shape[1] if not hasattr(gate_up, "shape") else gate_up.shape[1]) // 2

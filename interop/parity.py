@@ -171,7 +171,14 @@ def interpreter_steps(layer: Layer, top_k: int) -> int:
     tokens, hidden = layer.x.shape
     count, double, _ = layer.experts.gate_up.shape
     shapes = {"x": (tokens, hidden), "router_logits": (tokens, count), "gate_up": (count, double, hidden)}
-    problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=1.702, swiglu_limit=7.0)
+    problem = MoeProblem.from_shapes(
+        shapes,
+        intermediate=double // 2,
+        packed=False,
+        top_k=top_k,
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+    )
     plans = plan_moe(problem, INTERPRETER_CAPABILITY) if tokens else []
     return sum(
         plan.grid[0] * plan.grid[1] * cdiv(plan.constexprs["K"], plan.constexprs["BLOCK_K"])

@@ -21,13 +21,16 @@ PUBLIC = {
     "Experts",
     "Lora",
     "Mxfp4",
+    "PackedMxfp4",
     "Routing",
     "Target",
     "allow_triton_call",
     "dequantize",
     "moe",
+    "pack",
     "quantize",
     "route",
+    "unpack",
 }
 
 

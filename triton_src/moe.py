@@ -7,9 +7,10 @@ from typing import Any, Self
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
 from jmoe.triton_src.lora import plan_shrink
+from jmoe.triton_src.packed_few_rows import plan_interleave, plan_packed_few_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.routing import plan_choose, plan_sort, tile_slots
-from jmoe.triton_src.tiles import choose_tile
+from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class MoeProblem:
     experts: int  # held here
     top_k: int
     router_experts: int | None  # columns of the router's logits; None: experts and weights are given
+    packed: bool  # both weights are packed MXFP4
     gate_up_mxfp4: bool
     down_mxfp4: bool
     gate_up_bias: bool
@@ -36,23 +38,31 @@ class MoeProblem:
 
     @classmethod
     def from_shapes(
-        cls, shapes: Mapping[str, tuple[int, ...]], *, top_k: int, swiglu_alpha: float, swiglu_limit: float
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        intermediate: int,
+        packed: bool,
+        top_k: int,
+        swiglu_alpha: float,
+        swiglu_limit: float,
     ) -> Self:
         """The problem posed by buffers of these names and shapes.
 
         x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down, with gate_up_scales and
         down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b,
-        down_scale, adapter_ids and expert_offset where there are any.
+        down_scale, adapter_ids and expert_offset where there are any. Packed weights hide I, so it is named.
         """
         tokens, hidden = shapes["x"]
         scale = shapes.get("gate_up_scale", shapes.get("down_scale"))
         return cls(
             tokens=tokens,
             hidden=hidden,
-            intermediate=shapes["gate_up"][1] // 2,
+            intermediate=intermediate,
             experts=shapes["gate_up"][0],
             top_k=top_k,
             router_experts=shapes["router_logits"][1] if "router_logits" in shapes else None,
+            packed=packed,
             gate_up_mxfp4="gate_up_scales" in shapes,
             down_mxfp4="down_scales" in shapes,
             gate_up_bias="gate_up_bias" in shapes,
@@ -71,10 +81,12 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
 
     Raises:
-      NotImplementedError: the GPU is older than the kernels support.
+      NotImplementedError: the GPU is older than the kernels support, or none reads packed weights for this problem.
     """
     p = problem
     pairs = p.tokens * p.top_k
+    if p.packed:
+        return plan_packed_moe(problem, capability)
     tile = choose_tile(capability, pairs, p.experts)
     slots = tile_slots(pairs, p.experts, tile.block_m)
     plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
@@ -107,15 +119,54 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
                 **shared,
             )
         )
-    plans.append(
-        plan_combine(
-            tokens=p.tokens,
-            top_k=p.top_k,
-            hidden=p.hidden,
-            experts=p.experts,
-            adapters=p.adapters,
-            adapter_ids=p.adapter_ids,
-            expert_offset=p.expert_offset,
+    return [*plans, plan_sum(problem)]
+
+
+def reads_packed(problem: MoeProblem, capability: int) -> bool:
+    """Whether there are kernels that read packed weights for this problem on this GPU."""
+    lora = problem.gate_up_rank is not None or problem.down_rank is not None
+    return not lora and choose_packed_tile(capability, problem.tokens * problem.top_k, problem.experts) is not None
+
+
+def plan_packed_moe(problem: MoeProblem, capability: int) -> list[Plan]:
+    """plan_moe for packed weights."""
+    p = problem
+    pairs = p.tokens * p.top_k
+    tile = choose_packed_tile(capability, pairs, p.experts)
+    if tile is None or not reads_packed(problem, capability):
+        raise NotImplementedError(
+            "packed MXFP4 weights are read on compute capability 9.0, without LoRA and with at most 512 rows an expert; "
+            f"got sm_{capability}, {p.tokens} tokens, top-{p.top_k} of {p.experts} experts, "
+            f"LoRA ranks {p.gate_up_rank} and {p.down_rank}: unpack them"
         )
+    shared: dict[str, Any] = {
+        "slots": tile_slots(pairs, p.experts, tile.block_m),
+        "pairs": pairs,
+        "top_k": p.top_k,
+        "experts": p.experts,
+        "swiglu_alpha": p.swiglu_alpha,
+        "swiglu_limit": p.swiglu_limit,
+        "tile": tile,
+    }
+    return [
+        *([] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]),
+        *plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset),
+        plan_interleave(tokens=p.tokens, hidden=p.hidden),
+        plan_packed_few_rows("gate_up", n=2 * p.intermediate, k=p.hidden, bias=p.gate_up_bias, **shared),
+        plan_packed_few_rows("down", n=p.hidden, k=p.intermediate, bias=p.down_bias, **shared),
+        plan_sum(problem),
+    ]
+
+
+def plan_sum(problem: MoeProblem) -> Plan:
+    """The layer's last launch."""
+    p = problem
+    return plan_combine(
+        tokens=p.tokens,
+        top_k=p.top_k,
+        hidden=p.hidden,
+        experts=p.experts,
+        adapters=p.adapters,
+        adapter_ids=p.adapter_ids,
+        expert_offset=p.expert_offset,
     )
-    return plans

@@ -37,6 +37,36 @@ TILES: dict[int, tuple[Tile, ...]] = {
 """Compute capability * 10 -> tiles by increasing rows."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedTile:
+    """Sizes of the packed product's tiles, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_m: int
+    ahead: int
+
+
+# Beside each: microseconds of gate_up + down on the H100, of this tile and of the next best of the six tried. Past 512
+# rows, unpacking and the portable kernel are faster.
+PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
+    90: (
+        PackedTile(rows=1, block_m=8, ahead=5),  # 1 token: 31, 33; 4 tokens: 78, 80
+        PackedTile(rows=4, block_m=8, ahead=3),  # 16 tokens: 149, 152
+        PackedTile(rows=8, block_m=16, ahead=5),  # 64 tokens: 179, 184
+        PackedTile(rows=16, block_m=16, ahead=3),  # 128 tokens: 223, 232
+        PackedTile(rows=256, block_m=32, ahead=5),  # 256 tokens: 337, 370; 512: 594, 614; 1024: 1141, 1171
+        PackedTile(rows=512, block_m=32, ahead=3),  # 4096 tokens: 4547, 4636
+    ),
+}
+"""Compute capability * 10 -> tiles by increasing rows, for the GPUs and sizes whose kernels read packed weights."""
+
+
+def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile | None:
+    """The tile for packed weights, or None where no kernel reads them; arguments as in choose_tile."""
+    average = pairs / min(pairs, experts)
+    return next((tile for tile in PACKED_TILES.get(capability, ()) if average <= tile.rows), None)
+
+
 def choose_tile(capability: int, pairs: int, experts: int) -> Tile:
     """The tile for `pairs` rows spread over `experts` experts on a GPU of this compute capability (90 is 9.0).
 

@@ -1,5 +1,6 @@
 """Times jmoe's layer and each peer that is installed, in one process, on one GPU."""
 
+import functools
 import importlib.util
 import statistics
 import time
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops.moe import moe
-from jmoe.ops.mxfp4 import Mxfp4, dequantize
+from jmoe.ops.packed import pack
 from jmoe.ops.random_layer import LayerShape, random_layer
-from jmoe.ops.reference import swiglu
+from jmoe.ops.reference import dense, swiglu
 from jmoe.ops.routing import route
 
 SAMPLES = 7
@@ -70,6 +71,12 @@ def jmoe(shape: LayerShape) -> float:
     return scan_microseconds(shape, call, random_layer(shape).experts)
 
 
+def jmoe_packed(shape: LayerShape) -> float:
+    """jmoe.moe on packed experts, routing included."""
+    call = lambda x, logits, experts: moe(x, logits, experts, top_k=shape.top_k)  # noqa: E731
+    return scan_microseconds(shape, call, pack(random_layer(shape).experts))
+
+
 def triton_kernels(shape: LayerShape) -> float | str:
     """OpenAI's fused block and its routing, the better of its two weight layouts."""
     if importlib.util.find_spec("torch") is None:
@@ -95,8 +102,8 @@ def ragged_dot(shape: LayerShape) -> float | str:
     if jax.default_backend() != "gpu":
         return "GPU only"
     experts = random_layer(shape).experts
-    dense = [dequantize(w) if isinstance(w, Mxfp4) else w for w in (experts.gate_up, experts.down)]
-    gate_up, down = (jnp.swapaxes(w, 1, 2) for w in dense)
+    as_bfloat16 = jax.vmap(functools.partial(dense, dtype=jnp.bfloat16))
+    gate_up, down = (jnp.swapaxes(as_bfloat16(w), 1, 2) for w in (experts.gate_up, experts.down))
     weights = Dense(gate_up, experts.gate_up_bias, down, experts.down_bias)
     return scan_microseconds(shape, lambda x, logits, w: ragged_layer(x, logits, w, shape.top_k), weights)
 
@@ -127,6 +134,7 @@ def ragged_layer(x: jax.Array, logits: jax.Array, weights: Dense, top_k: int) ->
 
 IMPLEMENTATIONS: dict[str, Callable[[LayerShape], float | str]] = {
     "jmoe": jmoe,
+    "jmoe, packed": jmoe_packed,
     "triton_kernels": triton_kernels,
     "lax.ragged_dot, bf16": ragged_dot,
 }

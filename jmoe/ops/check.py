@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.mxfp4 import BLOCK, Mxfp4
+from jmoe.ops.mxfp4 import BLOCK, Mxfp4, PackedMxfp4
+from jmoe.ops.packed import TILE
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, check_top_k
 
@@ -58,8 +59,15 @@ def check_shape(name: str, array: jax.Array, want: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {want}, got {array.shape}")
 
 
-def check_weight(name: str, weight: Mxfp4 | jax.Array) -> None:
-    """Raises ValueError unless the weight is well-formed MXFP4 or a floating array of rank 3."""
+def check_weight(name: str, weight: Mxfp4 | PackedMxfp4 | jax.Array) -> None:
+    """Raises ValueError unless the weight is well-formed MXFP4, packed or not, or a floating array of rank 3."""
+    if isinstance(weight, PackedMxfp4):
+        tiles = (weight.words.shape[0], -(-weight.n // TILE), -(-weight.k // TILE))
+        for part, array, last in (("words", weight.words, 512), ("scales", weight.scales, 32)):
+            check_shape(f"{name}.{part}", array, (*tiles, last))
+            if array.dtype != jnp.int32:
+                raise ValueError(f"{name}.{part} must be int32, got {array.dtype}")
+        return None
     if not isinstance(weight, Mxfp4):
         if weight.ndim != 3:
             raise ValueError(f"{name} must have rank 3 [E, N, K], got shape {weight.shape}")

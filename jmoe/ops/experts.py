@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
-from jmoe.ops.mxfp4 import Mxfp4
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 
 
 @jax.tree_util.register_dataclass
@@ -13,15 +13,15 @@ from jmoe.ops.mxfp4 import Mxfp4
 class Experts:
     """E experts, each y = down @ swiglu(gate_up @ x + gate_up_bias) + down_bias; a pytree.
 
-    gate_up: MXFP4 or floating [E, 2I, H]; rows alternate gate, up, gate, up, ... as gpt-oss stores them.
+    gate_up: MXFP4, packed or not, or floating [E, 2I, H]; rows alternate gate, up, gate, up, as gpt-oss stores them.
     gate_up_bias: [E, 2I], rows as above, or None.
-    down: MXFP4 or floating [E, H, I].
+    down: MXFP4, packed or not, or floating [E, H, I].
     down_bias: [E, H] or None.
     """
 
-    gate_up: Mxfp4 | Float[Array, "E 2I H"]
+    gate_up: Mxfp4 | PackedMxfp4 | Float[Array, "E 2I H"]
     gate_up_bias: Float[Array, "E 2I"] | None
-    down: Mxfp4 | Float[Array, "E H I"]
+    down: Mxfp4 | PackedMxfp4 | Float[Array, "E H I"]
     down_bias: Float[Array, "E H"] | None
 
 

@@ -3,6 +3,7 @@
 Everything that needs Triton, jax-triton or a GPU happens in lowering, so the primitive can be traced on any machine.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax.interpreters import mlir, xla
+
+from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
     from jmoe.triton_src.plan import Plan
@@ -32,6 +35,7 @@ moe_p.def_impl(lambda *args, **params: xla.apply_primitive(moe_p, *args, **param
 def _moe_launches(
     *arrays: jax.Array,
     names: tuple[str, ...],
+    intermediate: int,
     top_k: int,
     swiglu_alpha: float,
     swiglu_limit: float,
@@ -46,10 +50,19 @@ def _moe_launches(
     if buffers["x"].size == 0:
         return jnp.zeros_like(buffers["x"])
 
-    from jmoe.triton_src.moe import MoeProblem, plan_moe
+    from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 
-    shapes = {name: array.shape for name, array in buffers.items()}
-    problem = MoeProblem.from_shapes(shapes, top_k=top_k, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit)
+    problem = MoeProblem.from_shapes(
+        {name: array.shape for name, array in buffers.items()},
+        intermediate=intermediate,
+        packed=all(buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")),
+        top_k=top_k,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_limit=swiglu_limit,
+    )
+    if not (problem.packed and reads_packed(problem, capability)):
+        buffers = unpack_buffers(buffers, intermediate)
+        problem = dataclasses.replace(problem, packed=False)
     return launch(plan_moe(problem, capability), buffers, capability)["y"]
 
 
@@ -100,7 +113,7 @@ def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
     """Raises NotImplementedError for what only backend "xla" computes."""
     for name in ("x", "gate_up", "down"):
         dtype = buffers[name].dtype
-        if dtype not in (jnp.bfloat16, jnp.uint8):
+        if dtype not in (jnp.bfloat16, jnp.uint8, jnp.int32):
             raise NotImplementedError(f'the Triton backend takes bfloat16 {name}, got {dtype}; use backend="xla"')
 
 

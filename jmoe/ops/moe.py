@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from jmoe.ops.check import check_moe
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.launch import check_dtypes, moe_p
-from jmoe.ops.mxfp4 import Mxfp4
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.reference import adapter_count, moe_reference
 from jmoe.ops.routing import Routing, route
 from jmoe.ops.sharding import vary_alike
@@ -30,6 +30,7 @@ type Buffers = dict[str, jax.Array]
 class Options(NamedTuple):
     """What is static about a call on the Triton backend."""
 
+    intermediate: int
     top_k: int
     swiglu_alpha: float
     swiglu_limit: float
@@ -95,6 +96,7 @@ def moe(
     )
     buffers = vary_alike(named)
     options = Options(
+        experts.down.shape[2],
         top_k,
         float(swiglu_alpha),
         float(swiglu_limit),
@@ -137,6 +139,8 @@ def name_buffers(
         weight = getattr(experts, projection)
         if isinstance(weight, Mxfp4):
             buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
+        elif isinstance(weight, PackedMxfp4):
+            buffers |= {projection: weight.words, f"{projection}_scales": weight.scales}
         else:
             buffers[projection] = weight
         buffers[f"{projection}_bias"] = getattr(experts, f"{projection}_bias")
@@ -148,9 +152,16 @@ def name_buffers(
 def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
     """The layer by plain XLA operations."""
 
-    def weight(projection: str) -> Mxfp4 | jax.Array:
-        scales = buffers.get(f"{projection}_scales")
-        return buffers[projection] if scales is None else Mxfp4(buffers[projection], scales)
+    hidden, double = buffers["x"].shape[1], 2 * options.intermediate
+
+    def weight(projection: str) -> Mxfp4 | PackedMxfp4 | jax.Array:
+        weight, scales = buffers[projection], buffers.get(f"{projection}_scales")
+        if scales is None:
+            return weight
+        if weight.dtype == jnp.uint8:
+            return Mxfp4(weight, scales)
+        n, k = (double, hidden) if projection == "gate_up" else (hidden, options.intermediate)
+        return PackedMxfp4(weight, scales, n, k)
 
     experts = Experts(weight("gate_up"), buffers.get("gate_up_bias"), weight("down"), buffers.get("down_bias"))
     parts = {f"{p}_{part}": buffers.get(f"{p}_{part}") for p in ("gate_up", "down") for part in ("a", "b", "scale")}
@@ -204,6 +215,7 @@ def batchable(options: Options) -> Callable[[Buffers], jax.Array]:
         return moe_p.bind(
             *buffers.values(),
             names=tuple(buffers),
+            intermediate=options.intermediate,
             top_k=options.top_k,
             swiglu_alpha=options.swiglu_alpha,
             swiglu_limit=options.swiglu_limit,

@@ -4,11 +4,12 @@ Format: OCP Microscaling Formats (MX) v1.0, element e2m1, shared scale e8m0, blo
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 BLOCK = 32
 """Consecutive values along K that share one scale byte."""
@@ -38,6 +39,31 @@ class Mxfp4:
         """(experts, N, K) of the weights that the bytes stand for."""
         experts, n, groups = self.scales.shape
         return experts, n, groups * BLOCK
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("words", "scales"), meta_fields=("n", "k"))
+@dataclasses.dataclass(frozen=True)
+class PackedMxfp4:
+    """4-bit weights [E, N, K] as the Hopper kernels read them; a pytree. Made by jmoe.pack.
+
+    words: int32 [E, N/64, K/64, 512]. The last axis counts warps (4), rows g (8), quads q (4) and steps (4). A word
+      holds the weights at rows 16 * warp + 2g + h and columns 16 * step + 8c + 2q + p of its block of 64 by 64, for
+      h, c and p in (0, 1), in registers h + 2c and halves p; jmoe.ops.packed has their bits. Even rows
+      (gpt-oss's gates) lie beside odd ones (up) in one thread.
+    scales: int32 [E, N/64, K/64, 32], four scale bytes each; byte 2j + h is that of row 16 * warp + 2g + h and columns
+      32j to 32j + 31.
+    n, k: N and K before padding; static.
+    """
+
+    words: Int32[Array, "E NB KB 512"]
+    scales: Int32[Array, "E NB KB 32"]
+    n: int
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, N, K) of the weights that the bytes stand for."""
+        return self.words.shape[0], self.n, self.k
 
 
 def quantize(w: Float[Array, "E N K"]) -> Mxfp4:

@@ -10,10 +10,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.mxfp4 import Mxfp4, dequantize
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, dequantize
+from jmoe.ops.packed import unpack_expert
 from jmoe.ops.routing import Routing
 
-type Weight = Mxfp4 | Float[Array, "E N K"]
+type Weight = Mxfp4 | PackedMxfp4 | Float[Array, "E N K"]
 type Adapter = tuple[Float[Array, "A E R K"], Float[Array, "A E N R"], Float[Array, " A"]]
 
 
@@ -67,7 +68,7 @@ def moe_reference(
 
 def project(
     x: Float[Array, "T K"],
-    weight: Mxfp4 | Float[Array, "N K"],
+    weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"],
     bias: Float[Array, " N"] | None,
     lora: Adapter | None,
     adapter_ids: Int32[Array, " T"],
@@ -102,8 +103,10 @@ def swiglu(z: Float[Array, "T 2I"], alpha: float, limit: float) -> Float[Array, 
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
 
-def dense(weight: Mxfp4 | Float[Array, "N K"], dtype: jnp.dtype) -> Float[Array, "N K"]:
+def dense(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"], dtype: jnp.dtype) -> Float[Array, "N K"]:
     """One expert's weights as an array, by way of bfloat16 if they are MXFP4: that is the kernels' operand type."""
+    if isinstance(weight, PackedMxfp4):
+        weight = Mxfp4(*unpack_expert(weight.words, weight.scales, n=weight.n, k=weight.k))
     if isinstance(weight, Mxfp4):
         one = jax.tree.map(lambda leaf: leaf[None], weight)
         return dequantize(one, jnp.bfloat16)[0].astype(dtype)

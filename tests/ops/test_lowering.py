@@ -26,9 +26,11 @@ SHAPES = [
 ]
 
 
-def lower(shape: LayerShape, architecture: str, **options: object) -> str:
+def lower(shape: LayerShape, architecture: str, packed: bool = False, **options: object) -> str:
     """The layer's program for CUDA, as text."""
     layer = jax.eval_shape(functools.partial(random_layer, shape))
+    if packed:
+        layer = dataclasses.replace(layer, experts=jax.eval_shape(jmoe.pack, layer.experts))
 
     def call(layer: Layer) -> jax.Array:
         return jmoe.moe(
@@ -55,6 +57,16 @@ def launches(program: str) -> int:
 def test_every_plan_compiles(shape: LayerShape, architecture: str) -> None:
     shrinks = 2 if shape.adapters else 0
     assert launches(lower(shape, architecture)) == 6 + shrinks
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 4096])
+def test_packed_plans_compile_for_hopper(tokens: int) -> None:
+    assert launches(lower(LayerShape(tokens), "sm_90", packed=True)) == 7
+
+
+@pytest.mark.parametrize(("shape", "architecture"), [(LayerShape(16), "sm_80"), (LayerShape(8192), "sm_90")], ids=str)
+def test_packed_weights_are_unpacked_where_no_kernel_reads_them(shape: LayerShape, architecture: str) -> None:
+    assert launches(lower(shape, architecture, packed=True)) == 6
 
 
 def test_a_replayed_routing_needs_no_choice() -> None:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from jmoe.triton_src.lora import rank_blocks
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.routing import plan_sort, tile_slots
 from jmoe.triton_src.tiles import TILES, choose_tile
@@ -18,6 +18,7 @@ PROBLEM = MoeProblem(
     experts=32,
     top_k=4,
     router_experts=32,
+    packed=False,
     gate_up_mxfp4=True,
     down_mxfp4=True,
     gate_up_bias=True,
@@ -42,6 +43,10 @@ VARIANTS = [
         {"expert_offset": False, "experts": 128, "router_experts": 128},
     )
 ]
+
+PACKED = dataclasses.replace(
+    PROBLEM, packed=True, adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, intermediate=96, hidden=160
+)
 
 
 @pytest.mark.parametrize("problem", VARIANTS)
@@ -121,3 +126,24 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
     plans: list[Plan] = plan_moe(problem, 90)
     assert all(plan.bytes_accessed > 0 for plan in plans)
     assert sum(plan.flops for plan in plans) > 2 * problem.tokens * problem.top_k * 3 * 2880**2
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
+def test_packed_plans_name_every_parameter(tokens: int) -> None:
+    problem = dataclasses.replace(PACKED, tokens=tokens)
+    assert reads_packed(problem, 90)
+    plans = plan_moe(problem, 90)
+    for plan in plans:
+        plan.check_names()
+    assert [plan.name for plan in plans[-4:]] == ["interleave", "packed_few_rows", "packed_few_rows", "combine"]
+
+
+@pytest.mark.parametrize(
+    ("change", "capability"),
+    [({}, 80), ({}, 100), ({"tokens": 8192}, 90), ({"adapters": 1, "gate_up_rank": 8}, 90)],
+)
+def test_packed_weights_without_a_kernel_are_refused(change: dict[str, int], capability: int) -> None:
+    problem = dataclasses.replace(PACKED, **change)
+    assert not reads_packed(problem, capability)
+    with pytest.raises(NotImplementedError, match=f"got sm_{capability}, {problem.tokens} tokens.*unpack them"):
+        plan_moe(problem, capability)

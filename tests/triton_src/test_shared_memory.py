@@ -40,7 +40,7 @@ def shared_bytes(plan: Plan, capability: int, mxfp4: bool) -> int:
 @pytest.mark.parametrize("capability", KIB_A_BLOCK)
 def test_the_largest_tiles_fit(capability: int, mxfp4: bool) -> None:
     problem = MoeProblem(
-        tokens=4096, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32,
+        tokens=4096, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=False,
         gate_up_mxfp4=mxfp4, down_mxfp4=mxfp4, gate_up_bias=True, down_bias=True,
         adapters=2, gate_up_rank=64, down_rank=64, adapter_ids=True, expert_offset=False,
         swiglu_alpha=1.702, swiglu_limit=7.0,

@@ -1,0 +1,54 @@
+"""The packed MXFP4 layout on Hopper: a thread's 16-byte load holds its own fragments of the tensor cores' A operand.
+
+A word holds the eight weights that a thread of an m16n8k16 product takes in one step of 16 along K: registers a0 to a3,
+two weights each. jmoe.PackedMxfp4 says which weight stands where.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Sign, exponent and mantissa of two weights, in the places of two bfloat16 that are 2**-126 times as large: mask
+# 0x81c081c0. a0 stands there already, a1 six bits below, a2 rotated by four, a3 rotated by six but for its mantissa.
+# Multiplying by 2**126 first and by the scale after it is exact for every scale; one multiplication by their product is
+# not, since it passes bfloat16's range from scale 129 on.
+_WEIGHTS = gl.constexpr("""{ .reg .b32 t, u, c; mov.b32 c, 0x7E807E80;
+ and.b32 t, $8, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$0, $4}, t;
+ shl.b32 t, $8, 6; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $10; mov.b32 {$1, $5}, t;
+ shf.r.wrap.b32 t, $8, $8, 4; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$2, $6}, t;
+ shf.r.wrap.b32 t, $8, $8, 6; and.b32 t, t, 0x81808180; shl.b32 u, $8, 2; and.b32 u, u, 0x00400040; or.b32 t, t, u;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $10; mov.b32 {$3, $7}, t; }""")
+
+# Four scale bytes -> four pairs of equal bfloat16 2**(s - 127): the byte is the exponent.
+_SCALES = gl.constexpr("""{ prmt.b32 $0, $4, 0, 0x4040; shl.b32 $0, $0, 7;
+ prmt.b32 $1, $4, 0, 0x4141; shl.b32 $1, $1, 7;
+ prmt.b32 $2, $4, 0, 0x4242; shl.b32 $2, $2, 7;
+ prmt.b32 $3, $4, 0, 0x4343; shl.b32 $3, $3, 7; }""")
+
+
+@gluon.jit
+def unpack_weights(words, scales, A: gl.constexpr):
+    """(64, 64) bf16 weights in the operand layout A, from words (4, 8, 4, 4) and scales (4, 8) int32: no data moves."""
+    even0, odd0, even1, odd1 = gl.inline_asm_elementwise(
+        _SCALES, "=&r,=&r,=&r,=&r,r", [scales], dtype=(gl.int32,) * 4, is_pure=True, pack=1
+    )
+    w = words.reshape([4, 8, 4, 2, 2])
+    even = gl.convert_layout(gl.join(even0, even1).reshape([4, 8, 1, 2, 1]), w.type.layout)
+    odd = gl.convert_layout(gl.join(odd0, odd1).reshape([4, 8, 1, 2, 1]), w.type.layout)
+    w_even, even = gl.broadcast(w, even)
+    w_even, odd = gl.broadcast(w, odd)
+    a0, a1, a2, a3, b0, b1, b2, b3 = gl.inline_asm_elementwise(
+        _WEIGHTS, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", [w_even, even, odd], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+    )
+    low = gl.join(gl.join(a0, b0), gl.join(a1, b1))
+    high = gl.join(gl.join(a2, b2), gl.join(a3, b3))
+    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5)).reshape([64, 64])
+    return gl.convert_layout(tile, A)
+
+
+@gluon.jit
+def nan_bits(scales):
+    """The top bit of each byte that is the scale 255, from int32 holding four."""
+    return scales & ((scales & 0x7F7F7F7F) + 0x01010101)
