@@ -135,7 +135,7 @@ def plan_packed_moe(problem: MoeProblem, capability: int) -> list[Plan]:
     tile = choose_packed_tile(capability, pairs, p.experts)
     if tile is None or not reads_packed(problem, capability):
         raise NotImplementedError(
-            "packed MXFP4 weights are read on compute capability 9.0, without LoRA and with at most 512 rows an expert; "
+            "packed MXFP4 weights are read on compute capability 9.0, without LoRA and with few rows an expert; "
             f"got sm_{capability}, {p.tokens} tokens, top-{p.top_k} of {p.experts} experts, "
             f"LoRA ranks {p.gate_up_rank} and {p.down_rank}: unpack them"
         )

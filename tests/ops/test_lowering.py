@@ -59,12 +59,12 @@ def test_every_plan_compiles(shape: LayerShape, architecture: str) -> None:
     assert launches(lower(shape, architecture)) == 6 + shrinks
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256])
 def test_packed_plans_compile_for_hopper(tokens: int) -> None:
     assert launches(lower(LayerShape(tokens), "sm_90", packed=True)) == 7
 
 
-@pytest.mark.parametrize(("shape", "architecture"), [(LayerShape(16), "sm_80"), (LayerShape(8192), "sm_90")], ids=str)
+@pytest.mark.parametrize(("shape", "architecture"), [(LayerShape(16), "sm_80"), (LayerShape(4096), "sm_90")], ids=str)
 def test_packed_weights_are_unpacked_where_no_kernel_reads_them(shape: LayerShape, architecture: str) -> None:
     assert launches(lower(shape, architecture, packed=True)) == 6
 

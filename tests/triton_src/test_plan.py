@@ -128,7 +128,7 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
     assert sum(plan.flops for plan in plans) > 2 * problem.tokens * problem.top_k * 3 * 2880**2
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
 def test_packed_plans_name_every_parameter(tokens: int) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)
     assert reads_packed(problem, 90)
