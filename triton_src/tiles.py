@@ -47,8 +47,8 @@ class PackedTile:
 
 
 # Beside each: microseconds of gate_up + down on the H100, launched from torch, of this tile and of the next best of the
-# six tried. At 512 rows (4096 tokens) 32 rows and 3 blocks took 4565, about what unpacking at each call and the portable
-# kernel take.
+# six tried. At 512 rows (4096 tokens) 32 rows and 3 blocks took 4565, about what unpacking at each call and the
+# portable kernel take.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
         PackedTile(rows=1, block_m=8, ahead=5),  # 1 token: 31, 33; 4 tokens: 78, 80
