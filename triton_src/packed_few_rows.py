@@ -61,6 +61,7 @@ def packed_few_rows_kernel(
 
     Grid: (cdiv(N, 64), slots) for down, (OUT_WIDTH / 32, slots) for gate_up.
     """
+    # Layouts of the accumulators, the product's two operands, words, scales and tokens.
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)

@@ -1,6 +1,7 @@
 """MXFP4 weights in the order that Hopper's tensor cores take them: packing, exact and invertible, on any device."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,11 +52,11 @@ def map_weights(experts: Experts, change: Callable[[Any], Any], kind: type) -> E
 
 def pack_weight(weight: Mxfp4) -> PackedMxfp4:
     """One projection's weights, packed."""
-    _, n, k = weight.shape
-    each = [_pack_expert(blocks, scales) for blocks, scales in zip(weight.blocks, weight.scales, strict=True)]
-    if not each:
-        return PackedMxfp4(*_pack_none(n, k), n, k)
-    words, scales = (jnp.stack(parts) for parts in zip(*each, strict=True))
+    experts, n, k = weight.shape
+    tiles = (experts, -(-n // TILE), -(-k // TILE))
+    words, scales = jnp.zeros((*tiles, 512), jnp.int32), jnp.zeros((*tiles, 32), jnp.int32)
+    for expert in range(experts):
+        words, scales = _pack_into(words, scales, expert, weight.blocks[expert], weight.scales[expert])
     return PackedMxfp4(words, scales, n, k)
 
 
@@ -78,12 +79,18 @@ def unpack_buffers(buffers: Mapping[str, jax.Array], intermediate: int) -> dict[
     return unpacked
 
 
-def _pack_none(n: int, k: int) -> tuple[jax.Array, jax.Array]:
-    tiles = (0, -(-n // TILE), -(-k // TILE))
-    return jnp.zeros((*tiles, 512), jnp.int32), jnp.zeros((*tiles, 32), jnp.int32)
+@functools.partial(jax.jit, donate_argnames=("words", "packed_scales"))
+def _pack_into(
+    words: Int32[Array, "E NB KB 512"],
+    packed_scales: Int32[Array, "E NB KB 32"],
+    expert: int,
+    blocks: UInt8[Array, "N G 16"],
+    scales: UInt8[Array, "N G"],
+) -> tuple[Int32[Array, "E NB KB 512"], Int32[Array, "E NB KB 32"]]:
+    one = _pack_expert(blocks, scales)
+    return words.at[expert].set(one[0]), packed_scales.at[expert].set(one[1])
 
 
-@jax.jit
 def _pack_expert(
     blocks: UInt8[Array, "N G 16"], scales: UInt8[Array, "N G"]
 ) -> tuple[Int32[Array, "NB KB 512"], Int32[Array, "NB KB 32"]]:
