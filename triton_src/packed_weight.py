@@ -28,15 +28,58 @@ _SCALES = gl.constexpr("""{ prmt.b32 $0, $4, 0, 0x4040; shl.b32 $0, $0, 7;
  prmt.b32 $3, $4, 0, 0x4343; shl.b32 $3, $3, 7; }""")
 
 
+@gluon.constexpr_function
+def words_layout(warps):
+    """The layout of words (warps, 8, 4, 4) in which a thread holds the four of its 16-byte load."""
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2]],
+        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        [[warp, 0, 0, 0] for warp in (1, 2, 4) if warp < warps],
+        [],
+        [warps, 8, 4, 4],
+    )
+
+
+@gluon.constexpr_function
+def scales_layout(warps):
+    """The layout of scales (warps, 8): each thread holds those of its two rows."""
+    return gl.DistributedLinearLayout(
+        [], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[warp, 0] for warp in (1, 2, 4) if warp < warps], [], [warps, 8]
+    )
+
+
+@gluon.jit
+def word_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, W: gl.constexpr):
+    """Where a block's words (warps, 8, 4, 4) stand from its first; eight warps are two tiles, TILE_STRIDE words apart."""
+    warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))
+    return (
+        (warp // 4 * TILE_STRIDE + warp % 4 * 128)[:, None, None, None]
+        + gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, W))))[None, :, None, None] * 16
+        + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, W))))[None, None, :, None] * 4
+        + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, W))))[None, None, None, :]
+    )
+
+
+@gluon.jit
+def scale_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, S: gl.constexpr):
+    """word_offsets for scales (warps, 8)."""
+    warp = gl.arange(0, warps, gl.SliceLayout(1, S))
+    return (warp // 4 * TILE_STRIDE + warp % 4 * 8)[:, None] + gl.arange(0, 8, gl.SliceLayout(0, S))[None, :]
+
+
 @gluon.jit
 def unpack_weights(words, scales, A: gl.constexpr):
-    """(64, 64) bf16 weights in the operand layout A, from words (4, 8, 4, 4) and scales (4, 8) int32: no data moves."""
+    """(16 * warps, 64) bf16 weights in the operand layout A, from words (warps, 8, 4, 4) and scales (warps, 8) int32.
+
+    No data moves between threads.
+    """
+    WARPS: gl.constexpr = words.shape[0]
     even0, odd0, even1, odd1 = gl.inline_asm_elementwise(
         _SCALES, "=&r,=&r,=&r,=&r,r", [scales], dtype=(gl.int32,) * 4, is_pure=True, pack=1
     )
-    w = words.reshape([4, 8, 4, 2, 2])
-    even = gl.convert_layout(gl.join(even0, even1).reshape([4, 8, 1, 2, 1]), w.type.layout)
-    odd = gl.convert_layout(gl.join(odd0, odd1).reshape([4, 8, 1, 2, 1]), w.type.layout)
+    w = words.reshape([WARPS, 8, 4, 2, 2])
+    even = gl.convert_layout(gl.join(even0, even1).reshape([WARPS, 8, 1, 2, 1]), w.type.layout)
+    odd = gl.convert_layout(gl.join(odd0, odd1).reshape([WARPS, 8, 1, 2, 1]), w.type.layout)
     w_even, even = gl.broadcast(w, even)
     w_even, odd = gl.broadcast(w, odd)
     a0, a1, a2, a3, b0, b1, b2, b3 = gl.inline_asm_elementwise(
@@ -44,7 +87,7 @@ def unpack_weights(words, scales, A: gl.constexpr):
     )
     low = gl.join(gl.join(a0, b0), gl.join(a1, b1))
     high = gl.join(gl.join(a2, b2), gl.join(a3, b3))
-    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5)).reshape([64, 64])
+    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5)).reshape([16 * WARPS, 64])
     return gl.convert_layout(tile, A)
 
 

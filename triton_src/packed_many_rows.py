@@ -1,0 +1,213 @@
+"""The experts' two products from packed MXFP4, for many rows an expert: weights in registers, tokens in shared memory.
+
+A warp group's wgmma takes decoded weights as operand A from registers, so they never pass through shared memory, and
+tokens as operand B. While one product runs, the warps decode the weights of the next.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.packed_weight import (
+    nan_bits,
+    scale_offsets,
+    scales_layout,
+    unpack_weights,
+    word_offsets,
+    words_layout,
+)
+
+
+@gluon.jit
+def packed_many_rows_kernel(
+    x_ptr,  # gate_up: (T, K) bf16; down: (P, K) bf16 by position
+    words_ptr,  # (E, NP / 64, KP / 64, 512) int32
+    scales_ptr,  # (E, NP / 64, KP / 64, 32) int32
+    bias_ptr,  # (E, N) bf16 or float32, or None
+    gates_ptr,  # down: (P,) float32, routing weight by pair; gate_up: None
+    order_ptr,  # (P,) int32, position -> pair
+    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
+    N: gl.constexpr,
+    K: gl.constexpr,
+    TOP_K: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    SMALLEST_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """As grouped_matmul_kernel, of 128 columns; eight warps.
+
+    A tile's last rows go through a product of fewer rows where that is enough, down to SMALLEST_M.
+    Grid: (cdiv(N, 128), slots).
+    """
+    tile = gl.program_id(1)
+    expert = gl.load(tiles_ptr + tile * 3)
+    if expert >= 0:
+        first = gl.load(tiles_ptr + tile * 3 + 1)
+        end = gl.load(tiles_ptr + tile * 3 + 2)
+        if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
+            packed_tile(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
+            )  # fmt: skip
+        elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
+            packed_tile(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
+            )  # fmt: skip
+        else:
+            packed_tile(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
+            )  # fmt: skip
+
+
+@gluon.jit
+def copy_tokens(stages, stage, x, row_ok, k_in_stage, k, K: gl.constexpr):
+    """Starts the copy of 128 columns from k on of the tile's rows into a stage; zeros past the rows and past K."""
+    async_copy.async_load(stages.index(stage), x + k, mask=row_ok & (k + k_in_stage < K))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
+    """A block's words or scales; zero past the last block."""
+    return gl.load(pointers + block * STRIDE, mask=(offsets >= 0) & (block < BLOCKS), other=0)
+
+
+@gluon.jit
+def packed_tile(
+    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    TOP_K: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):  # fmt: skip
+    """One tile of positions of an expert by 128 columns."""
+    C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    W: gl.constexpr = words_layout(8)
+    S: gl.constexpr = scales_layout(8)
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BLOCKS: gl.constexpr = (K + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
+
+    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
+    row_ok = (position < end)[:, None]
+    row = position
+    if GATE_UP:
+        row = gl.load(order_ptr + position, mask=position < end, other=0) // TOP_K
+    k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
+    x = x_ptr + row.to(gl.int64)[:, None] * K + k_in_stage
+    stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
+    for i in gl.static_range(STAGES - 1):
+        copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, K)
+
+    # Of an odd number of tiles the last is taken twice; its second half is not stored.
+    tile = gl.program_id(0) * 2
+    stride = gl.where(tile + 1 < COLUMN_BLOCKS, BLOCKS, 0)
+    tile = (expert.to(gl.int64) * COLUMN_BLOCKS + tile) * BLOCKS
+    word = word_offsets(8, stride * 512, W)
+    scale = scale_offsets(8, stride * 32, S)
+    words = words_ptr + tile * 512 + word
+    scales = scales_ptr + tile * 32 + scale
+    w = ()
+    s = ()
+    for i in gl.static_range(AHEAD):
+        w = w + (load_ahead(words, word, i, 512, BLOCKS),)
+        s = s + (load_ahead(scales, scale, i, 32, BLOCKS),)
+
+    acc = gl.zeros([128, BLOCK_M], gl.float32, C)
+    nan = nan_bits(s[0])
+    even = unpack_weights(w[0], s[0], A)
+    read = 0
+    write = STAGES - 1
+    for block in range(0, BLOCKS // 2 * 2, 2):
+        async_copy.wait_group(STAGES - 2)
+        acc = warpgroup_mma(even, stages.index(read).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        nan = nan | nan_bits(s[1])
+        odd = unpack_weights(w[1], s[1], A)
+        ahead_w = ()
+        ahead_s = ()
+        for i in gl.static_range(2):
+            ahead_w = ahead_w + (load_ahead(words, word, block + AHEAD + i, 512, BLOCKS),)
+            ahead_s = ahead_s + (load_ahead(scales, scale, block + AHEAD + i, 32, BLOCKS),)
+        w = w[2:] + ahead_w
+        s = s[2:] + ahead_s
+        # The next operand is among what the wait is for, so that it is decoded while the product runs.
+        acc, odd = warpgroup_mma_wait(num_outstanding=0, deps=[acc, odd])
+        acc = warpgroup_mma(odd, stages.index(read).slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
+        copy_tokens(stages, write, x, row_ok, k_in_stage, (block + 2 * (STAGES - 1)) * 64, K)
+        nan = nan | nan_bits(s[0])
+        even = unpack_weights(w[0], s[0], A)
+        acc, even = warpgroup_mma_wait(num_outstanding=0, deps=[acc, even])
+        read = gl.where(read == STAGES - 1, 0, read + 1)
+        write = gl.where(write == STAGES - 1, 0, write + 1)
+    if BLOCKS % 2:
+        async_copy.wait_group(STAGES - 2)
+        acc = warpgroup_mma(even, stages.index(read).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+    async_copy.wait_group(0)
+    store_tile(
+        acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+        N, GATE_UP, ALPHA, LIMIT, BLOCK_M,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_tile(
+    acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+    N: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """What follows the product, and the store."""
+    column = gl.program_id(0) * 128
+    POSITIONS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    position = first + gl.arange(0, BLOCK_M, POSITIONS)
+    pairs = gl.load(order_ptr + position, mask=position < end, other=0)
+    # Fragment rows g and g + 8 of a warp's 16 are columns 2g and 2g + 1: gate and up, in one thread.
+    even, odd = gl.split(gl.permute(acc.reshape([8, 2, 8, BLOCK_M]), (0, 2, 3, 1)))
+    even = even.reshape([64, BLOCK_M])
+    odd = odd.reshape([64, BLOCK_M])
+    COLUMNS: gl.constexpr = gl.SliceLayout(1, even.type.layout)
+    ROWS: gl.constexpr = gl.SliceLayout(0, even.type.layout)
+    nan = gl.convert_layout(nan.reshape([64]), COLUMNS)[:, None]
+    even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
+    odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
+    if bias_ptr is not None:
+        pair_column = column + 2 * gl.arange(0, 64, COLUMNS)
+        bias = bias_ptr + expert.to(gl.int64) * N + pair_column
+        even += gl.load(bias, mask=pair_column < N, other=0.0).to(gl.float32)[:, None]
+        odd += gl.load(bias + 1, mask=pair_column < N, other=0.0).to(gl.float32)[:, None]
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 8], [0, 1])
+    out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    row_ok = out_position < end
+    if GATE_UP:
+        out = gl.convert_layout(swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16), OUT)
+        out_column = column // 2 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+        ok = (out_column < N // 2)[:, None] & row_ok[None, :]
+        gl.store(out_ptr + out_position.to(gl.int64)[None, :] * (N // 2) + out_column[:, None], out, mask=ok)
+    else:
+        gates = gl.load(gates_ptr + pairs, mask=position < end, other=0.0)
+        gate = gl.convert_layout(gates, ROWS)[None, :]
+        both = gl.permute(gl.join((even * gate).to(gl.bfloat16), (odd * gate).to(gl.bfloat16)), (0, 2, 1))
+        out = gl.convert_layout(both.reshape([128, BLOCK_M]), OUT)
+        out_column = column + gl.arange(0, 128, gl.SliceLayout(1, OUT))
+        pair = gl.convert_layout(pairs, gl.SliceLayout(0, OUT))
+        ok = (out_column < N)[:, None] & row_ok[None, :]
+        gl.store(out_ptr + pair.to(gl.int64)[None, :] * N + out_column[:, None], out, mask=ok)
