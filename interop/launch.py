@@ -26,6 +26,7 @@ def launch(plans: Sequence[Plan], buffers: Mapping[str, torch.Tensor]) -> dict[s
             **plan.constexprs,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
+            **({} if plan.max_registers is None else {"maxnreg": plan.max_registers}),
         )
         everything |= {buffer.name: outputs[parameter] for parameter, buffer in plan.outputs.items()}
     return everything

@@ -5,24 +5,25 @@ import triton.language as tl
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.expert_weight import dense_product, mxfp4_product
-from jmoe.triton_src.lora import expand_tile, rank_blocks
+from jmoe.triton_src.lora import expand_tile, lora_constexprs, lora_operands
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.tiles import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def grouped_matmul_kernel(
     x_ptr,  # gate_up: (T, K) bf16; down: (P, K) bf16 by position
     weight_ptr,  # MXFP4: (E, N, K / 2) uint8, low nibble first; dense: (E, N, K) bf16
     scales_ptr,  # MXFP4: (E, N, K / 32) uint8; dense: None
     bias_ptr,  # (E, N) bf16 or float32, or None
     gates_ptr,  # down: (P,) float32, routing weight by pair; gate_up: None
-    shrunk_ptr,  # (P, RANK_PADDED) bf16 by position, or None without LoRA
+    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position, or None without LoRA
     lora_b_ptr,  # (A, E, N, R) bf16 or float32, or None without LoRA
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
+    pairs,
     N: tl.constexpr,
     K: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -30,6 +31,7 @@ def grouped_matmul_kernel(
     ADAPTERS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
     GATE_UP: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -51,8 +53,8 @@ def grouped_matmul_kernel(
     end = tl.load(tiles_ptr + tile * 3 + 2)
     rows = first + tl.arange(0, BLOCK_M)
     row_ok = rows < end
-    pairs = tl.load(order_ptr + rows, mask=row_ok, other=0)
-    tokens = pairs // TOP_K
+    pair = tl.load(order_ptr + rows, mask=row_ok, other=0)
+    tokens = pair // TOP_K
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < N
     # rows * K and, for 256 experts, expert * N * K pass 2^31.
@@ -70,7 +72,7 @@ def grouped_matmul_kernel(
     if lora_b_ptr is not None:
         acc = expand_tile(
             acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, expert,
-            N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
+            pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, x_ptr.dtype.element_ty,
         )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + wide_expert * N + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -82,9 +84,9 @@ def grouped_matmul_kernel(
         out_rows = out_ptr + rows.to(tl.int64) * (N // 2)
         out_ok = out_columns < N // 2
     else:
-        out = acc * tl.load(gates_ptr + pairs, mask=row_ok, other=0.0)[:, None]
+        out = acc * tl.load(gates_ptr + pair, mask=row_ok, other=0.0)[:, None]
         out_columns = columns
-        out_rows = out_ptr + pairs.to(tl.int64) * N
+        out_rows = out_ptr + pair.to(tl.int64) * N
         out_ok = column_ok
     tl.store(
         out_rows[:, None] + out_columns[None, :],
@@ -113,8 +115,6 @@ def plan_grouped_matmul(
 ) -> Plan:
     """gate_up: activations [P, I] from x [T, H]. down: pair_out [P, H] from activations."""
     gate_up = projection == "gate_up"
-    lora = rank is not None
-    block_r, rank_padded = rank_blocks(rank) if rank is not None else (16, 16)
     out = Buffer("activations", (pairs, n // 2), "bfloat16") if gate_up else Buffer("pair_out", (pairs, n), "bfloat16")
     weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
     return Plan(
@@ -126,28 +126,24 @@ def plan_grouped_matmul(
             "scales_ptr": f"{projection}_scales" if mxfp4 else None,
             "bias_ptr": f"{projection}_bias" if bias else None,
             "gates_ptr": None if gate_up else "weights",
-            "shrunk_ptr": f"{projection}_shrunk" if lora else None,
-            "lora_b_ptr": f"{projection}_b" if lora else None,
-            "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+            **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
+        scalars={"pairs": pairs},
         outputs={"out_ptr": out},
         constexprs={
             "N": n,
             "K": k,
             "EXPERTS": experts,
             "TOP_K": top_k,
-            "ADAPTERS": adapters,
-            "RANK": rank or 0,
-            "RANK_PADDED": rank_padded,
+            **lora_constexprs(adapters, rank, tile.shrink_splits),
             "GATE_UP": gate_up,
             "ALPHA": swiglu_alpha,
             "LIMIT": swiglu_limit,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
-            "BLOCK_R": block_r,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -4,32 +4,37 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-from jmoe.triton_src.tiles import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def shrink_kernel(
-    x_ptr,  # gate_up: (T, K) bf16; down: (P, K) bf16 by position
+    x_ptr,  # gate_up: (T, K) bf16; down: (P, WIDTH) bf16 by position
     a_ptr,  # (A, E, R, K) bf16 or float32
     scale_ptr,  # (A,) float32
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
-    shrunk_ptr,  # (P, RANK_PADDED) bf16 by position
+    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
+    pairs,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ADAPTERS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     GATHER: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """shrunk[p] = scale[a] * x[p] A[a, e]^T for the pair's adapter a and expert e, zero without adapter and past R.
+    """Parts, over K, of shrunk[p] = scale[a] * x[p] A[a, e]^T for the pair's adapter a and expert e.
 
-    Grid: (RANK_PADDED / BLOCK_R, slots); one program = one expert's tile of positions.
+    Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, and one
+    part of K. Grid: (RANK_PADDED / BLOCK_R, slots, SPLITS).
     """
     expert = tl.load(tiles_ptr + tl.program_id(1) * 3)
     if expert < 0:
@@ -37,10 +42,12 @@ def shrink_kernel(
     first = tl.load(tiles_ptr + tl.program_id(1) * 3 + 1)
     end = tl.load(tiles_ptr + tl.program_id(1) * 3 + 2)
     rows = first + tl.arange(0, BLOCK_M)
-    row_ok = rows < end
+    row_ok = rows < tl.minimum(end, first + TILE_M)
     tokens = tl.load(order_ptr + rows, mask=row_ok, other=0) // TOP_K
-    # rows * K passes 2^31 at 131,072 tokens.
-    x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * K
+    # rows * WIDTH passes 2^31 at 131,072 tokens.
+    x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * WIDTH
+    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    k_first = tl.program_id(2) * (steps * BLOCK_K)
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = ranks < RANK
     k_in_tile = tl.arange(0, BLOCK_K)
@@ -52,28 +59,27 @@ def shrink_kernel(
         if tl.max(mine.to(tl.int32), axis=0) > 0:
             a_base = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K)
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for k in range(0, K, BLOCK_K):
-                k_ok = k + k_in_tile < K
-                x = tl.load(x_rows[:, None] + (k + k_in_tile)[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+            for step in range(0, steps):
+                column = k_first + step * BLOCK_K + k_in_tile
+                k = interleaved_k(column) if INTERLEAVED else column
+                k_ok = k < K
+                x = tl.load(x_rows[:, None] + column[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
                 a = tl.load(
-                    a_base + ranks[:, None] * K + (k + k_in_tile)[None, :],
+                    a_base + ranks[:, None] * K + k[None, :],
                     mask=rank_ok[:, None] & k_ok[None, :],
                     other=0.0,
                 )
                 acc = tl.dot(x, a.to(x.dtype).T, acc)
             # Rows of other adapters and padded ranks are set to zero, not multiplied by it: x may hold infinities.
             shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), shrunk)
-    tl.store(
-        shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :],
-        shrunk.to(shrunk_ptr.dtype.element_ty),
-        mask=row_ok[:, None],
-    )
+    part = shrunk_ptr + tl.program_id(2).to(tl.int64) * pairs * RANK_PADDED
+    tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=row_ok[:, None])
 
 
 @triton.jit
 def expand_tile(
     acc,  # (BLOCK_M, BLOCK_N) float32
-    shrunk_ptr,  # (P, RANK_PADDED) bf16 by position
+    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
     b_ptr,  # (A, E, N, R) bf16 or float32
     adapter_ids_ptr,  # (T,) int32, or None
     tokens,  # (BLOCK_M,)
@@ -82,12 +88,15 @@ def expand_tile(
     columns,  # (BLOCK_N,)
     column_ok,  # (BLOCK_N,)
     expert,
+    pairs,
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     ADAPTERS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """acc + shrunk B[a, e]^T for each row's adapter a. Rows of others are selected away, not multiplied by zero."""
     for adapter in range(ADAPTERS):
@@ -99,11 +108,12 @@ def expand_tile(
             expanded = acc
             for r in tl.range(0, RANK_PADDED, BLOCK_R, num_stages=1):
                 ranks = r + tl.arange(0, BLOCK_R)
-                shrunk = tl.load(
-                    shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :],
-                    mask=row_ok[:, None],
-                    other=0.0,
-                )
+                at = shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :]
+                total = tl.load(at, mask=row_ok[:, None], other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    part = at + tl.cast(split * RANK_PADDED, tl.int64) * pairs
+                    total += tl.load(part, mask=row_ok[:, None], other=0.0)
+                shrunk = total.to(DTYPE)
                 b = tl.load(
                     b_base + columns[:, None] * RANK + ranks[None, :],
                     mask=column_ok[:, None] & (ranks < RANK)[None, :],
@@ -114,17 +124,39 @@ def expand_tile(
     return acc
 
 
+@triton.jit
+def interleaved_k(column):
+    """Which k stands at a column of activations that packed_few_rows_kernel wrote."""
+    return column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
+
+
 def rank_blocks(rank: int) -> tuple[int, int]:
     """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
     block = min(64, max(16, next_power_of_2(rank)))
     return block, cdiv(rank, block) * block
 
 
+def lora_operands(projection: str, rank: int | None, adapter_ids: bool) -> dict[str, str | None]:
+    """The operands of a product's launch that are about LoRA."""
+    lora = rank is not None
+    return {
+        "shrunk_ptr": f"{projection}_shrunk" if lora else None,
+        "lora_b_ptr": f"{projection}_b" if lora else None,
+        "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+    }
+
+
+def lora_constexprs(adapters: int, rank: int | None, splits: int) -> dict[str, int]:
+    """The constants of a product's launch that are about LoRA; one set for all sizes without it."""
+    if rank is None:
+        return {"ADAPTERS": 0, "RANK": 0, "RANK_PADDED": 16, "BLOCK_R": 16, "SPLITS": 1}
+    block_r, rank_padded = rank_blocks(rank)
+    return {"ADAPTERS": adapters, "RANK": rank, "RANK_PADDED": rank_padded, "BLOCK_R": block_r, "SPLITS": splits}
+
+
 def plan_shrink(
     projection: str,
     *,
-    x: str,
-    gather: bool,
     slots: int,
     pairs: int,
     top_k: int,
@@ -133,36 +165,48 @@ def plan_shrink(
     rank: int,
     k: int,
     adapter_ids: bool,
-    tile: Tile,
+    splits: int,
+    tile_m: int,
+    width: int | None = None,
 ) -> Plan:
-    """shrunk[P, RANK_PADDED] of `projection` ("gate_up" or "down") from buffer x."""
+    """Parts of shrunk [splits, P, RANK_PADDED] of `projection` ("gate_up" or "down") from x or activations.
+
+    width: columns of the activations where they are interleaved and padded, as packed_few_rows_kernel writes them.
+    """
+    block_k = 64
     block_r, rank_padded = rank_blocks(rank)
+    gate_up = projection == "gate_up"
     return Plan(
         kernel=shrink_kernel,
-        grid=(rank_padded // block_r, slots),
+        grid=(rank_padded // block_r, slots, splits),
         operands={
-            "x_ptr": x,
+            "x_ptr": "x" if gate_up else "activations",
             "a_ptr": f"{projection}_a",
             "scale_ptr": f"{projection}_scale",
             "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
-        outputs={"shrunk_ptr": Buffer(f"{projection}_shrunk", (pairs, rank_padded), "bfloat16")},
+        outputs={"shrunk_ptr": Buffer(f"{projection}_shrunk", (splits, pairs, rank_padded), "float32")},
+        scalars={"pairs": pairs},
         constexprs={
             "K": k,
+            "WIDTH": width or k,
             "EXPERTS": experts,
             "TOP_K": top_k,
             "ADAPTERS": adapters,
             "RANK": rank,
             "RANK_PADDED": rank_padded,
-            "GATHER": gather,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_K": tile.shrink_block_k,
+            "GATHER": gate_up,
+            "INTERLEAVED": width is not None,
+            "SPLITS": splits,
+            "TILE_M": tile_m,
+            "BLOCK_M": max(16, tile_m),
+            "BLOCK_K": block_k,
             "BLOCK_R": block_r,
         },
         num_warps=4,
         num_stages=3,
         flops=2 * pairs * k * rank,
-        bytes_accessed=2 * (pairs * (k + rank) + min(pairs, experts) * rank * k),
+        bytes_accessed=2 * (pairs * k + min(pairs, experts) * rank * k) + 4 * splits * pairs * rank,
     )

@@ -7,10 +7,11 @@ from typing import Any, Self
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
 from jmoe.triton_src.lora import plan_shrink
-from jmoe.triton_src.packed_few_rows import plan_interleave, plan_packed_few_rows
+from jmoe.triton_src.packed_few_rows import pad, plan_interleave, plan_packed_few_rows
+from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.routing import plan_choose, plan_sort, tile_slots
-from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
+from jmoe.triton_src.tiles import PACKED_TILES, FewRowsTile, choose_packed_tile, choose_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
 
     Raises:
-      NotImplementedError: the GPU is older than the kernels support, or none reads packed weights for this problem.
+      NotImplementedError: the GPU is older than the kernels support, or none reads packed weights there.
     """
     p = problem
     pairs = p.tokens * p.top_k
@@ -104,10 +105,9 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
             "adapters": p.adapters,
             "rank": rank,
             "adapter_ids": p.adapter_ids,
-            "tile": tile,
         }
         if rank is not None:
-            plans.append(plan_shrink(projection, x="x" if gate_up else "activations", gather=gate_up, **shared))
+            plans.append(plan_shrink(projection, splits=tile.shrink_splits, tile_m=tile.block_m, **shared))
         plans.append(
             plan_grouped_matmul(
                 projection,
@@ -116,46 +116,60 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
                 bias=p.gate_up_bias if gate_up else p.down_bias,
                 swiglu_alpha=p.swiglu_alpha,
                 swiglu_limit=p.swiglu_limit,
+                tile=tile,
                 **shared,
             )
         )
     return [*plans, plan_sum(problem)]
 
 
-def reads_packed(problem: MoeProblem, capability: int) -> bool:
-    """Whether there are kernels that read packed weights for this problem on this GPU."""
-    lora = problem.gate_up_rank is not None or problem.down_rank is not None
-    return not lora and choose_packed_tile(capability, problem.tokens * problem.top_k, problem.experts) is not None
+def reads_packed(capability: int) -> bool:
+    """Whether there are kernels that read packed weights on this GPU."""
+    return capability in PACKED_TILES
 
 
 def plan_packed_moe(problem: MoeProblem, capability: int) -> list[Plan]:
     """plan_moe for packed weights."""
     p = problem
+    if not reads_packed(capability):
+        raise NotImplementedError(
+            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
+        )
     pairs = p.tokens * p.top_k
     tile = choose_packed_tile(capability, pairs, p.experts)
-    if tile is None or not reads_packed(problem, capability):
-        raise NotImplementedError(
-            "packed MXFP4 weights are read on compute capability 9.0, without LoRA and with few rows an expert; "
-            f"got sm_{capability}, {p.tokens} tokens, top-{p.top_k} of {p.experts} experts, "
-            f"LoRA ranks {p.gate_up_rank} and {p.down_rank}: unpack them"
-        )
-    shared: dict[str, Any] = {
-        "slots": tile_slots(pairs, p.experts, tile.block_m),
-        "pairs": pairs,
-        "top_k": p.top_k,
-        "experts": p.experts,
-        "swiglu_alpha": p.swiglu_alpha,
-        "swiglu_limit": p.swiglu_limit,
-        "tile": tile,
-    }
-    return [
-        *([] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]),
-        *plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset),
-        plan_interleave(tokens=p.tokens, hidden=p.hidden),
-        plan_packed_few_rows("gate_up", n=2 * p.intermediate, k=p.hidden, bias=p.gate_up_bias, **shared),
-        plan_packed_few_rows("down", n=p.hidden, k=p.intermediate, bias=p.down_bias, **shared),
-        plan_sum(problem),
-    ]
+    few = isinstance(tile, FewRowsTile)
+    plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
+    plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)
+    if few:
+        plans.append(plan_interleave(tokens=p.tokens, hidden=p.hidden))
+    for projection in ("gate_up", "down"):
+        gate_up = projection == "gate_up"
+        n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
+        rank = p.gate_up_rank if gate_up else p.down_rank
+        shared: dict[str, Any] = {
+            "k": k,
+            "slots": tile_slots(pairs, p.experts, tile.block_m),
+            "pairs": pairs,
+            "top_k": p.top_k,
+            "experts": p.experts,
+            "adapters": p.adapters,
+            "rank": rank,
+            "adapter_ids": p.adapter_ids,
+        }
+        if rank is not None:
+            width = pad(k) if few and not gate_up else None
+            plans.append(plan_shrink(projection, splits=tile.shrink_splits, tile_m=tile.block_m, width=width, **shared))
+        shared |= {
+            "n": n,
+            "bias": p.gate_up_bias if gate_up else p.down_bias,
+            "swiglu_alpha": p.swiglu_alpha,
+            "swiglu_limit": p.swiglu_limit,
+        }
+        if isinstance(tile, FewRowsTile):
+            plans.append(plan_packed_few_rows(projection, tile=tile, **shared))
+        else:
+            plans.append(plan_packed_many_rows(projection, tile=tile, **shared))
+    return [*plans, plan_sum(problem)]
 
 
 def plan_sum(problem: MoeProblem) -> Plan:

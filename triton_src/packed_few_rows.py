@@ -7,9 +7,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
-from jmoe.triton_src.packed_weight import nan_bits, unpack_weights
+from jmoe.triton_src.lora import lora_constexprs, lora_operands
+from jmoe.triton_src.packed_lora import load_lora_b, load_shrunk, rows_of_adapter
+from jmoe.triton_src.packed_weight import (
+    nan_bits,
+    scale_offsets,
+    scales_layout,
+    unpack_weights,
+    word_offsets,
+    words_layout,
+)
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
-from jmoe.triton_src.tiles import PackedTile
+from jmoe.triton_src.tiles import FewRowsTile
 
 
 @triton.jit
@@ -38,18 +47,48 @@ def load_ahead(pointers, lanes, block, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def expand(
+    acc, shrunk_ptr, lora_b_ptr, pairs, rows, first, end,
+    N: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    A: gl.constexpr,
+    B: gl.constexpr,
+):  # fmt: skip
+    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
+    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
+        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 4)
+        b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * 64, rank, N, RANK, BLOCK_R, A, 4)
+        acc = mma_v2(b, gl.convert_layout(shrunk.permute((1, 0)), B), acc)
+    return acc
+
+
+@gluon.jit(do_not_specialize=["pairs"])
 def packed_few_rows_kernel(
     x_ptr,  # gate_up: (T, KP) bf16; down: (P, KP) bf16 by position; both interleaved
     words_ptr,  # (E, NP / 64, KP / 64, 512) int32
     scales_ptr,  # (E, NP / 64, KP / 64, 32) int32
     bias_ptr,  # (E, N) bf16 or float32, or None
     gates_ptr,  # down: (P,) float32, routing weight by pair; gate_up: None
+    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position, or None without LoRA
+    lora_b_ptr,  # (A, E, N, R) bf16 or float32, or None without LoRA
+    adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     out_ptr,  # gate_up: (P, OUT_WIDTH) bf16 by position, interleaved; down: (P, N) bf16 by pair
+    pairs,
     N: gl.constexpr,
     KP: gl.constexpr,
+    EXPERTS: gl.constexpr,
     TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
     GATE_UP: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -65,16 +104,8 @@ def packed_few_rows_kernel(
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    W: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2]],
-        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[1, 0, 0, 0], [2, 0, 0, 0]],
-        [],
-        [4, 8, 4, 4],
-    )
-    S: gl.constexpr = gl.DistributedLinearLayout(
-        [], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [4, 8]
-    )
+    W: gl.constexpr = words_layout(4)
+    S: gl.constexpr = scales_layout(4)
     TOKEN_REGS: gl.constexpr = [[8, 0, 0], [16, 0, 0], [32, 0, 0]][: BLOCK_M // 16 - BLOCK_M // 64]
     X: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]] + TOKEN_REGS,
@@ -90,13 +121,8 @@ def packed_few_rows_kernel(
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
-        word = (
-            gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None] * 128
-            + gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, W))))[None, :, None, None] * 16
-            + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, W))))[None, None, :, None] * 4
-            + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, W))))[None, None, None, :]
-        )
-        scale = gl.arange(0, 4, gl.SliceLayout(1, S))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, S))[None, :]
+        word = word_offsets(4, 0, W)
+        scale = scale_offsets(4, 0, S)
         # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
         column_block = gl.minimum(gl.program_id(0), COLUMN_BLOCKS - 1)
         block = (expert.to(gl.int64) * COLUMN_BLOCKS + column_block) * BLOCKS
@@ -122,6 +148,22 @@ def packed_few_rows_kernel(
         for i in gl.static_range(AHEAD):
             w = w + (load_ahead(words + i * 512, word, i, BLOCKS),)
             s = s + (load_ahead(scales + i * 32, scale, i, BLOCKS),)
+        if lora_b_ptr is not None:
+            if adapter_ids_ptr is None:
+                acc = expand(
+                    acc, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
+                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B,
+                )  # fmt: skip
+            else:
+                for adapter in range(ADAPTERS):
+                    mine = rows_of_adapter(adapter_ids_ptr, order_ptr, first, end, adapter, TOP_K, BLOCK_M, 4)
+                    if gl.max(mine.to(gl.int32), axis=0) > 0:
+                        zero = gl.zeros([64, BLOCK_M], gl.float32, C)
+                        expanded = expand(
+                            zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
+                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B,
+                        )  # fmt: skip
+                        acc = gl.where(gl.convert_layout(mine, gl.SliceLayout(0, C))[None, :], expanded, acc)
         for start in range(0, BLOCKS, AHEAD):
             xs = ()
             for i in gl.static_range(AHEAD):
@@ -196,9 +238,12 @@ def plan_packed_few_rows(
     top_k: int,
     experts: int,
     bias: bool,
+    adapters: int,
+    rank: int | None,
+    adapter_ids: bool,
     swiglu_alpha: float,
     swiglu_limit: float,
-    tile: PackedTile,
+    tile: FewRowsTile,
 ) -> Plan:
     """gate_up: activations [P, I padded to 64], interleaved, from x_interleaved. down: pair_out [P, H] from these."""
     gate_up = projection == "gate_up"
@@ -213,14 +258,18 @@ def plan_packed_few_rows(
             "scales_ptr": f"{projection}_scales",
             "bias_ptr": f"{projection}_bias" if bias else None,
             "gates_ptr": None if gate_up else "weights",
+            **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
+        scalars={"pairs": pairs},
         outputs={"out_ptr": out},
         constexprs={
             "N": n,
             "KP": pad(k),
+            "EXPERTS": experts,
             "TOP_K": top_k,
+            **lora_constexprs(adapters, rank, tile.shrink_splits),
             "GATE_UP": gate_up,
             "ALPHA": swiglu_alpha,
             "LIMIT": swiglu_limit,
@@ -231,7 +280,7 @@ def plan_packed_few_rows(
         num_warps=4,
         # jax-triton sends Gluon through Triton's pipeliner, which at more stages moves the tokens to shared memory.
         num_stages=1,
-        flops=2 * pairs * n * k,
+        flops=2 * pairs * n * (k + (rank or 0)),
         bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + width),
     )
 

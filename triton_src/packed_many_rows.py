@@ -7,9 +7,11 @@ tokens as operand B. While one product runs, the warps decode the weights of the
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.lora import lora_constexprs, lora_operands
+from jmoe.triton_src.packed_lora import load_lora_b, load_shrunk, rows_of_adapter
 from jmoe.triton_src.packed_weight import (
     nan_bits,
     scale_offsets,
@@ -18,21 +20,33 @@ from jmoe.triton_src.packed_weight import (
     word_offsets,
     words_layout,
 )
+from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.tiles import ManyRowsTile
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["pairs"])
 def packed_many_rows_kernel(
     x_ptr,  # gate_up: (T, K) bf16; down: (P, K) bf16 by position
     words_ptr,  # (E, NP / 64, KP / 64, 512) int32
     scales_ptr,  # (E, NP / 64, KP / 64, 32) int32
     bias_ptr,  # (E, N) bf16 or float32, or None
     gates_ptr,  # down: (P,) float32, routing weight by pair; gate_up: None
+    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position, or None without LoRA
+    lora_b_ptr,  # (A, E, N, R) bf16 or float32, or None without LoRA
+    adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
+    pairs,
     N: gl.constexpr,
     K: gl.constexpr,
+    EXPERTS: gl.constexpr,
     TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
     GATE_UP: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -53,18 +67,21 @@ def packed_many_rows_kernel(
         end = gl.load(tiles_ptr + tile * 3 + 2)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
-                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
             packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
-                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         else:
             packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
-                N, K, TOP_K, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
             )  # fmt: skip
 
 
@@ -83,10 +100,17 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 
 @gluon.jit
 def packed_tile(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+    out_ptr, pairs, expert, first, end,
     N: gl.constexpr,
     K: gl.constexpr,
+    EXPERTS: gl.constexpr,
     TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
     GATE_UP: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -130,6 +154,24 @@ def packed_tile(
         s = s + (load_ahead(scales, scale, i, 32, BLOCKS),)
 
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
+    if lora_b_ptr is not None:
+        # The last stage holds no tokens until the loop below fills it.
+        shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
+        if adapter_ids_ptr is None:
+            acc = expand(
+                acc, shrunk, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
+                N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
+            )  # fmt: skip
+        else:
+            for adapter in range(ADAPTERS):
+                mine = rows_of_adapter(adapter_ids_ptr, order_ptr, first, end, adapter, TOP_K, BLOCK_M, 8)
+                if gl.max(mine.to(gl.int32), axis=0) > 0:
+                    zero = gl.zeros([128, BLOCK_M], gl.float32, C)
+                    expanded = expand(
+                        zero, shrunk, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
+                        first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
+                    )  # fmt: skip
+                    acc = gl.where(gl.convert_layout(mine, gl.SliceLayout(0, C))[None, :], expanded, acc)
     nan = nan_bits(s[0])
     even = unpack_weights(w[0], s[0], A)
     read = 0
@@ -164,6 +206,27 @@ def packed_tile(
         acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
         N, GATE_UP, ALPHA, LIMIT, BLOCK_M,
     )  # fmt: skip
+
+
+@gluon.jit
+def expand(
+    acc, shared, shrunk_ptr, lora_b_ptr, pairs, rows, first, end,
+    N: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    A: gl.constexpr,
+):  # fmt: skip
+    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
+    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
+        shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 8))
+        b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * 128, rank, N, RANK, BLOCK_R, A, 8)
+        fence_async_shared()
+        gl.barrier()
+        acc = warpgroup_mma(b, shared.permute((1, 0)), acc)
+    return acc
 
 
 @gluon.jit
@@ -211,3 +274,61 @@ def store_tile(
         pair = gl.convert_layout(pairs, gl.SliceLayout(0, OUT))
         ok = (out_column < N)[:, None] & row_ok[None, :]
         gl.store(out_ptr + pair.to(gl.int64)[None, :] * N + out_column[:, None], out, mask=ok)
+
+
+def plan_packed_many_rows(
+    projection: str,
+    *,
+    n: int,
+    k: int,
+    slots: int,
+    pairs: int,
+    top_k: int,
+    experts: int,
+    bias: bool,
+    adapters: int,
+    rank: int | None,
+    adapter_ids: bool,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    tile: ManyRowsTile,
+) -> Plan:
+    """gate_up: activations [P, I] from x [T, H]. down: pair_out [P, H] from activations."""
+    gate_up = projection == "gate_up"
+    width = n // 2 if gate_up else n
+    return Plan(
+        kernel=packed_many_rows_kernel,
+        grid=(cdiv(n, 128), slots),
+        operands={
+            "x_ptr": "x" if gate_up else "activations",
+            "words_ptr": projection,
+            "scales_ptr": f"{projection}_scales",
+            "bias_ptr": f"{projection}_bias" if bias else None,
+            "gates_ptr": None if gate_up else "weights",
+            **lora_operands(projection, rank, adapter_ids),
+            "order_ptr": "order",
+            "tiles_ptr": "tiles",
+        },
+        scalars={"pairs": pairs},
+        outputs={"out_ptr": Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")},
+        constexprs={
+            "N": n,
+            "K": k,
+            "EXPERTS": experts,
+            "TOP_K": top_k,
+            **lora_constexprs(adapters, rank, tile.shrink_splits),
+            "GATE_UP": gate_up,
+            "ALPHA": swiglu_alpha,
+            "LIMIT": swiglu_limit,
+            "BLOCK_M": tile.block_m,
+            "SMALLEST_M": tile.smallest_m,
+            "STAGES": tile.stages,
+            "AHEAD": tile.ahead,
+        },
+        num_warps=8,
+        num_stages=1,
+        # Mixed adapters hold a second accumulator while they are expanded.
+        max_registers=max(128, tile.max_registers) if rank is not None and adapter_ids else tile.max_registers,
+        flops=2 * pairs * n * (k + (rank or 0)),
+        bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + width),
+    )

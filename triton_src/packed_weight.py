@@ -50,7 +50,7 @@ def scales_layout(warps):
 
 @gluon.jit
 def word_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, W: gl.constexpr):
-    """Where a block's words (warps, 8, 4, 4) stand from its first; eight warps are two tiles, TILE_STRIDE words apart."""
+    """Where a block's words (warps, 8, 4, 4) are; eight warps are two tiles, TILE_STRIDE words apart."""
     warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))
     return (
         (warp // 4 * TILE_STRIDE + warp % 4 * 128)[:, None, None, None]

@@ -22,6 +22,7 @@ class Plan:
     scalars: kernel parameter -> 32-bit integer known when the launch is planned but kept out of the binary.
     outputs: kernel parameter -> buffer it writes; every element that a later launch reads is written.
     constexprs: kernel parameter -> value compiled into the kernel.
+    max_registers: a thread's registers, for more programs on a multiprocessor; None leaves it to the compiler.
     flops, bytes_accessed: estimates for profilers and schedulers.
     """
 
@@ -33,6 +34,7 @@ class Plan:
     scalars: Mapping[str, int] = dataclasses.field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
     flops: int = 0
     bytes_accessed: int = 0
 

@@ -18,7 +18,7 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
-    shrink_block_k: int = 64  # not measured
+    shrink_splits: int = 2  # parts of K that LoRA's shrink computes side by side; not measured
 
 
 # Beside each: microseconds of gate_up + down on the H100, of this tile and of the next best of the 45 to 76 settings
@@ -38,33 +38,48 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedTile:
-    """Sizes of the packed product's tiles, for experts with up to `rows` rows on average."""
+class FewRowsTile:
+    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
     block_m: int
     ahead: int
+    shrink_splits: int = 8
 
 
-# Beside each: microseconds of gate_up + down on the H100, launched from torch, of this tile and of the next best of the
-# six tried. At 512 rows (4096 tokens) 32 rows and 3 blocks took 4565, about what unpacking at each call and the
-# portable kernel take.
+@dataclasses.dataclass(frozen=True)
+class ManyRowsTile:
+    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_m: int
+    smallest_m: int
+    stages: int
+    ahead: int
+    max_registers: int
+    shrink_splits: int = 2
+
+
+type PackedTile = FewRowsTile | ManyRowsTile
+
+# Beside each: microseconds of gate_up + down on the H100, launched from torch, of this tile and of the next best tried.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        PackedTile(rows=1, block_m=8, ahead=5),  # 1 token: 31, 33; 4 tokens: 78, 80
-        PackedTile(rows=4, block_m=8, ahead=3),  # 16 tokens: 149, 152
-        PackedTile(rows=8, block_m=16, ahead=5),  # 64 tokens: 179, 184
-        PackedTile(rows=16, block_m=16, ahead=3),  # 128 tokens: 223, 232
-        PackedTile(rows=128, block_m=32, ahead=5),  # 256 tokens: 337, 370; 512: 594, 614; 1024: 1141, 1171
+        FewRowsTile(rows=1, block_m=8, ahead=5),  # 1 token: 31, 33; 4 tokens: 78, 80
+        FewRowsTile(rows=4, block_m=8, ahead=3),  # 16 tokens: 149, 152
+        FewRowsTile(rows=8, block_m=16, ahead=5),  # 64 tokens: 179, 184
+        ManyRowsTile(rows=40, block_m=64, smallest_m=64, stages=3, ahead=2, max_registers=80),  # 256 tokens: 213, 240
+        ManyRowsTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
+        # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
     ),
 }
-"""Compute capability * 10 -> tiles by increasing rows, for the GPUs and sizes whose kernels read packed weights."""
+"""Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""
 
 
-def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile | None:
-    """The tile for packed weights, or None where no kernel reads them; arguments as in choose_tile."""
+def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile:
+    """The tile for packed weights on a GPU that PACKED_TILES has; arguments as in choose_tile."""
     average = pairs / min(pairs, experts)
-    return next((tile for tile in PACKED_TILES.get(capability, ()) if average <= tile.rows), None)
+    return next(tile for tile in PACKED_TILES[capability] if average <= tile.rows)
 
 
 def choose_tile(capability: int, pairs: int, experts: int) -> Tile:

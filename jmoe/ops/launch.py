@@ -14,6 +14,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.interpreters import mlir, xla
 
+from jmoe.ops.gluon import compile_gluon_as_gluon
 from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _moe_launches(
         swiglu_alpha=swiglu_alpha,
         swiglu_limit=swiglu_limit,
     )
-    if not (problem.packed and reads_packed(problem, capability)):
+    if not (problem.packed and reads_packed(capability)):
         buffers = unpack_buffers(buffers, intermediate)
         problem = dataclasses.replace(problem, packed=False)
     return launch(plan_moe(problem, capability), buffers, capability)["y"]
@@ -99,6 +100,7 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
             name=plan.name,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
+            backend_options=None if plan.max_registers is None else {"maxnreg": plan.max_registers},
             compute_capability=capability,
             cost_estimate={"flops": plan.flops, "bytes_accessed": plan.bytes_accessed},
             **operands,
@@ -142,9 +144,12 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def import_jax_triton() -> Any:
-    """jax_triton, without what its import does to the process: it deletes TRITON_CACHE_DIR from the environment."""
+    """jax_triton, compiling Gluon as Gluon, and without what its import does: it deletes TRITON_CACHE_DIR."""
     kept = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
+    import jax_triton.triton_lib
+
+    compile_gluon_as_gluon(jax_triton.triton_lib)
 
     if kept is not None:
         os.environ["TRITON_CACHE_DIR"] = kept

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +38,9 @@ def exact(layer: Layer, top_k: int = 4) -> torch.Tensor:
     from jmoe.interop import reference, to_torch
 
     plain = jax.tree.map(to_torch, layer)
-    return reference.moe(plain.x, plain.router_logits, plain.experts, top_k=top_k)
+    return reference.moe(
+        plain.x, plain.router_logits, plain.experts, top_k=top_k, lora=plain.lora, adapter_ids=plain.adapter_ids
+    )
 
 
 def packed(layer: Layer) -> Layer:
@@ -49,10 +55,21 @@ def packed(layer: Layer) -> Layer:
         LayerShape(4),
         LayerShape(16),
         LayerShape(64),
-        LayerShape(128),
-        LayerShape(128, experts=128),
-        LayerShape(500),
+        LayerShape(256),
+        LayerShape(200, experts=128),
+        LayerShape(1000),
         LayerShape(4096),
+        LayerShape(1000, hidden=96, intermediate=160, experts=3, top_k=2),
+        LayerShape(700, hidden=32, intermediate=32, experts=1, top_k=1, bias=False),
+        LayerShape(3, adapters=1, rank=16),
+        LayerShape(40, adapters=1, rank=5),
+        LayerShape(300, adapters=1, rank=64),
+        LayerShape(1000, adapters=1, rank=16),
+        LayerShape(12, adapters=8, rank=16, mixed=True),
+        LayerShape(64, adapters=8, rank=16, mixed=True),
+        LayerShape(2000, adapters=3, rank=100, mixed=True),
+        LayerShape(9, hidden=96, intermediate=160, experts=3, top_k=2, adapters=2, rank=40, mixed=True),
+        LayerShape(500, hidden=96, intermediate=160, experts=3, top_k=2, adapters=2, rank=3, mixed=True),
         LayerShape(33, experts=128, bias=False),
         LayerShape(5, hidden=96, intermediate=160, experts=3, top_k=2),
         LayerShape(8, hidden=32, intermediate=32, experts=1, top_k=1),
@@ -67,42 +84,89 @@ def test_parity(shape: LayerShape) -> None:
     y = call(packed(layer))
     assert torch_layers.relative_error(to_torch(y), exact(layer, shape.top_k)) <= BFLOAT16.relative
     tensors = jax.tree.map(to_torch, packed(layer))
-    from_torch = moe(tensors.x, tensors.router_logits, tensors.experts, top_k=shape.top_k)
+    from_torch = moe(
+        tensors.x,
+        tensors.router_logits,
+        tensors.experts,
+        top_k=shape.top_k,
+        lora=tensors.lora,
+        adapter_ids=tensors.adapter_ids,
+    )
     assert torch.equal(from_torch, to_torch(y))
     assert jnp.array_equal(y, call(packed(layer)))
 
 
-def test_what_no_packed_kernel_computes_is_unpacked_first() -> None:
-    for shape in (
-        LayerShape(1500, hidden=96, intermediate=64, experts=8),
-        LayerShape(9, adapters=2, rank=5, mixed=True),
-    ):
-        layer = random_layer(shape)
-        assert jnp.array_equal(jax.jit(run)(packed(layer)), jax.jit(run)(layer))
-
-
+@pytest.mark.parametrize("tokens", [24, 400])
 @pytest.mark.parametrize("scale", [0, 1, 128, 129, 200, 253, 254, 255])
-def test_scale_bytes_at_the_ends(scale: int) -> None:
+def test_scale_bytes_at_the_ends(scale: int, tokens: int) -> None:
     from jmoe.interop import to_torch
 
-    layer = random_layer(LayerShape(24, hidden=128, intermediate=96, experts=4, top_k=2, bias=False))
+    layer = random_layer(LayerShape(tokens, hidden=128, intermediate=96, experts=4, top_k=2, bias=False))
     for projection in ("gate_up", "down"):
         weight = getattr(layer.experts, projection)
         few = jnp.zeros(16, jnp.uint8).at[:3].set(jnp.array([0x80, 0x08, 0x01], jnp.uint8))
         changed = jmoe.Mxfp4(weight.blocks.at[1, 11, 1].set(few), weight.scales.at[1, 11, 1].set(scale))
-        odd = dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, **{projection: changed}))
+        experts = dataclasses.replace(layer.experts, **{projection: changed})
+        odd = dataclasses.replace(layer, x=layer.x / 64, experts=experts)  # products with 2**127 stay finite
         y = jax.jit(functools.partial(run, top_k=2))(packed(odd))
         assert torch_layers.relative_error(to_torch(y), exact(odd, 2)) <= BFLOAT16.relative
 
 
-@pytest.mark.parametrize("tokens", [5, 25, 200])
-def test_nothing_beside_the_buffers_is_read_or_written(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [24, 400])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_shows_in_its_own_tokens_alone(value: float, tokens: int) -> None:
+    layer = packed(random_layer(LayerShape(tokens, 160, 96, 4, 2, adapters=2, rank=5, mixed=True)))
+    good = jax.jit(functools.partial(run, top_k=2))(layer)
+    broken = dataclasses.replace(layer.lora, down_b=layer.lora.down_b.at[1].set(value))
+    y = jax.jit(functools.partial(run, top_k=2))(dataclasses.replace(layer, lora=broken))
+    of_it = layer.adapter_ids == 1
+    assert jnp.array_equal(y[~of_it], good[~of_it])
+    assert not jnp.isfinite(y[of_it]).any()
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize("tokens", [5, 25, 200, 900])
+def test_nothing_beside_the_buffers_is_read_or_written(tokens: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from jmoe.interop import launch, moe, to_torch
 
-    layer = random_layer(LayerShape(tokens, hidden=160, intermediate=96, experts=6, top_k=3))
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = random_layer(LayerShape(tokens, hidden=160, intermediate=96, experts=6, top_k=3, **adapters))
     tensors = jax.tree.map(lambda leaf: torch_layers.surround(to_torch(leaf)), packed(layer))
     allocator = torch_layers.PoisonedAllocator()
     monkeypatch.setattr(launch, "allocate", allocator)
-    y = moe(tensors.x, tensors.router_logits, tensors.experts, top_k=3)
+    y = moe(
+        tensors.x,
+        tensors.router_logits,
+        tensors.experts,
+        top_k=3,
+        lora=tensors.lora,
+        adapter_ids=tensors.adapter_ids,
+    )
     assert allocator.guards_are_intact()
     assert torch_layers.relative_error(y, exact(layer, 3)) <= BFLOAT16.relative
+
+
+SANITIZED = """
+import jax, torch
+from jmoe.interop import moe, to_torch
+from jmoe.ops.random_layer import LayerShape, random_layer
+from tests.gpu.test_packed import packed
+for tokens, rank in ((5, 0), (150, 0), (12, 5), (400, 20)):
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = packed(random_layer(LayerShape(tokens, 160, 96, 6, 3, **adapters)))
+    layer = jax.tree.map(lambda leaf: to_torch(leaf).cuda(), layer)
+    y = moe(layer.x, layer.router_logits, layer.experts, top_k=3, lora=layer.lora, adapter_ids=layer.adapter_ids)
+    assert torch.isfinite(y).all()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1", JAX_PLATFORMS="cpu")
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-c", SANITIZED]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(f"{tool}: {done.stdout.strip().splitlines()[-1]}")
