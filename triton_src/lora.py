@@ -33,47 +33,53 @@ def shrink_kernel(
 ):
     """Parts, over K, of shrunk[p] = scale[a] * x[p] A[a, e]^T for the pair's adapter a and expert e.
 
-    Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, and one
-    part of K. Grid: (RANK_PADDED / BLOCK_R, slots, SPLITS).
+    Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, with one
+    adapter, and one part of K. Grid: (RANK_PADDED / BLOCK_R, slots, SPLITS * ADAPTERS).
     """
     expert = tl.load(tiles_ptr + tl.program_id(1) * 3)
     if expert < 0:
         return
+    split = tl.program_id(2) % SPLITS
+    adapter = tl.program_id(2) // SPLITS
     first = tl.load(tiles_ptr + tl.program_id(1) * 3 + 1)
     end = tl.load(tiles_ptr + tl.program_id(1) * 3 + 2)
     rows = first + tl.arange(0, BLOCK_M)
     row_ok = rows < tl.minimum(end, first + TILE_M)
     tokens = tl.load(order_ptr + rows, mask=row_ok, other=0) // TOP_K
+    mine = row_ok
+    written = row_ok
+    if adapter_ids_ptr is not None:
+        used = tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1)
+        mine = row_ok & (used == adapter)
+        # Rows without an adapter are the first adapter's to write.
+        written = mine | (row_ok & (adapter == 0) & ((used < 0) | (used >= ADAPTERS)))
+        if tl.max(written.to(tl.int32), axis=0) == 0:
+            return
     # rows * WIDTH passes 2^31 at 131,072 tokens.
     x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * WIDTH
-    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
-    k_first = tl.program_id(2) * (steps * BLOCK_K)
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = ranks < RANK
-    k_in_tile = tl.arange(0, BLOCK_K)
-    shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for adapter in range(ADAPTERS):
-        mine = (
-            row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
-        )
-        if tl.max(mine.to(tl.int32), axis=0) > 0:
-            a_base = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K)
-            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for step in range(0, steps):
-                column = k_first + step * BLOCK_K + k_in_tile
-                k = interleaved_k(column) if INTERLEAVED else column
-                k_ok = k < K
-                x = tl.load(x_rows[:, None] + column[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-                a = tl.load(
-                    a_base + ranks[:, None] * K + k[None, :],
-                    mask=rank_ok[:, None] & k_ok[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(x, a.to(x.dtype).T, acc)
-            # Rows of other adapters and padded ranks are set to zero, not multiplied by it: x may hold infinities.
-            shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), shrunk)
-    part = shrunk_ptr + tl.program_id(2).to(tl.int64) * pairs * RANK_PADDED
-    tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=row_ok[:, None])
+    a_rows = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K) + ranks * K
+    steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for step in range(0, steps):
+        k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < WIDTH)[None, :], other=0.0)
+        if INTERLEAVED:
+            x = natural_order(x, BLOCK_M, BLOCK_K)
+        a = tl.load(a_rows[:, None] + k[None, :], mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
+        acc = tl.dot(x, a.to(x.dtype).T, acc)
+    # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
+    shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), 0.0)
+    part = shrunk_ptr + split.to(tl.int64) * pairs * RANK_PADDED
+    tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=written[:, None])
+
+
+@triton.jit
+def natural_order(x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Undoes interleave in each 64 columns of x (BLOCK_M, BLOCK_K)."""
+    x = tl.reshape(x, (BLOCK_M, BLOCK_K // 64, 4, 4, 2, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 4, 2, 5)), (BLOCK_M, BLOCK_K))
 
 
 @triton.jit
@@ -124,12 +130,6 @@ def expand_tile(
     return acc
 
 
-@triton.jit
-def interleaved_k(column):
-    """Which k stands at a column of activations that packed_few_rows_kernel wrote."""
-    return column // 64 * 64 + column % 16 // 4 * 16 + column % 4 // 2 * 8 + column % 64 // 16 * 2 + column % 2
-
-
 def rank_blocks(rank: int) -> tuple[int, int]:
     """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
     block = min(64, max(16, next_power_of_2(rank)))
@@ -178,7 +178,7 @@ def plan_shrink(
     gate_up = projection == "gate_up"
     return Plan(
         kernel=shrink_kernel,
-        grid=(rank_padded // block_r, slots, splits),
+        grid=(rank_padded // block_r, slots, splits * adapters),
         operands={
             "x_ptr": "x" if gate_up else "activations",
             "a_ptr": f"{projection}_a",

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.lora import lora_constexprs, lora_operands
-from jmoe.triton_src.packed_lora import load_lora_b, load_shrunk, rows_of_adapter
+from jmoe.triton_src.packed_lora import load_adapters, load_lora_b, load_shrunk
 from jmoe.triton_src.packed_weight import (
     nan_bits,
     scale_offsets,
@@ -57,11 +57,12 @@ def expand(
     BLOCK_M: gl.constexpr,
     A: gl.constexpr,
     B: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
     for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
-        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 4)
-        b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * 64, rank, N, RANK, BLOCK_R, A, 4)
+        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, WARPS)
+        b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * (16 * WARPS), rank, N, RANK, BLOCK_R, A, WARPS)
         acc = mma_v2(b, gl.convert_layout(shrunk.permute((1, 0)), B), acc)
     return acc
 
@@ -95,22 +96,24 @@ def packed_few_rows_kernel(
     OUT_WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
+    TOKENS_AHEAD: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """As grouped_matmul_kernel, of 64 columns and BLOCK_M rows, AHEAD blocks of 64 by 64 weights in flight; four warps.
+    """As grouped_matmul_kernel, of 16 columns a warp and BLOCK_M rows, AHEAD blocks of weights in flight.
 
-    Grid: (cdiv(N, 64), slots) for down, (OUT_WIDTH / 32, slots) for gate_up.
+    Grid: (cdiv(N, 16 * WARPS), slots); gate_up's N is padded to 128.
     """
     # Layouts of the accumulators, the product's two operands, words, scales and tokens.
-    C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
+    C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    W: gl.constexpr = words_layout(4)
-    S: gl.constexpr = scales_layout(4)
+    W: gl.constexpr = words_layout(WARPS)
+    S: gl.constexpr = scales_layout(WARPS)
     TOKEN_REGS: gl.constexpr = [[8, 0, 0], [16, 0, 0], [32, 0, 0]][: BLOCK_M // 16 - BLOCK_M // 64]
     X: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]] + TOKEN_REGS,
         [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 0, 0]][: WARPS // 2],
         [],
         [BLOCK_M, 4, 16],
     )
@@ -121,13 +124,15 @@ def packed_few_rows_kernel(
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
-        word = word_offsets(4, 0, W)
-        scale = scale_offsets(4, 0, S)
+        word = word_offsets(WARPS, 0, W)
+        scale = scale_offsets(WARPS, 0, S)
         # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
-        column_block = gl.minimum(gl.program_id(0), COLUMN_BLOCKS - 1)
+        PARTS: gl.constexpr = 4 // WARPS
+        column_block = gl.minimum(gl.program_id(0) // PARTS, COLUMN_BLOCKS - 1)
+        part = gl.program_id(0) % PARTS
         block = (expert.to(gl.int64) * COLUMN_BLOCKS + column_block) * BLOCKS
-        words = words_ptr + block * 512 + word
-        scales = scales_ptr + block * 32 + scale
+        words = words_ptr + block * 512 + part * (WARPS * 128) + word
+        scales = scales_ptr + block * 32 + part * (WARPS * 8) + scale
 
         position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gl.SliceLayout(2, X)))
         row = position
@@ -141,61 +146,73 @@ def packed_few_rows_kernel(
         )
         x_ok = (position < end)[:, None, None]
 
-        acc = gl.zeros([64, BLOCK_M], gl.float32, C)
-        nan = gl.zeros([4, 8], gl.int32, S)
+        acc = gl.zeros([16 * WARPS, BLOCK_M], gl.float32, C)
+        nan = gl.zeros([WARPS, 8], gl.int32, S)
         w = ()
         s = ()
         for i in gl.static_range(AHEAD):
             w = w + (load_ahead(words + i * 512, word, i, BLOCKS),)
             s = s + (load_ahead(scales + i * 32, scale, i, BLOCKS),)
+        # What the end needs is loaded now, behind the weights.
+        OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * WARPS, 4 // WARPS], [1, WARPS], [0, 1])
+        column = gl.program_id(0) * (8 * WARPS) + gl.arange(0, 8 * WARPS, gl.SliceLayout(1, OUT))
+        column_ok = 2 * column < N
+        out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+        row_ok = out_position < end
+        if bias_ptr is not None:
+            bias = bias_ptr + expert.to(gl.int64) * N + 2 * column
+            bias_even = gl.load(bias, mask=column_ok, other=0.0)
+            bias_odd = gl.load(bias + 1, mask=column_ok, other=0.0)
+        if not GATE_UP:
+            pair = gl.load(order_ptr + out_position, mask=row_ok, other=0)
+            gate = gl.load(gates_ptr + pair, mask=row_ok, other=0.0)
+
         if lora_b_ptr is not None:
             if adapter_ids_ptr is None:
                 acc = expand(
                     acc, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
-                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B,
+                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B, WARPS,
                 )  # fmt: skip
             else:
+                used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
                 for adapter in range(ADAPTERS):
-                    mine = rows_of_adapter(adapter_ids_ptr, order_ptr, first, end, adapter, TOP_K, BLOCK_M, 4)
+                    mine = used == adapter
                     if gl.max(mine.to(gl.int32), axis=0) > 0:
-                        zero = gl.zeros([64, BLOCK_M], gl.float32, C)
+                        zero = gl.zeros([16 * WARPS, BLOCK_M], gl.float32, C)
                         expanded = expand(
                             zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
-                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B,
+                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B, WARPS,
                         )  # fmt: skip
-                        acc = gl.where(gl.convert_layout(mine, gl.SliceLayout(0, C))[None, :], expanded, acc)
+                        acc = gl.where(mine[None, :], expanded, acc)
+        xs = ()
+        for i in gl.static_range(TOKENS_AHEAD):
+            xs = xs + (gl.load(x + i * 64, mask=x_ok & (i < BLOCKS), other=0.0),)
         for start in range(0, BLOCKS, AHEAD):
-            xs = ()
-            for i in gl.static_range(AHEAD):
-                xs = xs + (gl.load(x + (start + i) * 64, mask=x_ok & (start + i < BLOCKS), other=0.0),)
             next_w = ()
             next_s = ()
             for i in gl.static_range(AHEAD):
+                b = start + i + TOKENS_AHEAD
+                xs = xs + (gl.load(x + b * 64, mask=x_ok & (b < BLOCKS), other=0.0),)
                 b = start + i + AHEAD
                 next_w = next_w + (load_ahead(words + b * 512, word, b, BLOCKS),)
                 next_s = next_s + (load_ahead(scales + b * 32, scale, b, BLOCKS),)
                 nan = nan | nan_bits(s[i])
-                tokens = gl.permute(xs[i].reshape([BLOCK_M, 4, 4, 2, 2]), (2, 3, 1, 4, 0)).reshape([64, BLOCK_M])
+                tokens = gl.permute(xs[0].reshape([BLOCK_M, 4, 4, 2, 2]), (2, 3, 1, 4, 0)).reshape([64, BLOCK_M])
+                xs = xs[1:]
                 acc = mma_v2(unpack_weights(w[i], s[i], A), gl.convert_layout(tokens, B), acc)
             w = next_w
             s = next_s
 
         # Fragment rows g and g + 8 of a warp's 16 are columns 2g and 2g + 1: gate and up, in one thread.
-        even, odd = gl.split(gl.permute(acc.reshape([4, 2, 8, BLOCK_M]), (0, 2, 3, 1)))
-        OUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
-        even = gl.convert_layout(even.reshape([32, BLOCK_M]), OUT)
-        odd = gl.convert_layout(odd.reshape([32, BLOCK_M]), OUT)
-        nan = gl.convert_layout(nan.reshape([32]), gl.SliceLayout(1, OUT))[:, None]
+        even, odd = gl.split(gl.permute(acc.reshape([WARPS, 2, 8, BLOCK_M]), (0, 2, 3, 1)))
+        even = gl.convert_layout(even.reshape([8 * WARPS, BLOCK_M]), OUT)
+        odd = gl.convert_layout(odd.reshape([8 * WARPS, BLOCK_M]), OUT)
+        nan = gl.convert_layout(nan.reshape([8 * WARPS]), gl.SliceLayout(1, OUT))[:, None]
         even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
         odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
-        column = gl.program_id(0) * 32 + gl.arange(0, 32, gl.SliceLayout(1, OUT))
-        column_ok = 2 * column < N
-        position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
-        row_ok = position < end
         if bias_ptr is not None:
-            bias = bias_ptr + expert.to(gl.int64) * N + 2 * column
-            even += gl.load(bias, mask=column_ok, other=0.0).to(gl.float32)[:, None]
-            odd += gl.load(bias + 1, mask=column_ok, other=0.0).to(gl.float32)[:, None]
+            even += bias_even.to(gl.float32)[:, None]
+            odd += bias_odd.to(gl.float32)[:, None]
         ok = column_ok[:, None] & row_ok[None, :]
         if GATE_UP:
             out = swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16)
@@ -206,10 +223,8 @@ def packed_few_rows_kernel(
             # Columns that pad the width are written too, as zero: the next product reads them.
             out = gl.where(column_ok[:, None], out, 0.0)
             padded_ok = (column < OUT_WIDTH)[:, None] & row_ok[None, :]
-            gl.store(out_ptr + position.to(gl.int64)[None, :] * OUT_WIDTH + slot[:, None], out, mask=padded_ok)
+            gl.store(out_ptr + out_position.to(gl.int64)[None, :] * OUT_WIDTH + slot[:, None], out, mask=padded_ok)
         else:
-            pair = gl.load(order_ptr + position, mask=row_ok, other=0)
-            gate = gl.load(gates_ptr + pair, mask=row_ok, other=0.0)
             at = out_ptr + pair.to(gl.int64)[None, :] * N + 2 * column[:, None]
             gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)
             gl.store(at + 1, (odd * gate[None, :]).to(gl.bfloat16), mask=ok)
@@ -248,10 +263,12 @@ def plan_packed_few_rows(
     """gate_up: activations [P, I padded to 64], interleaved, from x_interleaved. down: pair_out [P, H] from these."""
     gate_up = projection == "gate_up"
     width = pad(n // 2) if gate_up else n
+    columns = 16 * tile.num_warps
+    programs = 2 * width // columns if gate_up else cdiv(n, columns)
     out = Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")
     return Plan(
         kernel=packed_few_rows_kernel,
-        grid=(width // 32 if gate_up else cdiv(n, 64), slots),
+        grid=(programs, slots),
         operands={
             "x_ptr": "x_interleaved" if gate_up else "activations",
             "words_ptr": projection,
@@ -276,9 +293,10 @@ def plan_packed_few_rows(
             "OUT_WIDTH": width,
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
+            "TOKENS_AHEAD": tile.tokens_ahead,
+            "WARPS": tile.num_warps,
         },
-        num_warps=4,
-        # jax-triton sends Gluon through Triton's pipeliner, which at more stages moves the tokens to shared memory.
+        num_warps=tile.num_warps,
         num_stages=1,
         flops=2 * pairs * n * (k + (rank or 0)),
         bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + width),

@@ -5,21 +5,19 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def rows_of_adapter(
+def load_adapters(
     adapter_ids_ptr,  # (T,) int32
     order_ptr,  # (P,) int32
     first,
     end,
-    adapter,
     TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    WARPS: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
-    """Which of the tile's positions use the adapter."""
-    POSITIONS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    position = first + gl.arange(0, BLOCK_M, POSITIONS)
+    """The adapters of the tile's positions, in the layout ROWS; -1 past the end."""
+    position = first + gl.arange(0, BLOCK_M, ROWS)
     pair = gl.load(order_ptr + position, mask=position < end, other=0)
-    return gl.load(adapter_ids_ptr + pair // TOP_K, mask=position < end, other=-1) == adapter
+    return gl.load(adapter_ids_ptr + pair // TOP_K, mask=position < end, other=-1)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.lora import lora_constexprs, lora_operands
-from jmoe.triton_src.packed_lora import load_lora_b, load_shrunk, rows_of_adapter
+from jmoe.triton_src.packed_lora import load_adapters, load_lora_b, load_shrunk
 from jmoe.triton_src.packed_weight import (
     nan_bits,
     scale_offsets,
@@ -163,15 +163,16 @@ def packed_tile(
                 N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
             )  # fmt: skip
         else:
+            used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
             for adapter in range(ADAPTERS):
-                mine = rows_of_adapter(adapter_ids_ptr, order_ptr, first, end, adapter, TOP_K, BLOCK_M, 8)
+                mine = used == adapter
                 if gl.max(mine.to(gl.int32), axis=0) > 0:
                     zero = gl.zeros([128, BLOCK_M], gl.float32, C)
                     expanded = expand(
                         zero, shrunk, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
                         first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
                     )  # fmt: skip
-                    acc = gl.where(gl.convert_layout(mine, gl.SliceLayout(0, C))[None, :], expanded, acc)
+                    acc = gl.where(mine[None, :], expanded, acc)
     nan = nan_bits(s[0])
     even = unpack_weights(w[0], s[0], A)
     read = 0
