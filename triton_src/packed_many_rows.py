@@ -163,16 +163,18 @@ def packed_tile(
                 N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
             )  # fmt: skip
         else:
-            used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
-            for adapter in range(ADAPTERS):
-                mine = used == adapter
-                if gl.max(mine.to(gl.int32), axis=0) > 0:
-                    zero = gl.zeros([128, BLOCK_M], gl.float32, C)
-                    expanded = expand(
-                        zero, shrunk, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
-                        first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
-                    )  # fmt: skip
-                    acc = gl.where(mine[None, :], expanded, acc)
+            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
+            HALF: gl.constexpr = BLOCK_M // 2
+            low = expand_mixed(
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                first, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF,
+            )  # fmt: skip
+            high = expand_mixed(
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                first + HALF, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF,
+            )  # fmt: skip
+            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([128, BLOCK_M])
+            acc = gl.convert_layout(both, C)
     nan = nan_bits(s[0])
     even = unpack_weights(w[0], s[0], A)
     read = 0
@@ -221,12 +223,43 @@ def expand(
     A: gl.constexpr,
 ):  # fmt: skip
     """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
-    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
+    for rank in range(0, RANK_PADDED, BLOCK_R):
         shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 8))
         b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * 128, rank, N, RANK, BLOCK_R, A, 8)
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(b, shared.permute((1, 0)), acc)
+    return acc
+
+
+@gluon.jit
+def expand_mixed(
+    shared, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, expert, first, end,
+    N: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """(128, BLOCK_M) B (x A^T)^T of each position's own adapter; others' are selected away, not multiplied by zero."""
+    C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    acc = gl.zeros([128, BLOCK_M], gl.float32, C)
+    used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+    for adapter in range(ADAPTERS):
+        mine = used == adapter
+        if gl.max(mine.to(gl.int32), axis=0) > 0:
+            rows = (adapter * EXPERTS + expert).to(gl.int64) * N
+            zero = gl.zeros([128, BLOCK_M], gl.float32, C)
+            expanded = expand(
+                zero, shared, shrunk_ptr, lora_b_ptr, pairs, rows, first, end,
+                N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
+            )  # fmt: skip
+            acc = gl.where(mine[None, :], expanded, acc)
     return acc
 
 
