@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.lora import lora_constexprs, lora_operands
-from jmoe.triton_src.packed_lora import load_adapters, load_lora_b, load_shrunk
+from jmoe.triton_src.packed_lora import load_adapters, load_shrunk, packed_column
 from jmoe.triton_src.packed_weight import (
     nan_bits,
     scale_offsets,
@@ -41,9 +41,21 @@ def interleave_kernel(
 
 
 @gluon.jit
-def load_ahead(pointers, lanes, block, BLOCKS: gl.constexpr):
-    """A block's words or scales, which nobody reads again soon; zero past the last block."""
-    return gl.load(pointers, mask=(lanes >= 0) & (block < BLOCKS), other=0, eviction_policy="evict_first")
+def load_ahead(pointers, block, BLOCKS: gl.constexpr, EXACT: gl.constexpr):
+    """Words or scales of each warp's block, which nobody reads again soon; past the last zero, or if EXACT unused."""
+    if EXACT:
+        return gl.load(pointers, mask=block < BLOCKS, eviction_policy="evict_first")
+    else:
+        return gl.load(pointers, mask=block < BLOCKS, other=0, eviction_policy="evict_first")
+
+
+@gluon.jit
+def load_tokens(pointers, block, BLOCKS: gl.constexpr, EXACT: gl.constexpr):
+    """load_ahead for tokens."""
+    if EXACT:
+        return gl.load(pointers, mask=block < BLOCKS)
+    else:
+        return gl.load(pointers, mask=block < BLOCKS, other=0.0)
 
 
 @gluon.jit
@@ -55,15 +67,25 @@ def expand(
     BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
     A: gl.constexpr,
     B: gl.constexpr,
-    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
+    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`: the first part's work."""
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
+    fragment_row = gl.arange(0, 16 * ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
+    column = gl.program_id(0) * (16 * ROWS) + packed_column(fragment_row)
+    ranks = gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
     for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
-        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, WARPS)
-        b = load_lora_b(lora_b_ptr, rows, gl.program_id(0) * (16 * WARPS), rank, N, RANK, BLOCK_R, A, WARPS)
-        acc = mma_v2(b, gl.convert_layout(shrunk.permute((1, 0)), B), acc)
+        at = lora_b_ptr + (rows + column) * RANK + rank + ranks
+        b = gl.load(at, mask=(part == 0) & (column < N) & (rank + ranks < RANK), other=0.0).to(gl.bfloat16)
+        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, PARTS * ROWS)
+        shrunk = shrunk.permute((1, 0)).reshape([1, BLOCK_R, BLOCK_M])
+        zeros = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
+        b_part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
+        shrunk = gl.where(b_part == 0, shrunk, zeros)
+        acc = mma_v2(b, gl.convert_layout(shrunk, B), acc)
     return acc
 
 
@@ -97,65 +119,73 @@ def packed_few_rows_kernel(
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
     TOKENS_AHEAD: gl.constexpr,
-    WARPS: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
-    """As grouped_matmul_kernel, of 16 columns a warp and BLOCK_M rows, AHEAD blocks of weights in flight.
+    """As grouped_matmul_kernel, of ROWS * 16 columns and BLOCK_M rows, with PARTS * ROWS warps.
 
-    Grid: (cdiv(N, 16 * WARPS), slots); gate_up's N is padded to 128.
+    A warp has 16 columns and takes turns along K with PARTS - 1 others; AHEAD blocks of weights are in flight. Grid:
+    (cdiv(N, ROWS * 16), slots); gate_up's N is padded to 128.
     """
     # Layouts of the accumulators, the product's two operands, words, scales and tokens.
-    C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
+    C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, ROWS, 1], instr_shape=[1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
+    WARPS: gl.constexpr = PARTS * ROWS
     W: gl.constexpr = words_layout(WARPS)
     S: gl.constexpr = scales_layout(WARPS)
-    TOKEN_REGS: gl.constexpr = [[8, 0, 0], [16, 0, 0], [32, 0, 0]][: BLOCK_M // 16 - BLOCK_M // 64]
+    TOKEN_REGS: gl.constexpr = [[0, 8, 0, 0], [0, 16, 0, 0], [0, 32, 0, 0]][: BLOCK_M // 16 - BLOCK_M // 64]
     X: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]] + TOKEN_REGS,
-        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[0, 0, 0], [0, 0, 0]][: WARPS // 2],
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]] + TOKEN_REGS,
+        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        [[0, 0, 0, 0], [0, 0, 0, 0]][: ROWS // 2] + [[1, 0, 0, 0], [2, 0, 0, 0]][: PARTS // 2],
         [],
-        [BLOCK_M, 4, 16],
+        [PARTS, BLOCK_M, 4, 16],
     )
     BLOCKS: gl.constexpr = KP // 64
     COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
+    STEPS: gl.constexpr = (BLOCKS + PARTS - 1) // PARTS
+    EXACT: gl.constexpr = BLOCKS % (PARTS * AHEAD) == 0
     tile = gl.program_id(1)
     expert = gl.load(tiles_ptr + tile * 3)
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
-        word = word_offsets(WARPS, 0, W)
-        scale = scale_offsets(WARPS, 0, S)
         # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
-        PARTS: gl.constexpr = 4 // WARPS
-        column_block = gl.minimum(gl.program_id(0) // PARTS, COLUMN_BLOCKS - 1)
-        part = gl.program_id(0) % PARTS
+        column_block = gl.minimum(gl.program_id(0) * ROWS // 4, COLUMN_BLOCKS - 1)
+        row_of_block = gl.program_id(0) * ROWS % 4
         block = (expert.to(gl.int64) * COLUMN_BLOCKS + column_block) * BLOCKS
-        words = words_ptr + block * 512 + part * (WARPS * 128) + word
-        scales = scales_ptr + block * 32 + part * (WARPS * 8) + scale
-
-        position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-        row = position
-        if GATE_UP:
-            row = gl.load(order_ptr + position, mask=position < end, other=0) // TOP_K
-        x = (
-            x_ptr
-            + row.to(gl.int64)[:, None, None] * KP
-            + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None] * 16
-            + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
+        warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
+        word_part = warp // ROWS
+        words = (
+            words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
         )
-        x_ok = (position < end)[:, None, None]
-
-        acc = gl.zeros([16 * WARPS, BLOCK_M], gl.float32, C)
-        nan = gl.zeros([WARPS, 8], gl.int32, S)
+        warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
+        scale_part = warp // ROWS
+        scales = scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
         w = ()
         s = ()
         for i in gl.static_range(AHEAD):
-            w = w + (load_ahead(words + i * 512, word, i, BLOCKS),)
-            s = s + (load_ahead(scales + i * 32, scale, i, BLOCKS),)
+            w = w + (load_ahead(words + i * (PARTS * 512), i * PARTS + word_part, BLOCKS, EXACT),)
+            s = s + (load_ahead(scales + i * (PARTS * 32), i * PARTS + scale_part, BLOCKS, EXACT),)
+
+        # Positions past the end repeat the last one: what comes of them is not stored.
+        position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
+        row = gl.minimum(position, end - 1)
+        if GATE_UP:
+            row = gl.load(order_ptr + row) // TOP_K
+        x_part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, X))))[:, None, None, None]
+        x = (
+            x_ptr
+            + row.to(gl.int64)[None, :, None, None] * KP
+            + x_part * 64
+            + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, X))))[None, None, :, None] * 16
+            + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))[None, None, None, :]
+        )
+
         # What the end needs is loaded now, behind the weights.
-        OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * WARPS, 4 // WARPS], [1, WARPS], [0, 1])
-        column = gl.program_id(0) * (8 * WARPS) + gl.arange(0, 8 * WARPS, gl.SliceLayout(1, OUT))
+        OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, WARPS], [0, 1])
+        column = gl.program_id(0) * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
         column_ok = 2 * column < N
         out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
         row_ok = out_position < end
@@ -167,49 +197,58 @@ def packed_few_rows_kernel(
             pair = gl.load(order_ptr + out_position, mask=row_ok, other=0)
             gate = gl.load(gates_ptr + pair, mask=row_ok, other=0.0)
 
+        acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
+        nan = gl.zeros([WARPS, 8], gl.int32, S)
         if lora_b_ptr is not None:
             if adapter_ids_ptr is None:
                 acc = expand(
                     acc, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
-                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B, WARPS,
+                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
                 )  # fmt: skip
             else:
-                used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+                COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, C))
+                used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, COLUMN)
                 for adapter in range(ADAPTERS):
                     mine = used == adapter
                     if gl.max(mine.to(gl.int32), axis=0) > 0:
-                        zero = gl.zeros([16 * WARPS, BLOCK_M], gl.float32, C)
+                        zero = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
                         expanded = expand(
                             zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
-                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A, B, WARPS,
+                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
                         )  # fmt: skip
-                        acc = gl.where(mine[None, :], expanded, acc)
+                        acc = gl.where(mine[None, None, :], expanded, acc)
+
         xs = ()
         for i in gl.static_range(TOKENS_AHEAD):
-            xs = xs + (gl.load(x + i * 64, mask=x_ok & (i < BLOCKS), other=0.0),)
-        for start in range(0, BLOCKS, AHEAD):
+            xs = xs + (load_tokens(x + i * (PARTS * 64), i * PARTS + x_part, BLOCKS, EXACT),)
+        for start in range(0, STEPS, AHEAD):
             next_w = ()
             next_s = ()
             for i in gl.static_range(AHEAD):
-                b = start + i + TOKENS_AHEAD
-                xs = xs + (gl.load(x + b * 64, mask=x_ok & (b < BLOCKS), other=0.0),)
-                b = start + i + AHEAD
-                next_w = next_w + (load_ahead(words + b * 512, word, b, BLOCKS),)
-                next_s = next_s + (load_ahead(scales + b * 32, scale, b, BLOCKS),)
+                b = (start + i + TOKENS_AHEAD) * PARTS
+                xs = xs + (load_tokens(x + b * 64, b + x_part, BLOCKS, EXACT),)
+                b = (start + i + AHEAD) * PARTS
+                next_w = next_w + (load_ahead(words + b * 512, b + word_part, BLOCKS, EXACT),)
+                next_s = next_s + (load_ahead(scales + b * 32, b + scale_part, BLOCKS, EXACT),)
                 nan = nan | nan_bits(s[i])
-                tokens = gl.permute(xs[0].reshape([BLOCK_M, 4, 4, 2, 2]), (2, 3, 1, 4, 0)).reshape([64, BLOCK_M])
+                tokens = gl.permute(xs[0].reshape([PARTS, BLOCK_M, 4, 4, 2, 2]), (0, 3, 4, 2, 5, 1))
+                tokens = gl.convert_layout(tokens.reshape([PARTS, 64, BLOCK_M]), B)
                 xs = xs[1:]
-                acc = mma_v2(unpack_weights(w[i], s[i], A), gl.convert_layout(tokens, B), acc)
+                acc = mma_v2(unpack_weights(w[i], s[i], A), tokens, acc)
             w = next_w
             s = next_s
 
-        # Fragment rows g and g + 8 of a warp's 16 are columns 2g and 2g + 1: gate and up, in one thread.
-        even, odd = gl.split(gl.permute(acc.reshape([WARPS, 2, 8, BLOCK_M]), (0, 2, 3, 1)))
-        even = gl.convert_layout(even.reshape([8 * WARPS, BLOCK_M]), OUT)
-        odd = gl.convert_layout(odd.reshape([8 * WARPS, BLOCK_M]), OUT)
-        nan = gl.convert_layout(nan.reshape([8 * WARPS]), gl.SliceLayout(1, OUT))[:, None]
-        even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
-        odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
+        # Fragment rows g and g + 8 are columns 2g and 2g + 1: gate and up.
+        total = gl.sum(acc, axis=0).reshape([ROWS, 2, 8, BLOCK_M])
+        even, odd = gl.split(gl.permute(total, (0, 2, 3, 1)))
+        even = gl.convert_layout(even.reshape([8 * ROWS, BLOCK_M]), OUT)
+        odd = gl.convert_layout(odd.reshape([8 * ROWS, BLOCK_M]), OUT)
+        nan = nan.reshape([PARTS, 8 * ROWS])
+        nan_even = gl.max(((nan & 0x00800080) != 0).to(gl.int32), axis=0)
+        nan_odd = gl.max(((nan & -2147450880) != 0).to(gl.int32), axis=0)
+        COLUMNS: gl.constexpr = gl.SliceLayout(1, OUT)
+        even = gl.where(gl.convert_layout(nan_even, COLUMNS)[:, None] != 0, float("nan"), even)
+        odd = gl.where(gl.convert_layout(nan_odd, COLUMNS)[:, None] != 0, float("nan"), odd)
         if bias_ptr is not None:
             even += bias_even.to(gl.float32)[:, None]
             odd += bias_odd.to(gl.float32)[:, None]
@@ -263,7 +302,7 @@ def plan_packed_few_rows(
     """gate_up: activations [P, I padded to 64], interleaved, from x_interleaved. down: pair_out [P, H] from these."""
     gate_up = projection == "gate_up"
     width = pad(n // 2) if gate_up else n
-    columns = 16 * tile.num_warps
+    columns = 16 * tile.column_warps
     programs = 2 * width // columns if gate_up else cdiv(n, columns)
     out = Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")
     return Plan(
@@ -294,9 +333,10 @@ def plan_packed_few_rows(
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "TOKENS_AHEAD": tile.tokens_ahead,
-            "WARPS": tile.num_warps,
+            "PARTS": 4 // tile.column_warps,
+            "ROWS": tile.column_warps,
         },
-        num_warps=tile.num_warps,
+        num_warps=4,
         num_stages=1,
         flops=2 * pairs * n * (k + (rank or 0)),
         bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + width),

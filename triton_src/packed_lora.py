@@ -47,6 +47,12 @@ def load_shrunk(
 
 
 @gluon.jit
+def packed_column(fragment_row):
+    """The column, of those packed together, that stands in a row of the products' operand A."""
+    return fragment_row // 16 * 16 + fragment_row % 8 * 2 + fragment_row % 16 // 8
+
+
+@gluon.jit
 def load_lora_b(
     lora_b_ptr,  # (A, E, N, R) bf16 or float32
     rows,
@@ -60,7 +66,7 @@ def load_lora_b(
 ):
     """(16 * WARPS, BLOCK_R) bf16: B from `column` and `rank` on in the order of packed rows; rows = (a E + e) N."""
     fragment_row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, A))
-    columns = column + fragment_row // 16 * 16 + fragment_row % 8 * 2 + fragment_row % 16 // 8
+    columns = column + packed_column(fragment_row)
     ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, A))
     ok = (columns < N)[:, None] & (ranks < RANK)[None, :]
     at = lora_b_ptr + (rows + columns)[:, None] * RANK + ranks[None, :]

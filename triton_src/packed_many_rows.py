@@ -143,8 +143,10 @@ def packed_tile(
     tile = gl.program_id(0) * 2
     stride = gl.where(tile + 1 < COLUMN_BLOCKS, BLOCKS, 0)
     tile = (expert.to(gl.int64) * COLUMN_BLOCKS + tile) * BLOCKS
-    word = word_offsets(8, stride * 512, W)
-    scale = scale_offsets(8, stride * 32, S)
+    word = word_offsets(8, 128, W)
+    word += word // 512 * (stride * 512 - 512)
+    scale = scale_offsets(8, 8, S)
+    scale += scale // 32 * (stride * 32 - 32)
     words = words_ptr + tile * 512 + word
     scales = scales_ptr + tile * 32 + scale
     w = ()

@@ -49,11 +49,11 @@ def scales_layout(warps):
 
 
 @gluon.jit
-def word_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, W: gl.constexpr):
-    """Where a block's words (warps, 8, 4, 4) are; eight warps are two tiles, TILE_STRIDE words apart."""
-    warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))
+def word_offsets(warps: gl.constexpr, WARP_STRIDE: gl.constexpr, W: gl.constexpr):
+    """Where the words (warps, 8, 4, 4) of one product are, from the first warp's; each warp WARP_STRIDE on."""
     return (
-        (warp // 4 * TILE_STRIDE + warp % 4 * 128)[:, None, None, None]
+        gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
+        * WARP_STRIDE
         + gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, W))))[None, :, None, None] * 16
         + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, W))))[None, None, :, None] * 4
         + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, W))))[None, None, None, :]
@@ -61,17 +61,17 @@ def word_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, W: gl.constexpr
 
 
 @gluon.jit
-def scale_offsets(warps: gl.constexpr, TILE_STRIDE: gl.constexpr, S: gl.constexpr):
+def scale_offsets(warps: gl.constexpr, WARP_STRIDE: gl.constexpr, S: gl.constexpr):
     """word_offsets for scales (warps, 8)."""
     warp = gl.arange(0, warps, gl.SliceLayout(1, S))
-    return (warp // 4 * TILE_STRIDE + warp % 4 * 8)[:, None] + gl.arange(0, 8, gl.SliceLayout(0, S))[None, :]
+    return warp[:, None] * WARP_STRIDE + gl.arange(0, 8, gl.SliceLayout(0, S))[None, :]
 
 
 @gluon.jit
 def unpack_weights(words, scales, A: gl.constexpr):
-    """(16 * warps, 64) bf16 weights in the operand layout A, from words (warps, 8, 4, 4) and scales (warps, 8) int32.
+    """bf16 weights in the operand layout A, from words (warps, 8, 4, 4) and scales (warps, 8) int32: no data moves.
 
-    No data moves between threads.
+    (16 * warps, 64), or (parts, 16 * warps / parts, 64) if A has three axes.
     """
     WARPS: gl.constexpr = words.shape[0]
     even0, odd0, even1, odd1 = gl.inline_asm_elementwise(
@@ -87,8 +87,10 @@ def unpack_weights(words, scales, A: gl.constexpr):
     )
     low = gl.join(gl.join(a0, b0), gl.join(a1, b1))
     high = gl.join(gl.join(a2, b2), gl.join(a3, b3))
-    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5)).reshape([16 * WARPS, 64])
-    return gl.convert_layout(tile, A)
+    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5))
+    PARTS: gl.constexpr = A.parent.warps_per_cta[0]
+    SHAPE: gl.constexpr = [16 * WARPS, 64] if A.parent.rank == 2 else [PARTS, 16 * WARPS // PARTS, 64]
+    return gl.convert_layout(tile.reshape(SHAPE), A)
 
 
 @gluon.jit

@@ -45,7 +45,7 @@ class FewRowsTile:
     block_m: int
     ahead: int
     tokens_ahead: int
-    num_warps: int
+    column_warps: int  # of the four; the others share these' columns along K
     shrink_splits: int = 8
 
 
@@ -67,9 +67,9 @@ type PackedTile = FewRowsTile | ManyRowsTile
 # Beside each: microseconds of gate_up + down on the H100, launched from torch, of this tile and of the next best tried.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=2, num_warps=4),  # 4 tokens: 75, 78
-        FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=2, num_warps=4),  # 16 tokens: 134, 135
-        FewRowsTile(rows=8, block_m=16, ahead=9, tokens_ahead=2, num_warps=4),  # 64 tokens: 173, 178
+        FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=1, column_warps=4),  # 4 tokens: 75, 78
+        FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=1, column_warps=4),  # 16 tokens: 134, 135
+        FewRowsTile(rows=8, block_m=16, ahead=5, tokens_ahead=1, column_warps=4),  # 64 tokens: 173, 178
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),  # 256 tokens: 208, 213
         ManyRowsTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
