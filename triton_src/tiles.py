@@ -39,9 +39,10 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class FewRowsTile:
-    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average."""
+    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average and `pairs` in all."""
 
     rows: float
+    pairs: float
     block_m: int
     ahead: int
     tokens_ahead: int
@@ -51,9 +52,10 @@ class FewRowsTile:
 
 @dataclasses.dataclass(frozen=True)
 class ManyRowsTile:
-    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average."""
+    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average and `pairs` in all."""
 
     rows: float
+    pairs: float
     block_m: int
     smallest_m: int
     stages: int
@@ -64,15 +66,18 @@ class ManyRowsTile:
 
 type PackedTile = FewRowsTile | ManyRowsTile
 
-# Beside each: microseconds of gate_up + down on the H100, launched from torch, of this tile and of the next best tried.
+# Beside each: microseconds on the H100, launched from torch, of this tile and of the next best tried: the whole layer's
+# up to 256 tokens, gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=1, column_warps=4),  # 4 tokens: 75, 78
-        FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=1, column_warps=4),  # 16 tokens: 134, 135
-        FewRowsTile(rows=8, block_m=16, ahead=5, tokens_ahead=1, column_warps=4),  # 64 tokens: 173, 178
-        ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),  # 256 tokens: 208, 213
-        ManyRowsTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
+        FewRowsTile(rows=1, pairs=8, block_m=8, ahead=3, tokens_ahead=1, column_warps=1),  # 1 token: 41, 43
+        FewRowsTile(rows=1, pairs=math.inf, block_m=8, ahead=9, tokens_ahead=2, column_warps=4),  # 4 tokens: 82, 84
+        FewRowsTile(rows=4, pairs=math.inf, block_m=8, ahead=5, tokens_ahead=2, column_warps=4),  # 16 tokens: 150, 152
+        FewRowsTile(rows=8, pairs=math.inf, block_m=16, ahead=9, tokens_ahead=2, column_warps=4),  # 64 tokens: 190, 193
+        # 256 tokens: 220, 224
+        ManyRowsTile(rows=40, pairs=math.inf, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
+        ManyRowsTile(rows=math.inf, pairs=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
     ),
 }
 """Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""
@@ -81,7 +86,7 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
 def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile:
     """The tile for packed weights on a GPU that PACKED_TILES has; arguments as in choose_tile."""
     average = pairs / min(pairs, experts)
-    return next(tile for tile in PACKED_TILES[capability] if average <= tile.rows)
+    return next(tile for tile in PACKED_TILES[capability] if average <= tile.rows and pairs <= tile.pairs)
 
 
 def choose_tile(capability: int, pairs: int, experts: int) -> Tile:

@@ -59,14 +59,16 @@ def test_every_plan_compiles(shape: LayerShape, architecture: str) -> None:
     assert launches(lower(shape, architecture)) == 6 + shrinks
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256])
-def test_packed_plans_compile_for_hopper(tokens: int) -> None:
-    assert launches(lower(LayerShape(tokens), "sm_90", packed=True)) == 7
+@pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 7), (64, 7), (256, 6), (4096, 6)])
+def test_packed_plans_compile_for_hopper(tokens: int, expected: int, lora: dict[str, int]) -> None:
+    program = lower(LayerShape(tokens, **lora), "sm_90", packed=True)
+    assert launches(program) == expected + (2 if lora else 0)
 
 
-@pytest.mark.parametrize(("shape", "architecture"), [(LayerShape(16), "sm_80"), (LayerShape(4096), "sm_90")], ids=str)
-def test_packed_weights_are_unpacked_where_no_kernel_reads_them(shape: LayerShape, architecture: str) -> None:
-    assert launches(lower(shape, architecture, packed=True)) == 6
+@pytest.mark.parametrize("shape", [LayerShape(16), LayerShape(9, adapters=2, rank=5, mixed=True)], ids=str)
+def test_packed_weights_are_unpacked_where_no_kernel_reads_them(shape: LayerShape) -> None:
+    assert launches(lower(shape, "sm_80", packed=True)) == 6 + (2 if shape.adapters else 0)
 
 
 def test_a_replayed_routing_needs_no_choice() -> None:

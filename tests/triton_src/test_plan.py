@@ -9,7 +9,7 @@ from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.routing import plan_sort, tile_slots
-from jmoe.triton_src.tiles import TILES, choose_tile
+from jmoe.triton_src.tiles import TILES, choose_packed_tile, choose_tile
 
 PROBLEM = MoeProblem(
     tokens=16,
@@ -128,22 +128,34 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
     assert sum(plan.flops for plan in plans) > 2 * problem.tokens * problem.top_k * 3 * 2880**2
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
-def test_packed_plans_name_every_parameter(tokens: int) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "product"), [(1, "packed_few_rows"), (16, "packed_few_rows"), (1024, "packed_many_rows")]
+)
+def test_packed_plans_name_every_parameter(tokens: int, product: str, lora: bool) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)
-    assert reads_packed(problem, 90)
+    if lora:
+        problem = dataclasses.replace(problem, adapters=3, gate_up_rank=8, down_rank=5, adapter_ids=True)
     plans = plan_moe(problem, 90)
     for plan in plans:
         plan.check_names()
-    assert [plan.name for plan in plans[-4:]] == ["interleave", "packed_few_rows", "packed_few_rows", "combine"]
+    names = [plan.name for plan in plans]
+    assert names.count(product) == 2
+    assert names.count("shrink") == 2 * lora
+    assert names.count("interleave") == (product == "packed_few_rows")
+    assert names[-1] == "combine"
 
 
-@pytest.mark.parametrize(
-    ("change", "capability"),
-    [({}, 80), ({}, 100), ({"tokens": 8192}, 90), ({"adapters": 1, "gate_up_rank": 8}, 90)],
-)
-def test_packed_weights_without_a_kernel_are_refused(change: dict[str, int], capability: int) -> None:
-    problem = dataclasses.replace(PACKED, **change)
-    assert not reads_packed(problem, capability)
-    with pytest.raises(NotImplementedError, match=f"got sm_{capability}, {problem.tokens} tokens.*unpack them"):
-        plan_moe(problem, capability)
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_packed_weights_without_a_kernel_are_refused(capability: int) -> None:
+    assert not reads_packed(capability)
+    with pytest.raises(NotImplementedError, match=f"got sm_{capability}: unpack them"):
+        plan_moe(PACKED, capability)
+
+
+@pytest.mark.parametrize("pairs", [1, 8, 9, 100, 5000, 10**6])
+@pytest.mark.parametrize("experts", [1, 32, 256])
+def test_some_packed_tile_takes_every_size(pairs: int, experts: int) -> None:
+    tile = choose_packed_tile(90, pairs, experts)
+    assert pairs / min(pairs, experts) <= tile.rows
+    assert pairs <= tile.pairs

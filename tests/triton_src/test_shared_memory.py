@@ -12,6 +12,7 @@ KIB_A_BLOCK = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability * 10 -> KiB of shared memory a block may have (CUDA C++ Programming Guide)."""
 
 KINDS = {"order": "*i32", "tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32"}
+KINDS |= {f"{projection}_shrunk": "*fp32" for projection in ("gate_up", "down")}
 
 
 def shared_bytes(plan: Plan, capability: int, mxfp4: bool) -> int:
@@ -20,7 +21,9 @@ def shared_bytes(plan: Plan, capability: int, mxfp4: bool) -> int:
     for parameter in plan.kernel.arg_names:
         name = plan.operands.get(parameter)
         if parameter in plan.outputs:
-            signature[parameter] = "*bf16"
+            signature[parameter] = KINDS.get(plan.outputs[parameter].name, "*bf16")
+        elif parameter in plan.scalars:
+            signature[parameter] = "i32"
         elif name is None:
             signature[parameter] = "constexpr"
             constants.setdefault(parameter, None)
@@ -30,7 +33,7 @@ def shared_bytes(plan: Plan, capability: int, mxfp4: bool) -> int:
             signature[parameter] = "*u8"
         else:
             signature[parameter] = KINDS.get(name, "*bf16")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(plan.kernel, signature, constants, aligned)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
