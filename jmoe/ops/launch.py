@@ -67,6 +67,30 @@ def _moe_launches(
     return launch(plan_moe(problem, capability), buffers, capability)["y"]
 
 
+def route_and_sort(
+    router_logits: jax.Array, *, top_k: int, capability: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights, order, tiles): the launches that precede a layer's products, alone, for a GPU. For measuring them."""
+    check_installed()
+    if capability is None:
+        capability = local_capability()
+    tokens, experts = router_logits.shape
+    plans = routing_plans(tokens, experts, top_k, capability)
+    buffers = launch(plans, {"router_logits": router_logits}, capability)
+    return buffers["weights"], buffers["order"], buffers["tiles"]
+
+
+def routing_plans(tokens: int, experts: int, top_k: int, capability: int) -> list["Plan"]:
+    """The routing of a layer on packed experts where there is a kernel for them, else on the checkpoint's layout."""
+    from jmoe.triton_src.routing import plan_choose, plan_sort
+    from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
+
+    pairs = tokens * top_k
+    tile = choose_packed_tile(capability, pairs, experts) or choose_tile(capability, pairs, experts)
+    sort = plan_sort(pairs=pairs, experts=experts, block_m=tile.block_m, expert_offset=False)
+    return [plan_choose(tokens, experts, top_k), *sort]
+
+
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     platforms = ctx.platforms or ctx.module_context.platforms
     raise NotImplementedError(

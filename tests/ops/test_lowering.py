@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jmoe
+from jmoe.ops.launch import route_and_sort
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -166,3 +167,17 @@ def test_widths_and_sizes_are_compiled_in_but_the_number_of_tokens_is_not() -> N
 def test_ptx_names_the_kernels() -> None:
     program = lower(dataclasses.replace(SHAPES[0], hidden=64, intermediate=64), "sm_90")
     assert len(re.findall("@triton_kernel_call_ffi", program)) == 6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (4096, 128)])
+def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: int, architecture: str) -> None:
+    capability = jmoe.Target(architecture).capability
+    route = functools.partial(route_and_sort, top_k=4, capability=capability)
+    logits = jax.ShapeDtypeStruct((tokens, experts), jnp.bfloat16)
+    weights, order, tiles = jax.eval_shape(route, logits)
+    assert weights.shape == (tokens, 4)
+    assert order.shape == (4 * tokens,)
+    assert tiles.shape[1] == 3
+    program = jax.jit(route).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert 1 <= launches(program) <= 3
