@@ -103,6 +103,7 @@ def test_the_torch_side_meets_jax_in_two_files() -> None:
     for found in imports("interop"):
         packages = ["torch", "triton", "numpy", "jax", "jmoe"]
         packages += ["triton_kernels"] * (found.file == "interop/triton_kernels_peer.py")
+        packages += ["vllm"] * (found.file == "interop/vllm_lora_peer.py")
         assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found
         if starts(found.module, "jax"):
             assert found.file in ("interop/dlpack.py", "interop/parity.py"), found
