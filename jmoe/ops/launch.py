@@ -82,11 +82,12 @@ def route_and_sort(
 
 def routing_plans(tokens: int, experts: int, top_k: int, capability: int) -> list["Plan"]:
     """The routing of a layer on packed experts where there is a kernel for them, else on the checkpoint's layout."""
+    from jmoe.triton_src.moe import reads_packed
     from jmoe.triton_src.routing import plan_choose, plan_sort
     from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
 
     pairs = tokens * top_k
-    tile = choose_packed_tile(capability, pairs, experts) or choose_tile(capability, pairs, experts)
+    tile = (choose_packed_tile if reads_packed(capability) else choose_tile)(capability, pairs, experts)
     sort = plan_sort(pairs=pairs, experts=experts, block_m=tile.block_m, expert_offset=False)
     return [plan_choose(tokens, experts, top_k), *sort]
 
