@@ -95,3 +95,9 @@ def test_bench_says_what_it_does_not_know() -> None:
     assert run.returncode == 1
     assert "jmoe: implementations are jmoe packed, jmoe, " in run.stderr
     assert "got 'marlin'" in run.stderr
+
+
+def test_tune_needs_a_gpu() -> None:
+    run = jmoe("tune")
+    assert run.returncode == 2
+    assert "jmoe tune measures on a GPU, and JAX sees none" in run.stderr

@@ -85,10 +85,15 @@ def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
             assert found.inside_function, found
 
 
+TUNING = ("jmoe/bench/tune.py", "jmoe/cli.py")
+"""What writes a user's tile tables; they are data, and the file that holds their form imports no triton."""
+
+
 def test_triton_has_one_door() -> None:
     for found in imports("jmoe"):
         if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
-            assert found.file == "jmoe/ops/launch.py", found
+            tables = starts(found.module, "jmoe.triton_src.tile_tables") and found.file in TUNING
+            assert found.file == "jmoe/ops/launch.py" or tables, found
             assert found.inside_function, found
 
 

@@ -78,20 +78,40 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
 """Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""
 
 
-def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile:
+@dataclasses.dataclass(frozen=True)
+class TileTables:
+    """Tables measured on one GPU, to use instead of those above; the last tile of each is for any number of rows.
+
+    An empty table is none: those above stand.
+    """
+
+    portable: tuple[Tile, ...]
+    packed: tuple[PackedTile, ...]
+
+
+def choose_packed_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> PackedTile:
     """The tile for packed weights on a GPU that PACKED_TILES has; arguments as in choose_tile."""
     average = pairs / min(pairs, experts)
-    return next(tile for tile in PACKED_TILES[capability] if average <= tile.rows)
+    tiles = (tables and tables.packed) or PACKED_TILES[capability]
+    return next(tile for tile in tiles if average <= tile.rows)
 
 
-def choose_tile(capability: int, pairs: int, experts: int) -> Tile:
+def choose_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> Tile:
     """The tile for `pairs` rows spread over `experts` experts on a GPU of this compute capability (90 is 9.0).
+
+    tables: measured on that GPU, if there are any.
 
     Raises:
       NotImplementedError: the GPU is older than the oldest family in the table.
     """
+    average = pairs / min(pairs, experts)
+    tiles = (tables and tables.portable) or tiles_of(capability)
+    return next(tile for tile in tiles if average <= tile.rows)
+
+
+def tiles_of(capability: int) -> tuple[Tile, ...]:
+    """TILES of the GPU's family; raises as choose_tile does."""
     family = max((c for c in TILES if c <= capability), default=None)
     if family is None:
         raise NotImplementedError(f"jmoe's Triton kernels need compute capability 8.0 or later, got sm_{capability}")
-    average = pairs / min(pairs, experts)
-    return next(tile for tile in TILES[family] if average <= tile.rows)
+    return TILES[family]
