@@ -1,11 +1,14 @@
 """Launches plans on torch tensors: on a GPU, or in Triton's interpreter on a CPU."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from jmoe.triton_src.plan import Buffer, Plan
+from jmoe.triton_src.tile_tables import read_user_table
+from jmoe.triton_src.tiles import TileTables
 
 INTERPRETER_CAPABILITY = 90
 """The interpreter has no device: it runs the plans for this one."""
@@ -52,3 +55,18 @@ def capability_of(device: torch.device, kernel: object) -> int:
         f"the kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before jmoe.interop is "
         f"imported; got tensors on {device}"
     )
+
+
+def tables_of(device: torch.device) -> TileTables | None:
+    """The user's tile tables for this GPU; None where `jmoe tune` has not run, and in the interpreter.
+
+    Raises:
+      ValueError: the user's file is no such table.
+    """
+    return tables_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@functools.cache
+def tables_by_name(device: str) -> TileTables | None:
+    """As tables_of, read once in a process."""
+    return read_user_table(device)

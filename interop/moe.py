@@ -6,7 +6,7 @@ import torch
 
 from jmoe.interop.check import check_buffers
 from jmoe.interop.interpreter import bfloat16_arithmetic
-from jmoe.interop.launch import capability_of, launch
+from jmoe.interop.launch import capability_of, launch, tables_of
 from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 
@@ -103,7 +103,8 @@ def moe(
 
     Raises:
       ValueError: a tensor's shape or dtype does not fit the others, it is on another device than x, not contiguous or
-        not aligned to 16 bytes, or adapters and adapter_ids do not go together.
+        not aligned to 16 bytes, or adapters and adapter_ids do not go together; or the user's tile table for this GPU
+        (see `jmoe tune`) is none.
       NotImplementedError: no GPU and no interpreter, or packed weights where no kernel reads them.
     """
     if x.ndim != 2 or x.dtype != torch.bfloat16:
@@ -147,7 +148,7 @@ def moe(
     if x.numel() == 0:
         return torch.zeros_like(x)
     with torch.cuda.device(x.device) if x.is_cuda else bfloat16_arithmetic():
-        return launch(plan_moe(problem, capability), buffers)["y"]
+        return launch(plan_moe(problem, capability, tables_of(x.device)), buffers)["y"]
 
 
 def intermediate_size(gate_up: Mxfp4Like | PackedMxfp4Like | torch.Tensor) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jmoe.bench.record import birth_certificate
+from jmoe.bench.record import birth_certificate, write
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -86,36 +85,92 @@ def parity(
 @app.command()
 def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between.")] = "",
-    experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 32,
+    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "",
+    ranks: Annotated[str, typer.Option(help="LoRA ranks; 0 is without LoRA.")] = "",
+    implementations: Annotated[str, typer.Option(help="Only these, by the names in the results.")] = "",
+    skip: Annotated[str, typer.Option(help="All but these.")] = "",
+    marlin_library: Annotated[
+        Path | None, typer.Option(help="vLLM's compiled library with Marlin, if vLLM is not installed; .xz or not.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions.")
+        Path | None,
+        typer.Option(
+            help="Write the figures as JSON, with date, commit, GPU and versions, after each row; a file of the same "
+            "commit, GPU and versions keeps its other figures."
+        ),
     ] = None,
 ) -> None:
     """Times one layer of gpt-oss's size beside every peer that is installed: microseconds a call.
 
-    On a machine without a GPU it times backend "xla" at a small size.
+    On a machine without a GPU it times backend "xla" at a small size. Exits with 1 if jmoe itself fails.
     """
-    from jmoe.bench import run
+    from jmoe.bench import report, results
+    from jmoe.bench.case import Matrix, default_matrix
+    from jmoe.bench.run import implementations as all_of_them
+    from jmoe.bench.run import run, select
 
-    shapes = run.shapes([int(count) for count in tokens.split(",")] if tokens else None, experts)
-    table = Table(title="microseconds a call", box=box.SIMPLE_HEAD)
-    table.add_column("layer")
-    names = list(run.IMPLEMENTATIONS)
-    for name in names:
-        table.add_column(name)
-    rows = []
-    for shape in shapes:
-        figures = run.measure(shape)
-        rows.append({"shape": dataclasses.asdict(shape), "microseconds": figures})
-        table.add_row(str(shape), *(f"{v:.1f}" if isinstance(v := figures[name], float) else v for name in names))
-    console.print(table)
-    if out is not None:
-        write(out, {**birth_certificate(), "rows": rows})
+    default = default_matrix()
+    matrix = Matrix(
+        default.size,
+        numbers("--tokens", tokens, least=1) or default.tokens,
+        numbers("--experts", experts, least=default.size.top_k) or default.experts,
+        numbers("--ranks", ranks, least=0) or default.ranks,
+    )
+    chosen = select(all_of_them(marlin_library), words(implementations), words(skip))
+    figures = results.start(birth_certificate(), matrix.size, out)
+    failed = False
+    for measured in run(matrix, chosen):
+        results.add(figures, *measured)
+        if out is not None:
+            write(out, figures)
+        console.print(report.line(figures["rows"], measured), markup=False, highlight=False, soft_wrap=True)
+        failed |= report.jmoe_failed(measured)
+    console.print(report.table(figures["rows"]))
+    if failed:
+        raise typer.Exit(1)
 
 
-def write(file: Path, results: dict[str, object]) -> None:
-    """Writes results as JSON that diffs well."""
-    file.write_text(json.dumps(results, indent=1) + "\n")
+@app.command()
+def tune(
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens to measure at, with commas between.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the table here instead of to the user's cache.")] = None,
+) -> None:
+    """Measures which launch parameters are best on this machine's GPU, and writes the table that jmoe then uses here.
+
+    It takes some minutes. jmoe.moe and jmoe.interop.moe read the table from the user's cache; a jmoe.Target, which may
+    be of another GPU, does not.
+    """
+    from jmoe.bench import tune as measuring
+
+    if jax.default_backend() != "gpu":
+        raise typer.BadParameter("jmoe tune measures on a GPU, and JAX sees none")
+    chosen = []
+    for choice in measuring.tune(numbers("--tokens", tokens, least=1) or measuring.TOKENS):
+        console.print(str(choice), markup=False, highlight=False, soft_wrap=True)
+        chosen.append(choice)
+    from jmoe.triton_src.tile_tables import as_json, user_table
+
+    file = user_table(jax.devices()[0].device_kind) if out is None else out
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, {**birth_certificate(), **as_json(measuring.tables_of(chosen))})
+    console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def words(listed: str) -> list[str]:
+    """What commas separate."""
+    return [word.strip() for word in listed.split(",") if word.strip()]
+
+
+def numbers(option: str, listed: str, *, least: int) -> tuple[int, ...]:
+    """The integers of an option, increasing.
+
+    Raises:
+      typer.BadParameter: one of them is none, or below the least.
+    """
+    for word in words(listed):
+        if not (word.isascii() and word.isdigit() and int(word) >= least):
+            raise typer.BadParameter(f"{option} takes integers from {least} on, with commas between, got {word!r}")
+    return tuple(sorted({int(word) for word in words(listed)}))
 
 
 def show(rows: "list[Row]") -> None:

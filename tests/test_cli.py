@@ -71,11 +71,33 @@ def test_an_adapter_needs_a_checkpoint() -> None:
     assert "--adapter needs --checkpoint" in run.stderr
 
 
-def test_bench_times_what_is_there(tmp_path: Path) -> None:
+def test_bench_times_what_is_there_and_a_second_run_adds(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    run = jmoe("bench", "--tokens", "1", "--experts", "4", "--out", out)
+    run = jmoe("bench", "--tokens", "1", "--experts", "4", "--ranks", "0", "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert "4 experts, 1 token: jmoe packed " in run.stdout
+    run = jmoe("bench", "--tokens", "1", "--experts", "4", "--ranks", "16", "--skip", "vLLM LoRA", "--out", out)
     assert run.returncode == 0, run.stderr
     results = json.loads(out.read_text())
-    assert results["rows"][0]["microseconds"]["jmoe"] > 0
-    assert results["rows"][0]["microseconds"]["triton_kernels"] == "no GPU"
-    assert {"date", "commit", "device", "versions"} <= set(results)
+    without, lora = results["rows"]
+    assert without["microseconds"]["jmoe"] > 0
+    assert without["microseconds"]["jmoe packed"] > 0
+    assert without["microseconds"]["triton_kernels"] == "no GPU"
+    assert (lora["rank"], lora["adapters"], list(lora["microseconds"])) == (16, 1, ["jmoe packed"])
+    assert {"date", "commit", "device", "versions", "layer"} <= set(results)
+
+
+def test_bench_says_what_it_does_not_know() -> None:
+    run = jmoe("bench", "--tokens", "1,none")
+    assert run.returncode == 2
+    assert "--tokens takes integers from 1 on" in run.stderr
+    run = jmoe("bench", "--implementations", "marlin")
+    assert run.returncode == 1
+    assert "jmoe: implementations are jmoe packed, jmoe, " in run.stderr
+    assert "got 'marlin'" in run.stderr
+
+
+def test_tune_needs_a_gpu() -> None:
+    run = jmoe("tune")
+    assert run.returncode == 2
+    assert "jmoe tune measures on a GPU, and JAX sees none" in run.stderr

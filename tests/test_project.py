@@ -85,10 +85,15 @@ def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
             assert found.inside_function, found
 
 
+TUNING = ("jmoe/bench/tune.py", "jmoe/cli.py")
+"""What writes a user's tile tables; they are data, and the file that holds their form imports no triton."""
+
+
 def test_triton_has_one_door() -> None:
     for found in imports("jmoe"):
         if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
-            assert found.file == "jmoe/ops/launch.py", found
+            tables = starts(found.module, "jmoe.triton_src.tile_tables") and found.file in TUNING
+            assert found.file == "jmoe/ops/launch.py" or tables, found
             assert found.inside_function, found
 
 
@@ -103,6 +108,7 @@ def test_the_torch_side_meets_jax_in_two_files() -> None:
     for found in imports("interop"):
         packages = ["torch", "triton", "numpy", "jax", "jmoe"]
         packages += ["triton_kernels"] * (found.file == "interop/triton_kernels_peer.py")
+        packages += ["vllm"] * (found.file == "interop/vllm_lora_peer.py")
         assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found
         if starts(found.module, "jax"):
             assert found.file in ("interop/dlpack.py", "interop/parity.py"), found

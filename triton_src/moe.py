@@ -11,7 +11,7 @@ from jmoe.triton_src.packed_few_rows import pad, plan_interleave, plan_packed_fe
 from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.routing import plan_choose, plan_sort, tile_slots
-from jmoe.triton_src.tiles import PACKED_TILES, FewRowsTile, choose_packed_tile, choose_tile
+from jmoe.triton_src.tiles import PACKED_TILES, FewRowsTile, TileTables, choose_packed_tile, choose_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,10 @@ class MoeProblem:
         )
 
 
-def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
+def plan_moe(problem: MoeProblem, capability: int, tables: TileTables | None = None) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
+
+    tables: measured on that GPU, if there are any.
 
     Raises:
       NotImplementedError: the GPU is older than the kernels support, or none reads packed weights there.
@@ -87,8 +89,8 @@ def plan_moe(problem: MoeProblem, capability: int) -> list[Plan]:
     p = problem
     pairs = p.tokens * p.top_k
     if p.packed:
-        return plan_packed_moe(problem, capability)
-    tile = choose_tile(capability, pairs, p.experts)
+        return plan_packed_moe(problem, capability, tables)
+    tile = choose_tile(capability, pairs, p.experts, tables)
     slots = tile_slots(pairs, p.experts, tile.block_m)
     plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
     plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)
@@ -128,7 +130,7 @@ def reads_packed(capability: int) -> bool:
     return capability in PACKED_TILES
 
 
-def plan_packed_moe(problem: MoeProblem, capability: int) -> list[Plan]:
+def plan_packed_moe(problem: MoeProblem, capability: int, tables: TileTables | None = None) -> list[Plan]:
     """plan_moe for packed weights."""
     p = problem
     if not reads_packed(capability):
@@ -136,7 +138,7 @@ def plan_packed_moe(problem: MoeProblem, capability: int) -> list[Plan]:
             f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
         )
     pairs = p.tokens * p.top_k
-    tile = choose_packed_tile(capability, pairs, p.experts)
+    tile = choose_packed_tile(capability, pairs, p.experts, tables)
     few = isinstance(tile, FewRowsTile)
     plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
     plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)

@@ -39,10 +39,9 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class FewRowsTile:
-    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average and `pairs` in all."""
+    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
-    pairs: float
     block_m: int
     ahead: int
     tokens_ahead: int
@@ -52,10 +51,9 @@ class FewRowsTile:
 
 @dataclasses.dataclass(frozen=True)
 class ManyRowsTile:
-    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average and `pairs` in all."""
+    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
-    pairs: float
     block_m: int
     smallest_m: int
     stages: int
@@ -70,33 +68,53 @@ type PackedTile = FewRowsTile | ManyRowsTile
 # up to 256 tokens, gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        FewRowsTile(rows=1, pairs=8, block_m=8, ahead=3, tokens_ahead=1, column_warps=1),  # 1 token: 41, 43
-        FewRowsTile(rows=1, pairs=math.inf, block_m=8, ahead=9, tokens_ahead=2, column_warps=4),  # 4 tokens: 82, 84
-        FewRowsTile(rows=4, pairs=math.inf, block_m=8, ahead=5, tokens_ahead=2, column_warps=4),  # 16 tokens: 150, 152
-        FewRowsTile(rows=8, pairs=math.inf, block_m=16, ahead=9, tokens_ahead=2, column_warps=4),  # 64 tokens: 190, 193
+        FewRowsTile(rows=0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1),  # 1 token: 41, 43
+        FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=2, column_warps=4),  # 4 tokens: 82, 84
+        FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=2, column_warps=4),  # 16 tokens: 150, 152
+        FewRowsTile(rows=8, block_m=16, ahead=9, tokens_ahead=2, column_warps=4),  # 64 tokens: 190, 193
         # 256 tokens: 220, 224
-        ManyRowsTile(rows=40, pairs=math.inf, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
+        ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
-        ManyRowsTile(rows=math.inf, pairs=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
+        ManyRowsTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
     ),
 }
 """Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""
 
 
-def choose_packed_tile(capability: int, pairs: int, experts: int) -> PackedTile:
+@dataclasses.dataclass(frozen=True)
+class TileTables:
+    """Tables measured on one GPU, to use instead of those above; the last tile of each is for any number of rows.
+
+    An empty table is none: those above stand.
+    """
+
+    portable: tuple[Tile, ...]
+    packed: tuple[PackedTile, ...]
+
+
+def choose_packed_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> PackedTile:
     """The tile for packed weights on a GPU that PACKED_TILES has; arguments as in choose_tile."""
-    average = pairs / min(pairs, experts)
-    return next(tile for tile in PACKED_TILES[capability] if average <= tile.rows and pairs <= tile.pairs)
+    average = pairs / experts
+    tiles = (tables and tables.packed) or PACKED_TILES[capability]
+    return next(tile for tile in tiles if average <= tile.rows)
 
 
-def choose_tile(capability: int, pairs: int, experts: int) -> Tile:
+def choose_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> Tile:
     """The tile for `pairs` rows spread over `experts` experts on a GPU of this compute capability (90 is 9.0).
+
+    tables: measured on that GPU, if there are any.
 
     Raises:
       NotImplementedError: the GPU is older than the oldest family in the table.
     """
+    average = pairs / experts
+    tiles = (tables and tables.portable) or tiles_of(capability)
+    return next(tile for tile in tiles if average <= tile.rows)
+
+
+def tiles_of(capability: int) -> tuple[Tile, ...]:
+    """TILES of the GPU's family; raises as choose_tile does."""
     family = max((c for c in TILES if c <= capability), default=None)
     if family is None:
         raise NotImplementedError(f"jmoe's Triton kernels need compute capability 8.0 or later, got sm_{capability}")
-    average = pairs / min(pairs, experts)
-    return next(tile for tile in TILES[family] if average <= tile.rows)
+    return TILES[family]

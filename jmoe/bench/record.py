@@ -1,13 +1,15 @@
-"""When, where and of what a figure was taken."""
+"""When, where and of what a figure was taken, and the file that says so."""
 
 import datetime
 import importlib.metadata
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jax-triton", "triton", "torch")
+PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")
 
 
 def birth_certificate() -> dict[str, object]:
@@ -35,3 +37,10 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON that diffs well; a run that is killed leaves the old file or the new one."""
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    fresh.replace(file)

@@ -1,4 +1,4 @@
-"""Times torch calls as CUDA graphs. The only file of jmoe.bench that is about torch; imported where torch is."""
+"""Times torch calls as CUDA graphs. Imported where torch is."""
 
 import statistics
 from collections.abc import Callable
@@ -6,21 +6,21 @@ from collections.abc import Callable
 SAMPLES = 7
 
 
-def graph_microseconds(call: Callable[[], object], calls: int) -> float:
-    """Median time of one call over replays of a CUDA graph of `calls` of them."""
+def graph_microseconds(call: Callable[[int], object], calls: int) -> float:
+    """Median time of one call over replays of a CUDA graph of call(0), ..., call(calls - 1)."""
     import torch
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
+        for i in range(3):
+            call(i)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+        for i in range(calls):
+            call(i)
     graph.replay()
     torch.cuda.synchronize()
     times = []

@@ -19,6 +19,7 @@ from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
     from jmoe.triton_src.plan import Plan
+    from jmoe.triton_src.tiles import TileTables
 
 OLDEST = {"jax-triton": (0, 4, 1), "triton": (3, 7)}
 """jax-triton 0.3.1 launches cannot be captured into CUDA graphs; 0.4.1 needs Triton 3.7."""
@@ -44,9 +45,31 @@ def _moe_launches(
 ) -> jax.Array:
     """The layer as launches: what the primitive stands for on CUDA."""
     check_installed()
+    tables = None  # a Target says which GPU, not whose: what is compiled for it is the same everywhere
     if capability is None:
-        capability = local_capability()
-    buffers = dict(zip(names, arrays, strict=True))
+        capability, tables = local_capability(), local_tables()
+    return launch_layer(
+        dict(zip(names, arrays, strict=True)),
+        intermediate=intermediate,
+        top_k=top_k,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_limit=swiglu_limit,
+        capability=capability,
+        tables=tables,
+    )
+
+
+def launch_layer(
+    buffers: Mapping[str, jax.Array],
+    *,
+    intermediate: int,
+    top_k: int,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    capability: int,
+    tables: "TileTables | None",
+) -> jax.Array:
+    """The layer as launches for a GPU of this compute capability, with these tiles or, if None, the package's own."""
     check_dtypes(buffers)
     if buffers["x"].size == 0:
         return jnp.zeros_like(buffers["x"])
@@ -64,7 +87,33 @@ def _moe_launches(
     if not (problem.packed and reads_packed(capability)):
         buffers = unpack_buffers(buffers, intermediate)
         problem = dataclasses.replace(problem, packed=False)
-    return launch(plan_moe(problem, capability), buffers, capability)["y"]
+    return launch(plan_moe(problem, capability, tables), buffers, capability)["y"]
+
+
+def route_and_sort(
+    router_logits: jax.Array, *, top_k: int, capability: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights, order, tiles): the launches that precede a layer's products, alone, for a GPU. For measuring them."""
+    check_installed()
+    tables = None
+    if capability is None:
+        capability, tables = local_capability(), local_tables()
+    tokens, experts = router_logits.shape
+    plans = routing_plans(tokens, experts, top_k, capability, tables)
+    buffers = launch(plans, {"router_logits": router_logits}, capability)
+    return buffers["weights"], buffers["order"], buffers["tiles"]
+
+
+def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables: "TileTables | None") -> list["Plan"]:
+    """The routing of a layer on packed experts where there is a kernel for them, else on the checkpoint's layout."""
+    from jmoe.triton_src.moe import reads_packed
+    from jmoe.triton_src.routing import plan_choose, plan_sort
+    from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
+
+    pairs = tokens * top_k
+    tile = (choose_packed_tile if reads_packed(capability) else choose_tile)(capability, pairs, experts, tables)
+    sort = plan_sort(pairs=pairs, experts=experts, block_m=tile.block_m, expert_offset=False)
+    return [plan_choose(tokens, experts, top_k), *sort]
 
 
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
@@ -171,3 +220,14 @@ def local_capability() -> int:
         ) from None
     major, minor = device.compute_capability.split(".")
     return int(major) * 10 + int(minor)
+
+
+def local_tables() -> "TileTables | None":
+    """The tile tables that the user has measured for this machine's GPU with `jmoe tune`, if any.
+
+    Raises:
+      ValueError: the user's file is no such table.
+    """
+    from jmoe.triton_src.tile_tables import read_user_table
+
+    return read_user_table(jax.local_devices(backend="cuda")[0].device_kind)

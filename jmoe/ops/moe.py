@@ -73,7 +73,7 @@ def moe(
       y like x.
 
     Raises:
-      ValueError: the arguments do not fit together.
+      ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is none.
       NotImplementedError: the Triton backend was asked for what it cannot do: another platform than CUDA, another dtype
         than bfloat16, a gradient.
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.

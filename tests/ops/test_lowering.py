@@ -2,14 +2,21 @@
 
 import dataclasses
 import functools
+import json
+import math
 import re
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jmoe
+from jmoe.ops.launch import route_and_sort
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
+from jmoe.triton_src.tile_tables import as_json, user_table
+from jmoe.triton_src.tiles import TILES, TileTables
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -168,3 +175,43 @@ def test_widths_and_sizes_are_compiled_in_but_the_number_of_tokens_is_not() -> N
 def test_ptx_names_the_kernels() -> None:
     program = lower(dataclasses.replace(SHAPES[0], hidden=64, intermediate=64), "sm_90")
     assert len(re.findall("@triton_kernel_call_ffi", program)) == 6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (4096, 128)])
+def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: int, architecture: str) -> None:
+    capability = jmoe.Target(architecture).capability
+    route = functools.partial(route_and_sort, top_k=4, capability=capability)
+    logits = jax.ShapeDtypeStruct((tokens, experts), jnp.bfloat16)
+    weights, order, tiles = jax.eval_shape(route, logits)
+    assert weights.shape == (tokens, 4)
+    assert order.shape == (4 * tokens,)
+    assert tiles.shape[1] == 3
+    program = jax.jit(route).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert 1 <= launches(program) <= 3
+
+
+def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = types.SimpleNamespace(device_kind="Some GPU", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    layer = jax.eval_shape(functools.partial(random_layer, LayerShape(16, 64, 64, 4, 2)))
+
+    def program(backend: jmoe.Target | str) -> str:
+        def call(layer: Layer) -> jax.Array:
+            return jmoe.moe(layer.x, layer.router_logits, layer.experts, top_k=2, backend=backend)
+
+        return jax.jit(call).trace(layer).lower(lowering_platforms=("cuda",)).as_text()
+
+    own = program("triton")
+    assert own == program(jmoe.Target("sm_90"))
+    tables = TileTables((dataclasses.replace(TILES[90][0], rows=math.inf, block_m=64),), ())
+    file = user_table("Some GPU")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(as_json(tables)))
+    assert program("triton") != own
+    assert program(jmoe.Target("sm_90")) == own
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"some_gpu.json: must be an object, got \[\]"):
+        program("triton")
+    assert program(jmoe.Target("sm_90")) == own

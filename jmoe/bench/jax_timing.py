@@ -1,0 +1,43 @@
+"""Times a step of JAX repeated in one program, as the layers of a model are."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+from jax import lax
+
+SAMPLES = 7
+
+UNROLLED = 8
+"""Steps in the body of the loop. Its own few launches (the counter, the test) are spread over them."""
+
+
+def scan_microseconds[C, W](
+    step: Callable[[C, jax.Array, W], C], start: C, router_logits: jax.Array, weights: W
+) -> float:
+    """Median time of one step(carry, router_logits[i], weights), which returns the next step's carry.
+
+    Since a step reads what the last one wrote, or replaces it, nothing is added to the step. The weights are an
+    argument: as constants XLA would copy and fold over a gigabyte while it compiles.
+    """
+    steps = router_logits.shape[0]
+    different = tuple(router_logits[: min(UNROLLED, steps)])
+    rounds = steps // len(different)
+
+    @jax.jit
+    def sample(start: C, different: tuple[jax.Array, ...], weights: W) -> C:
+        def body(carry: C, _: None) -> tuple[C, None]:
+            for logits in different:
+                carry = step(carry, logits, weights)
+            return carry, None
+
+        return lax.scan(body, start, length=rounds)[0]
+
+    jax.block_until_ready(sample(start, different, weights))
+    times = []
+    for _ in range(SAMPLES):
+        begin = time.perf_counter()
+        jax.block_until_ready(sample(start, different, weights))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) / (rounds * len(different)) * 1e6

@@ -1,0 +1,59 @@
+"""jmoe.moe as a user calls it, and its routing alone."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.bench.case import Case, calls_for
+from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
+from jmoe.bench.jax_timing import scan_microseconds
+from jmoe.bench.weights import Weights, random_adapter_ids, random_input
+from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.launch import route_and_sort
+from jmoe.ops.moe import moe
+
+PACKED, CHECKPOINT, ROUTING = "jmoe packed", "jmoe", "jmoe routing"
+
+
+def layer(name: str, experts_of: Callable[[Weights], Experts], weights: Weights) -> Measure:
+    """jmoe.moe on these experts, routing included: each step's result is the next one's input, as in a model."""
+    experts, top_k = experts_of(weights), weights.size.top_k
+
+    def measure(case: Case) -> Figures:
+        x, logits = random_input(case, weights.size, calls_for(case.tokens))
+        ids = random_adapter_ids(case)
+
+        def step(x: jax.Array, logits: jax.Array, arrays: tuple[Experts, Lora | None]) -> jax.Array:
+            return moe(x, logits, arrays[0], top_k=top_k, lora=arrays[1], adapter_ids=ids)
+
+        lora = weights.lora(case.rank, case.adapters)
+        return {name: scan_microseconds(step, x, logits, (experts, lora))}
+
+    return measure
+
+
+def routing(weights: Weights) -> Measure:
+    """The routing's launches alone, without the layer that would read them."""
+    if jax.default_backend() != "gpu":
+        raise UnavailableError("GPU only")
+
+    def measure(case: Case) -> Figures:
+        _, logits = random_input(case, weights.size, calls_for(case.tokens))
+        route = functools.partial(route_and_sort, top_k=weights.size.top_k)
+        start = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), jax.eval_shape(route, logits[0]))
+        return {ROUTING: scan_microseconds(lambda _, logits, __: route(logits), start, logits, None)}
+
+    return measure
+
+
+IMPLEMENTATIONS = (
+    Implementation((PACKED,), lambda case: True, functools.partial(layer, PACKED, lambda weights: weights.packed)),
+    Implementation(
+        (CHECKPOINT,),
+        lambda case: without_lora(case) and case.experts <= 32,
+        functools.partial(layer, CHECKPOINT, lambda weights: weights.experts),
+    ),
+    Implementation((ROUTING,), lambda case: without_lora(case) and case.tokens <= 4096, routing),
+)

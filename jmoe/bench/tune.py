@@ -1,0 +1,168 @@
+"""Measures tiles on the GPU at hand: which of the candidates is best at each of a few numbers of tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.bench.case import Case, Size, calls_for
+from jmoe.bench.jax_timing import scan_microseconds
+from jmoe.bench.run import attempt
+from jmoe.bench.weights import Weights, random_input
+from jmoe.ops.experts import Experts
+from jmoe.ops.launch import launch_layer, local_capability
+from jmoe.ops.moe import name_buffers
+
+if TYPE_CHECKING:
+    from jmoe.triton_src.tiles import TileTables
+
+TABLES = ("portable", "packed")
+
+TOKENS = (4, 16, 64, 128, 256, 1024, 4096)
+EXPERTS = 32
+
+NOISE = 0.02
+"""What two runs of the same tile differ by; the package's own tile stays unless another is faster by more."""
+
+TOLERANCE = 2e-2
+"""Relative difference from the package's own tile beyond which a result counts as wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The best tile of a table at some number of tokens; times in microseconds a layer, routing included."""
+
+    table: str  # one of TABLES
+    tokens: int
+    rows: float  # that an expert gets on average
+    tile: Any
+    microseconds: float
+    built_in: Any
+    built_in_microseconds: float | str
+    tried: int
+    failed: int
+
+    def __str__(self) -> str:
+        own = self.built_in_microseconds
+        before = own if isinstance(own, str) else f"{own:.1f}"
+        fields = {name: value for name, value in dataclasses.asdict(self.tile).items() if name != "rows"}
+        tile = ", ".join(f"{name}={value}" for name, value in fields.items())
+        return (
+            f"{self.table}, {self.tokens} tokens: {type(self.tile).__name__}({tile}) {self.microseconds:.1f} us, "
+            f"built in {before}; {self.tried} tried, {self.failed} failed"
+        )
+
+
+def tune(tokens: Sequence[int]) -> Iterator[Choice]:
+    """The best tile at each of these numbers of tokens, table by table, by increasing rows an expert.
+
+    The whole layer is timed, as the routing and the sum also depend on a product's tiles.
+
+    Raises:
+      NotImplementedError: there is no GPU, or it is older than the kernels support.
+      RuntimeError: no tile runs.
+    """
+    from jmoe.triton_src.tile_tables import built_in
+
+    capability = local_capability()
+    own = built_in(capability)
+    weights = Weights(Size(), EXPERTS)
+    for table in TABLES:
+        entries = getattr(own, table)
+        for count in distinct(tokens) if entries else []:
+            start = next(tile for tile in entries if average_rows(count) <= tile.rows)
+            experts = weights.packed if table == "packed" else weights.experts
+            yield best_of(table, count, start, entries, experts, capability)
+
+
+def average_rows(tokens: int) -> float:
+    """Rows that an expert gets on average, which tiles are chosen by."""
+    return tokens * Size().top_k / EXPERTS
+
+
+def distinct(tokens: Sequence[int]) -> list[int]:
+    """The numbers of tokens, increasing, the largest alone of those that give an expert as many rows."""
+    return list({average_rows(count): count for count in sorted(tokens)}.values())
+
+
+def best_of(table: str, tokens: int, start: Any, entries: Sequence[Any], experts: Experts, capability: int) -> Choice:
+    """Times all candidates at one number of tokens."""
+    from jmoe.triton_src.tile_tables import candidates
+
+    timer = functools.partial(time_tile, table, tokens, experts, capability)
+    wanted: jax.Array | None = None
+    times: dict[Any, float | str] = {}
+    for tile in candidates(entries, start):
+        outcome = attempt(functools.partial(timer, tile, wanted))
+        if isinstance(outcome, str):
+            times[tile] = outcome
+            continue
+        times[tile], result = outcome
+        wanted = result if wanted is None else wanted
+    return choose_best(table, tokens, times)
+
+
+def choose_best(table: str, tokens: int, times: dict[Any, float | str]) -> Choice:
+    """The fastest of the tiles that ran; the first is the package's own and wins what is within noise."""
+    ran = {tile: time for tile, time in times.items() if not isinstance(time, str)}
+    own = next(iter(times))
+    if not ran:
+        raise RuntimeError(f"no {table} tile runs with {tokens} tokens; the first one: {times[own]}")
+    best = min(ran, key=lambda tile: ran[tile])
+    if own in ran and ran[best] > (1 - NOISE) * ran[own]:
+        best = own
+    failed = len(times) - len(ran)
+    return Choice(table, tokens, average_rows(tokens), best, ran[best], own, times[own], len(times), failed)
+
+
+def time_tile(
+    table: str, tokens: int, experts: Experts, capability: int, tile: Any, wanted: jax.Array | None
+) -> tuple[float, jax.Array]:
+    """(microseconds of the layer with this tile, its result).
+
+    Raises:
+      ValueError: the result is not the wanted one.
+    """
+    size = Size()
+    x, logits = random_input(Case(EXPERTS, tokens), size, calls_for(tokens))
+    tables = single(table, tile)
+
+    def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
+        return launch_layer(
+            name_buffers(x, logits, experts, None, None, None, 0),
+            intermediate=size.intermediate,
+            top_k=size.top_k,
+            swiglu_alpha=1.702,
+            swiglu_limit=7.0,
+            capability=capability,
+            tables=tables,
+        )
+
+    result = jax.jit(step)(x, logits[0], experts)
+    if wanted is not None and not relative_difference(result, wanted) <= TOLERANCE:
+        raise ValueError("a wrong result")
+    return scan_microseconds(step, x, logits, experts), result
+
+
+def single(table: str, tile: Any) -> "TileTables":
+    """Tables with this one tile."""
+    from jmoe.triton_src.tile_tables import TileTables
+
+    return TileTables(**{**dict.fromkeys(TABLES, ()), table: (tile,)})
+
+
+def relative_difference(a: jax.Array, b: jax.Array) -> float:
+    """|a - b| / |b|, NaN if there is any."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+def tables_of(choices: Sequence[Choice]) -> "TileTables":
+    """The tables that these choices make."""
+    from jmoe.triton_src.tile_tables import TileTables, assemble
+
+    best = {table: [(choice.rows, choice.tile) for choice in choices if choice.table == table] for table in TABLES}
+    return TileTables(**{table: assemble(tiles) for table, tiles in best.items()})
