@@ -6,11 +6,13 @@ from typing import Any, Self
 
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
+from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import plan_shrink
-from jmoe.triton_src.packed_few_rows import pad, plan_interleave, plan_packed_few_rows
+from jmoe.triton_src.packed_few_rows import plan_packed_few_rows
 from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.routing import plan_choose, plan_sort, tile_slots
+from jmoe.triton_src.route_problem import RouteProblem, tile_slots
+from jmoe.triton_src.routing import plan_routing
 from jmoe.triton_src.tiles import PACKED_TILES, FewRowsTile, TileTables, choose_packed_tile, choose_tile
 
 
@@ -77,6 +79,18 @@ class MoeProblem:
             swiglu_limit=swiglu_limit,
         )
 
+    def routing(self, block_m: int, interleave: bool) -> RouteProblem:
+        """The layer's routing into tiles of block_m rows; `interleave`: with x in the order of packed weights."""
+        return RouteProblem(
+            tokens=self.tokens,
+            top_k=self.top_k,
+            experts=self.experts,
+            router_experts=self.router_experts,
+            expert_offset=self.expert_offset,
+            block_m=block_m,
+            hidden=self.hidden if interleave else None,
+        )
+
 
 def plan_moe(problem: MoeProblem, capability: int, tables: TileTables | None = None) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
@@ -92,8 +106,7 @@ def plan_moe(problem: MoeProblem, capability: int, tables: TileTables | None = N
         return plan_packed_moe(problem, capability, tables)
     tile = choose_tile(capability, pairs, p.experts, tables)
     slots = tile_slots(pairs, p.experts, tile.block_m)
-    plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
-    plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)
+    plans = plan_routing(problem.routing(tile.block_m, interleave=False))
     for projection in ("gate_up", "down"):
         gate_up = projection == "gate_up"
         n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
@@ -140,10 +153,7 @@ def plan_packed_moe(problem: MoeProblem, capability: int, tables: TileTables | N
     pairs = p.tokens * p.top_k
     tile = choose_packed_tile(capability, pairs, p.experts, tables)
     few = isinstance(tile, FewRowsTile)
-    plans = [] if p.router_experts is None else [plan_choose(p.tokens, p.router_experts, p.top_k)]
-    plans += plan_sort(pairs=pairs, experts=p.experts, block_m=tile.block_m, expert_offset=p.expert_offset)
-    if few:
-        plans.append(plan_interleave(tokens=p.tokens, hidden=p.hidden))
+    plans = plan_routing(problem.routing(tile.block_m, interleave=few))
     for projection in ("gate_up", "down"):
         gate_up = projection == "gate_up"
         n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
@@ -159,7 +169,7 @@ def plan_packed_moe(problem: MoeProblem, capability: int, tables: TileTables | N
             "adapter_ids": p.adapter_ids,
         }
         if rank is not None:
-            width = pad(k) if few and not gate_up else None
+            width = interleaved_width(k) if few and not gate_up else None
             plans.append(plan_shrink(projection, splits=tile.shrink_splits, tile_m=tile.block_m, width=width, **shared))
         shared |= {
             "n": n,

@@ -1,12 +1,11 @@
 """The experts' two products from packed MXFP4, for few rows an expert: the weights stream from memory to registers."""
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import lora_constexprs, lora_operands
 from jmoe.triton_src.packed_lora import load_adapters, load_shrunk, packed_column
 from jmoe.triton_src.packed_weight import (
@@ -19,25 +18,6 @@ from jmoe.triton_src.packed_weight import (
 )
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.tiles import FewRowsTile
-
-
-@triton.jit
-def interleave_kernel(
-    x_ptr,  # (T, K) bf16
-    out_ptr,  # (T, KP) bf16
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out[t] = x[t] in the order in which a thread of the product reads it, zero past K.
-
-    Grid: (T, cdiv(KP, BLOCK_K)).
-    """
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = slot // 64 * 64 + slot % 16 // 4 * 16 + slot % 4 // 2 * 8 + slot % 64 // 16 * 2 + slot % 2
-    x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0)
-    tl.store(out_ptr + token * KP + slot, x, mask=slot < KP)
 
 
 @gluon.jit
@@ -269,19 +249,6 @@ def packed_few_rows_kernel(
             gl.store(at + 1, (odd * gate[None, :]).to(gl.bfloat16), mask=ok)
 
 
-def plan_interleave(*, tokens: int, hidden: int) -> Plan:
-    """x_interleaved [T, H padded to 64] from x [T, H]."""
-    width, block_k = pad(hidden), 1024
-    return Plan(
-        kernel=interleave_kernel,
-        grid=(tokens, cdiv(width, block_k)),
-        operands={"x_ptr": "x"},
-        outputs={"out_ptr": Buffer("x_interleaved", (tokens, width), "bfloat16")},
-        constexprs={"K": hidden, "KP": width, "BLOCK_K": block_k},
-        bytes_accessed=2 * tokens * (hidden + width),
-    )
-
-
 def plan_packed_few_rows(
     projection: str,
     *,
@@ -301,7 +268,7 @@ def plan_packed_few_rows(
 ) -> Plan:
     """gate_up: activations [P, I padded to 64], interleaved, from x_interleaved. down: pair_out [P, H] from these."""
     gate_up = projection == "gate_up"
-    width = pad(n // 2) if gate_up else n
+    width = interleaved_width(n // 2) if gate_up else n
     columns = 16 * tile.column_warps
     programs = 2 * width // columns if gate_up else cdiv(n, columns)
     out = Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")
@@ -322,7 +289,7 @@ def plan_packed_few_rows(
         outputs={"out_ptr": out},
         constexprs={
             "N": n,
-            "KP": pad(k),
+            "KP": interleaved_width(k),
             "EXPERTS": experts,
             "TOP_K": top_k,
             **lora_constexprs(adapters, rank, tile.shrink_splits),
@@ -341,8 +308,3 @@ def plan_packed_few_rows(
         flops=2 * pairs * n * (k + (rank or 0)),
         bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + width),
     )
-
-
-def pad(size: int) -> int:
-    """The size of whole packed blocks, 64 wide."""
-    return cdiv(size, 64) * 64

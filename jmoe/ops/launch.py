@@ -107,13 +107,23 @@ def route_and_sort(
 def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables: "TileTables | None") -> list["Plan"]:
     """The routing of a layer on packed experts where there is a kernel for them, else on the checkpoint's layout."""
     from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.routing import plan_choose, plan_sort
+    from jmoe.triton_src.route_problem import RouteProblem
+    from jmoe.triton_src.routing import plan_routing
     from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
 
-    pairs = tokens * top_k
-    tile = (choose_packed_tile if reads_packed(capability) else choose_tile)(capability, pairs, experts, tables)
-    sort = plan_sort(pairs=pairs, experts=experts, block_m=tile.block_m, expert_offset=False)
-    return [plan_choose(tokens, experts, top_k), *sort]
+    tile = (choose_packed_tile if reads_packed(capability) else choose_tile)(
+        capability, tokens * top_k, experts, tables
+    )
+    problem = RouteProblem(
+        tokens=tokens,
+        top_k=top_k,
+        experts=experts,
+        router_experts=experts,
+        expert_offset=False,
+        block_m=tile.block_m,
+        hidden=None,
+    )
+    return plan_routing(problem)
 
 
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:

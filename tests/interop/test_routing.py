@@ -1,4 +1,4 @@
-"""Routing's three kernels through Triton's interpreter, against numpy."""
+"""Routing's kernels through Triton's interpreter, against numpy."""
 
 import numpy as np
 import pytest
@@ -9,35 +9,60 @@ from hypothesis import strategies as st
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
 from jmoe.interop.reference import route
-from jmoe.triton_src.routing import plan_choose, plan_sort
+from jmoe.triton_src.interleave import interleaved_width
+from jmoe.triton_src.route_few import plan_route_few
+from jmoe.triton_src.route_many import plan_route_many
+from jmoe.triton_src.route_problem import RouteProblem
+from jmoe.triton_src.routing import plan_routing
 
 pytestmark = pytest.mark.interpret
 
 
-def choose(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+PLANS = {
+    "one launch": lambda problem: [plan_route_few(problem)],
+    "two launches": plan_route_many,
+    "either": plan_routing,
+}
+
+
+def problem(tokens: int, top_k: int, experts: int, **change: object) -> RouteProblem:
+    """A routing by logits over all experts, in tiles of 16 rows, but for what is changed."""
+    usual = {"router_experts": experts, "expert_offset": False, "block_m": 16, "hidden": None}
+    return RouteProblem(tokens=tokens, top_k=top_k, experts=experts, **(usual | change))
+
+
+def choose(logits: torch.Tensor, top_k: int, plan: str = "either") -> tuple[torch.Tensor, torch.Tensor]:
     """(experts, weights) of the kernel."""
+    tokens, experts = logits.shape
     with bfloat16_arithmetic():
-        done = launch([plan_choose(*logits.shape, top_k)], {"router_logits": logits})
+        done = launch(PLANS[plan](problem(tokens, top_k, experts)), {"router_logits": logits})
     return done["experts"], done["weights"]
 
 
-def sort(experts: torch.Tensor, count: int, block_m: int, offset: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(order, tiles) of the kernels."""
-    plans = plan_sort(pairs=experts.numel(), experts=count, block_m=block_m, expert_offset=offset is not None)
+def sort(
+    experts: torch.Tensor, count: int, block_m: int, offset: int | None, plan: str = "either"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(order, tiles) of the kernels, for given experts [T, k]."""
+    tokens, top_k = experts.shape
     buffers = {"experts": experts}
     if offset is not None:
         buffers["expert_offset"] = torch.tensor([offset], dtype=torch.int32)
-    done = launch(plans, buffers)
+    given = problem(tokens, top_k, count, router_experts=None, expert_offset=offset is not None, block_m=block_m)
+    done = launch(PLANS[plan](given), buffers)
     return done["order"].numpy(), done["tiles"].numpy()
 
 
-@settings(max_examples=20)
-@given(st.integers(1, 40), st.integers(1, 256), st.integers(1, 8), st.integers(0, 10**6))
-def test_choice_is_the_largest_logits_and_their_softmax(tokens: int, experts: int, top_k: int, seed: int) -> None:
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@settings(max_examples=12)
+@given(tokens=st.integers(1, 40), experts=st.integers(1, 256), top_k=st.integers(1, 8), seed=st.integers(0, 10**6))
+def test_choice_is_the_largest_logits_and_their_softmax(
+    plan: str, dtype: torch.dtype, tokens: int, experts: int, top_k: int, seed: int
+) -> None:
     top_k = min(top_k, experts)
     # Few distinct values, so that ties abound.
-    logits = (torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 2).round().bfloat16()
-    chosen, weights = choose(logits, top_k)
+    logits = (torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 2).round().to(dtype)
+    chosen, weights = choose(logits, top_k, plan)
     want, want_weights = route(logits.float(), top_k)
     assert torch.equal(chosen.long(), want)
     torch.testing.assert_close(weights, want_weights, rtol=1e-6, atol=1e-7)
@@ -59,15 +84,22 @@ def test_nan_is_chosen_and_shows() -> None:
     assert weights.isnan().all()
 
 
-@settings(max_examples=30)
-@given(st.integers(1, 700), st.integers(1, 64), st.sampled_from([16, 64, 128]), st.integers(0, 10**6), st.booleans())
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@settings(max_examples=20)
+@given(
+    pairs=st.integers(1, 256),
+    count=st.integers(1, 64),
+    block_m=st.sampled_from([8, 64, 128]),
+    seed=st.integers(0, 10**6),
+    sharded=st.booleans(),
+)
 def test_order_is_a_stable_sort_and_tiles_cover_it(
-    pairs: int, count: int, block_m: int, seed: int, sharded: bool
+    plan: str, pairs: int, count: int, block_m: int, seed: int, sharded: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     offset = 3 if sharded else None
     experts = rng.integers(-1 if sharded else 0, count + (7 if sharded else 0), pairs).astype(np.int32)
-    order, tiles = sort(torch.from_numpy(experts), count, block_m, offset)
+    order, tiles = sort(torch.from_numpy(experts)[:, None], count, block_m, offset, plan)
 
     local = experts - (offset or 0)
     held = np.flatnonzero((local >= 0) & (local < count))
@@ -82,7 +114,46 @@ def test_order_is_a_stable_sort_and_tiles_cover_it(
         assert (local[want[list(tile)]] == expert).all()
 
 
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@settings(max_examples=20)
+@given(
+    tokens=st.integers(1, 64),
+    router_experts=st.integers(1, 130),
+    held=st.integers(1, 40),
+    offset=st.integers(-5, 140),
+    top_k=st.integers(1, 8),
+    seed=st.integers(0, 10**6),
+)
+def test_chosen_experts_are_sorted_where_they_are_held(
+    plan: str, tokens: int, router_experts: int, held: int, offset: int, top_k: int, seed: int
+) -> None:
+    top_k = min(top_k, router_experts)
+    logits = torch.randn(tokens, router_experts, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    sharded = problem(tokens, top_k, held, router_experts=router_experts, expert_offset=True)
+    buffers = {"router_logits": logits, "expert_offset": torch.tensor([offset], dtype=torch.int32)}
+    with bfloat16_arithmetic():
+        done = launch(PLANS[plan](sharded), buffers)
+    chosen = route(logits.float(), top_k)[0]
+    order, tiles = sort(chosen.int(), held, 16, offset)
+    here = ((chosen >= offset) & (chosen < offset + held)).sum()
+    np.testing.assert_array_equal(done["order"].numpy()[:here], order[:here])
+    np.testing.assert_array_equal(done["tiles"].numpy(), tiles)
+
+
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 32), (5, 96), (3, 2880)])
+def test_x_is_interleaved_beside_the_routing(plan: str, tokens: int, hidden: int) -> None:
+    x = torch.randn(tokens, hidden).bfloat16()
+    logits = torch.randn(tokens, 8).bfloat16()
+    with bfloat16_arithmetic():
+        done = launch(PLANS[plan](problem(tokens, 2, 8, hidden=hidden)), {"x": x, "router_logits": logits})
+    width = interleaved_width(hidden)
+    padded = torch.nn.functional.pad(x, (0, width - hidden))
+    want = padded.reshape(tokens, width // 64, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(tokens, width)
+    assert torch.equal(done["x_interleaved"], want)
+
+
 def test_many_pairs_take_several_steps_a_program() -> None:
-    experts = torch.randint(0, 4, (128 * 256 + 1,), dtype=torch.int32)
+    experts = torch.randint(0, 4, (128 * 256 + 1, 1), dtype=torch.int32)
     order, _ = sort(experts, 4, 128, None)
-    np.testing.assert_array_equal(order, np.argsort(experts.numpy(), kind="stable"))
+    np.testing.assert_array_equal(order, np.argsort(experts[:, 0].numpy(), kind="stable"))

@@ -8,7 +8,9 @@ import pytest
 from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 from jmoe.triton_src.plan import Plan, cdiv
-from jmoe.triton_src.routing import plan_sort, tile_slots
+from jmoe.triton_src.route_many import plan_route_many
+from jmoe.triton_src.route_problem import RouteProblem, tile_slots
+from jmoe.triton_src.routing import plan_routing
 from jmoe.triton_src.tiles import TILES, choose_packed_tile, choose_tile
 
 PROBLEM = MoeProblem(
@@ -96,12 +98,20 @@ def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m:
     assert tile_slots(pairs, experts, block_m) == worst
 
 
-def test_sort_bounds_what_its_programs_read() -> None:
-    for pairs in (1, 128, 129, 128 * 256, 128 * 256 + 1, 131072 * 8):
-        count, sort = plan_sort(pairs=pairs, experts=32, block_m=128, expert_offset=False)
-        assert count.grid == sort.grid
-        assert sort.grid[0] <= 256
-        assert sort.grid[0] * sort.constexprs["STEPS"] * sort.constexprs["BLOCK_P"] >= pairs
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("experts", [4, 32, 256])
+@pytest.mark.parametrize("tokens", [1, 64, 257, 4096, 131072])
+def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bool) -> None:
+    problem = RouteProblem(tokens, 4, experts, None if given else experts, False, 128, None)
+    count, sort = plan_route_many(problem)
+    assert count.grid == sort.grid
+    assert sort.grid[0] <= min(128, sort.constexprs["COUNT_BLOCKS"] * sort.constexprs["BLOCK_COUNTS"])
+    assert sort.grid[0] * sort.constexprs["RUN"] >= problem.pairs
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (64, 32), (64, 128)])
+def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
+    assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880))) == 1
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 17, 64, 65, 200, 256])
@@ -142,7 +152,6 @@ def test_packed_plans_name_every_parameter(tokens: int, product: str, lora: bool
     names = [plan.name for plan in plans]
     assert names.count(product) == 2
     assert names.count("shrink") == 2 * lora
-    assert names.count("interleave") == (product == "packed_few_rows")
     assert names[-1] == "combine"
 
 

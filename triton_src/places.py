@@ -1,0 +1,52 @@
+"""Where sorted pairs lie: places among an expert's pairs, and the tiles that cover them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_earlier(chosen, STRIPS: tl.constexpr):
+    """(earlier, count): in (STRIPS, ROWS, columns), rows before this one that chose the column; and all that did.
+
+    STRIPS is at most 4 and the block has at most 256 rows, so one scan of ROWS rows carries each strip in a byte.
+    """
+    shift = 8 * tl.arange(0, STRIPS)[:, None, None]
+    packed = tl.sum(chosen.to(tl.int32) << shift, axis=0)
+    strips = tl.sum(packed, axis=0)
+    strips_before = (strips << 8) + (strips << 16) + (strips << 24)
+    before = tl.cumsum(packed, axis=0) - packed + strips_before[None, :]
+    pairs_of_strips = (strips & 0x00FF00FF) + ((strips >> 8) & 0x00FF00FF)
+    return (before[None, :, :] >> shift) & 0xFF, (pairs_of_strips & 0xFFFF) + (pairs_of_strips >> 16)
+
+
+@triton.jit
+def write_tiles(
+    tiles_ptr,  # (slots, 3) int32: expert, first position, end of the expert's positions; (-1, 0, 0) where unused
+    expert,  # (columns,) number to write for a column's expert
+    begin,  # (columns,) first position
+    count,  # (columns,) positions
+    tiles_an_expert,  # the most that one expert can have
+    slots,
+    program,
+    programs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """The tiles of BLOCK_M positions of one expert each, in the order of the experts: this program's share of them."""
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    tiles_end = tl.cumsum(tiles, axis=0)
+    used = tl.sum(tiles, axis=0)
+    for start in range(program * BLOCK_TILES, tiles_an_expert, programs * BLOCK_TILES):
+        nth = start + tl.arange(0, BLOCK_TILES)[:, None]
+        tile = tiles_ptr + 3 * ((tiles_end - tiles)[None, :] + nth)
+        ok = nth < tiles[None, :]
+        tl.store(tile, expert[None, :] + tl.zeros_like(nth), mask=ok)
+        tl.store(tile + 1, begin[None, :] + nth * BLOCK_M, mask=ok)
+        tl.store(tile + 2, (begin + count)[None, :] + tl.zeros_like(nth), mask=ok)
+    for start in range(program * BLOCK_SLOTS, slots, programs * BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS)
+        unused = (slot >= used) & (slot < slots)
+        tl.store(tiles_ptr + 3 * slot, -1, mask=unused)
+        tl.store(tiles_ptr + 3 * slot + 1, 0, mask=unused)
+        tl.store(tiles_ptr + 3 * slot + 2, 0, mask=unused)

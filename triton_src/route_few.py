@@ -1,0 +1,104 @@
+"""Routing of few tokens in one launch: one program chooses, counts, sorts and writes the tiles."""
+
+import triton
+import triton.language as tl
+
+from jmoe.triton_src.choose import chosen_pairs
+from jmoe.triton_src.interleave import interleave_blocks
+from jmoe.triton_src.places import count_earlier, write_tiles
+from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
+from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots"])
+def route_few_kernel(
+    logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
+    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    x_ptr,  # (T, K) bf16, or None
+    experts_ptr,  # (T, k) int32, written unless given
+    weights_ptr,  # (T, k) float32; None where experts are given
+    order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
+    tiles_ptr,  # as in write_tiles
+    x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
+    rows,
+    tokens,
+    tiles_an_expert,
+    slots,
+    COLUMNS: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    INTERLEAVE_BLOCKS: tl.constexpr,
+):
+    """All of routing in the first program; the others interleave x. Rows and columns are those of chosen_pairs."""
+    if tl.program_id(0) == 0:
+        offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
+        row = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        chosen, pair = chosen_pairs(
+            logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
+        )
+        column = tl.arange(0, COLUMNS_PADDED)
+        expert = column if logits_ptr is None else column - offset
+        held = (expert >= 0) & (expert < EXPERTS)
+        earlier, count = count_earlier(chosen, STRIPS)
+        count = tl.where(held, count, 0)
+        begin = tl.cumsum(count, axis=0) - count
+        tl.store(order_ptr + begin[None, None, :] + earlier, pair, mask=chosen & held[None, None, :])
+        write_tiles(tiles_ptr, expert, begin, count, tiles_an_expert, slots, 0, 1, BLOCK_M, BLOCK_TILES, BLOCK_SLOTS)
+    else:
+        if x_ptr is not None:
+            interleave_blocks(x_ptr, x_interleaved_ptr, tokens, tl.program_id(0) - 1, K, INTERLEAVE_BLOCKS)
+
+
+LARGEST_BLOCK = 8192
+"""Rows times columns that the one program holds in registers."""
+
+STRIPS = 4
+
+
+def fits(problem: RouteProblem) -> bool:
+    """Whether one program can route all rows."""
+    rows = padded_rows(problem)
+    return rows <= 256 and rows * problem.columns_padded <= LARGEST_BLOCK
+
+
+def padded_rows(problem: RouteProblem) -> int:
+    """Rows of the block, a power of two."""
+    return max(16, next_power_of_2(problem.rows))
+
+
+def plan_route_few(problem: RouteProblem) -> Plan:
+    """All of routing, and x_interleaved if asked for."""
+    p = problem
+    return Plan(
+        kernel=route_few_kernel,
+        grid=(1 + p.interleave_programs,),
+        operands=p.operands,
+        scalars={
+            "rows": p.rows,
+            "tokens": p.tokens,
+            "tiles_an_expert": cdiv(p.pairs, p.block_m),
+            "slots": p.slots,
+        },
+        outputs=p.choice_outputs | p.sort_outputs | p.interleave_outputs,
+        constexprs={
+            "COLUMNS": p.columns,
+            "COLUMNS_PADDED": p.columns_padded,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "STRIPS": STRIPS,
+            "ROWS": padded_rows(p) // STRIPS,
+            "BLOCK_M": p.block_m,
+            "BLOCK_TILES": BLOCK_TILES,
+            "BLOCK_SLOTS": BLOCK_SLOTS,
+            **p.interleave_constexprs,
+        },
+        num_warps=8,
+        bytes_accessed=p.choice_bytes + p.interleave_bytes,
+    )

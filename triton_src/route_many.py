@@ -1,0 +1,204 @@
+"""Routing of many tokens in two launches: count chooses and counts by runs of rows, sort adds the counts up.
+
+Everything is integer arithmetic on prefix counts, so the order is stable and two runs agree bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from jmoe.triton_src.choose import chosen_pairs
+from jmoe.triton_src.interleave import interleave_blocks
+from jmoe.triton_src.places import count_earlier, write_tiles
+from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "programs"])
+def count_kernel(
+    logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
+    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    x_ptr,  # (T, K) bf16, or None
+    experts_ptr,  # (T, k) int32, written unless given
+    weights_ptr,  # (T, k) float32; None where experts are given
+    places_ptr,  # (P,) int32: earlier pairs of the program with the same expert; not written for pairs not held
+    counts_ptr,  # (programs, E) int32: pairs of each expert held here
+    x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
+    rows,
+    tokens,
+    programs,
+    COLUMNS: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STRIPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    K: tl.constexpr,
+    INTERLEAVE_BLOCKS: tl.constexpr,
+):
+    """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows; the others interleave x.
+
+    Rows and columns are those of chosen_pairs.
+    """
+    program = tl.program_id(0)
+    if program < programs:
+        offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
+        column = tl.arange(0, COLUMNS_PADDED)
+        expert = column if logits_ptr is None else column - offset
+        held = (expert >= 0) & (expert < EXPERTS)
+        counts = tl.zeros((COLUMNS_PADDED,), tl.int32)
+        in_block = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        for step in range(STEPS):
+            row = (program * STEPS + step) * STRIPS * ROWS + in_block
+            chosen, pair = chosen_pairs(
+                logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
+            )
+            earlier, count = count_earlier(chosen, STRIPS)
+            tl.store(places_ptr + pair, earlier + counts[None, None, :], mask=chosen & held[None, None, :])
+            counts += count
+        mine = counts_ptr + program * EXPERTS
+        tl.store(mine + expert, counts, mask=held)
+        if logits_ptr is not None:
+            # Experts held here that the router does not know.
+            for start in tl.static_range(0, EXPERTS, COLUMNS_PADDED):
+                unknown = start + column
+                known = (unknown + offset >= 0) & (unknown + offset < COLUMNS)
+                tl.store(mine + unknown, 0, mask=(unknown < EXPERTS) & (known == 0))
+    else:
+        if x_ptr is not None:
+            interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program - programs, K, INTERLEAVE_BLOCKS)
+
+
+@triton.jit(do_not_specialize=["pairs", "programs", "tiles_an_expert", "slots"])
+def sort_kernel(
+    experts_ptr,  # (P,) int32
+    expert_offset_ptr,  # (1,) int32, or None
+    places_ptr,  # (P,) int32, of count
+    counts_ptr,  # (programs, E) int32, of count
+    order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
+    tiles_ptr,  # as in write_tiles
+    pairs,
+    programs,
+    tiles_an_expert,
+    slots,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    COUNT_BLOCKS: tl.constexpr,
+    BLOCK_COUNTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """Positions of the pairs, sorted by expert and stable, and the tiles.
+
+    Grid: (programs,), each with the run of RUN pairs that it had in count.
+    """
+    program = tl.program_id(0)
+    bins = tl.arange(0, EXPERTS_PADDED)
+    offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
+    end = tl.minimum((program + 1) * RUN, pairs)
+    pair = program * RUN + tl.arange(0, BLOCK_P)
+    # Loaded before the counts are added up, and each later block before the one before it is written.
+    expert = tl.load(experts_ptr + pair, mask=pair < end, other=0) - offset
+    place = tl.load(places_ptr + pair, mask=pair < end, other=0)
+
+    total = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    before = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    for block in tl.static_range(COUNT_BLOCKS):
+        other = block * BLOCK_COUNTS + tl.arange(0, BLOCK_COUNTS)[:, None]
+        counts = tl.load(
+            counts_ptr + other * EXPERTS + bins[None, :],
+            mask=(other < programs) & (bins < EXPERTS)[None, :],
+            other=0,
+        )
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where(other < program, counts, 0), axis=0)
+    begin = tl.cumsum(total, axis=0) - total
+
+    first = begin + before
+    for _ in range(0, RUN, BLOCK_P):
+        next_pair = pair + BLOCK_P
+        next_expert = tl.load(experts_ptr + next_pair, mask=next_pair < end, other=0) - offset
+        next_place = tl.load(places_ptr + next_pair, mask=next_pair < end, other=0)
+        held = (pair < end) & (expert >= 0) & (expert < EXPERTS)
+        position = tl.gather(first, tl.where(held, expert, 0), axis=0) + place
+        tl.store(order_ptr + position, pair, mask=held)
+        pair, expert, place = next_pair, next_expert, next_place
+    write_tiles(
+        tiles_ptr, bins, begin, total, tiles_an_expert, slots, program, programs, BLOCK_M, BLOCK_TILES, BLOCK_SLOTS
+    )
+
+
+STRIPS = 4
+
+BLOCK = 4096
+"""Rows times columns that a step of count holds in registers."""
+
+MOST_PROGRAMS = 128
+"""Every program of sort reads every program's counts, so their number is bounded and each takes more rows instead."""
+
+BLOCK_COUNTS = 32
+"""Programs whose counts are read at once."""
+
+
+def plan_route_many(problem: RouteProblem) -> list[Plan]:
+    """count and sort, and x_interleaved if asked for."""
+    p = problem
+    block_rows = max(STRIPS, min(128, BLOCK // p.columns_padded))
+    steps = cdiv(p.rows, block_rows * MOST_PROGRAMS)
+    programs = cdiv(p.rows, block_rows * steps)
+    counted = {
+        "places_ptr": Buffer("places", (p.pairs,), "int32"),
+        "counts_ptr": Buffer("counts", (programs, p.experts), "int32"),
+    }
+    run = block_rows * steps * p.pairs // p.rows
+    count = Plan(
+        kernel=count_kernel,
+        grid=(programs + p.interleave_programs,),
+        operands=p.operands,
+        scalars={"rows": p.rows, "tokens": p.tokens, "programs": programs},
+        outputs=p.choice_outputs | counted | p.interleave_outputs,
+        constexprs={
+            "COLUMNS": p.columns,
+            "COLUMNS_PADDED": p.columns_padded,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "STRIPS": STRIPS,
+            "ROWS": block_rows // STRIPS,
+            "STEPS": steps,
+            **p.interleave_constexprs,
+        },
+        bytes_accessed=p.choice_bytes + p.interleave_bytes,
+    )
+    sort = Plan(
+        kernel=sort_kernel,
+        grid=(programs,),
+        operands={
+            "experts_ptr": "experts",
+            "expert_offset_ptr": "expert_offset" if p.expert_offset else None,
+            "places_ptr": "places",
+            "counts_ptr": "counts",
+        },
+        scalars={
+            "pairs": p.pairs,
+            "programs": programs,
+            "tiles_an_expert": cdiv(p.pairs, p.block_m),
+            "slots": p.slots,
+        },
+        outputs=p.sort_outputs,
+        constexprs={
+            "EXPERTS": p.experts,
+            "EXPERTS_PADDED": padded_experts(p.experts),
+            "RUN": run,
+            "BLOCK_P": min(512, next_power_of_2(run)),
+            "COUNT_BLOCKS": cdiv(programs, BLOCK_COUNTS),
+            "BLOCK_COUNTS": BLOCK_COUNTS,
+            "BLOCK_M": p.block_m,
+            "BLOCK_TILES": BLOCK_TILES,
+            "BLOCK_SLOTS": BLOCK_SLOTS,
+        },
+        bytes_accessed=4 * (3 * p.pairs + programs * programs * p.experts + 3 * p.slots),
+    )
+    return [count, sort]
