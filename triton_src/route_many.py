@@ -133,7 +133,11 @@ def sort_kernel(
 
 STRIPS = 4
 
-BLOCK = 4096
+BLOCK_TOKENS = 32
+BLOCK_PAIRS = 128
+"""Rows that a step of count takes, as far as LARGEST_BLOCK allows."""
+
+LARGEST_BLOCK = 8192
 """Rows times columns that a step of count holds in registers."""
 
 MOST_PROGRAMS = 128
@@ -146,7 +150,8 @@ BLOCK_COUNTS = 32
 def plan_route_many(problem: RouteProblem) -> list[Plan]:
     """count and sort, and x_interleaved if asked for."""
     p = problem
-    block_rows = max(STRIPS, min(128, BLOCK // p.columns_padded))
+    wanted = BLOCK_PAIRS if p.router_experts is None else BLOCK_TOKENS
+    block_rows = max(STRIPS, min(wanted, LARGEST_BLOCK // p.columns_padded))
     steps = cdiv(p.rows, block_rows * MOST_PROGRAMS)
     programs = cdiv(p.rows, block_rows * steps)
     counted = {
@@ -170,6 +175,7 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "STEPS": steps,
             **p.interleave_constexprs,
         },
+        num_warps=8 if block_rows * p.columns_padded > 1024 else 4,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,
     )
     sort = Plan(
