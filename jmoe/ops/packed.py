@@ -27,10 +27,10 @@ _FIELDS = ((0, 15, 7, 6), (1, 9, 1, 0), (2, 19, 11, 10), (3, 21, 13, 4))
 def pack(experts: Experts) -> Experts:
     """The same experts with their MXFP4 weights packed for Hopper; other leaves as they are.
 
-    On compute capability 9.0 jmoe.moe reads packed weights where there is no LoRA and experts get up to 128 tokens each
-    on average; it is faster so where they get up to about 8 each, as in decoding. For all else it unpacks them at each
-    call, so that the checkpoint's layout is the one to keep for LoRA, long prompts and other GPUs. One expert is
-    packed at a time: numpy arrays or host-resident ones stay off the device but for it and the result.
+    On compute capability 9.0 jmoe.moe is fastest on packed experts, whatever the number of tokens and with or without
+    LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
+    checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device but
+    for it and the result.
     """
     return map_weights(experts, pack_weight, Mxfp4)
 
