@@ -29,8 +29,8 @@ def pack(experts: Experts) -> Experts:
 
     On compute capability 9.0 jmoe.moe is fastest on packed experts, whatever the number of tokens and with or without
     LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
-    checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device but
-    for it and the result.
+    checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device
+    but for it and the result.
     """
     return map_weights(experts, pack_weight, Mxfp4)
 
