@@ -353,6 +353,8 @@ def plan_packed_many_rows(
             "EXPERTS": experts,
             "TOP_K": top_k,
             **lora_constexprs(adapters, rank, tile.shrink_splits),
+            # Of mixed adapters more ranks at once spill, and ptxas then serialises the main loop's products too.
+            **({"BLOCK_R": 16} if adapter_ids else {}),
             "GATE_UP": gate_up,
             "ALPHA": swiglu_alpha,
             "LIMIT": swiglu_limit,

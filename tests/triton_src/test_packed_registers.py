@@ -1,5 +1,6 @@
 """The packed kernels assembled for Hopper: they fit its registers and shared memory, and their products overlap."""
 
+import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from jmoe.triton_src.plan import Plan
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
 KINDS |= {"tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32", "gate_up_shrunk": "*fp32", "down_shrunk": "*fp32"}
+
+PROBLEM = MoeProblem(
+    tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=True,
+    gate_up_mxfp4=True, down_mxfp4=True, gate_up_bias=True, down_bias=True,
+    adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, expert_offset=False,
+    swiglu_alpha=1.702, swiglu_limit=7.0,
+)  # fmt: skip
 
 
 def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
@@ -42,15 +50,22 @@ def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
     return done.stdout + done.stderr, compiled.metadata.shared
 
 
+@pytest.mark.parametrize("tokens", [256, 4096])
+@pytest.mark.parametrize("rank", [16, 64, 100])
+def test_products_overlap_with_mixed_adapters_too(tokens: int, rank: int, tmp_path: Path) -> None:
+    problem = dataclasses.replace(
+        PROBLEM, tokens=tokens, adapters=8, gate_up_rank=rank, down_rank=rank, adapter_ids=True
+    )
+    for plan in plan_moe(problem, 90):
+        if plan.name == "packed_many_rows":
+            assert "serialized" not in assemble(plan, tmp_path)[0]
+
+
 @pytest.mark.parametrize("rank", [None, 16, 64])
 @pytest.mark.parametrize(("tokens", "programs"), [(1, 4), (16, 4), (64, 3), (256, 3), (4096, 2)])
 def test_several_programs_fit_a_multiprocessor(tokens: int, programs: int, rank: int | None, tmp_path: Path) -> None:
-    problem = MoeProblem(
-        tokens=tokens, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=True,
-        gate_up_mxfp4=True, down_mxfp4=True, gate_up_bias=True, down_bias=True,
-        adapters=0 if rank is None else 1, gate_up_rank=rank, down_rank=rank, adapter_ids=False, expert_offset=False,
-        swiglu_alpha=1.702, swiglu_limit=7.0,
-    )  # fmt: skip
+    problem = PROBLEM if rank is None else dataclasses.replace(PROBLEM, adapters=1, gate_up_rank=rank, down_rank=rank)
+    problem = dataclasses.replace(problem, tokens=tokens)
     plan = next(plan for plan in plan_moe(problem, 90) if plan.name.startswith("packed"))
     messages, shared = assemble(plan, tmp_path)
     registers = int(messages.split(" registers")[0].split()[-1])
