@@ -202,12 +202,14 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_at_most_twice_the_time_of_triton_kernels(tokens: int) -> None:
-    from jmoe.bench import run as bench
+    from jmoe.bench.case import Matrix, Size
+    from jmoe.bench.run import implementations, run, select
     from jmoe.interop import triton_kernels_peer
 
     if (reason := triton_kernels_peer.missing()) is not None:
         pytest.skip(f"triton_kernels: {reason}")
-    shape = LayerShape(tokens)
-    ours, theirs = bench.jmoe(shape), bench.triton_kernels(shape)
+    chosen = select(implementations(), ["jmoe", "triton_kernels"], [])
+    (measured,) = run(Matrix(Size(), (tokens,), (32,), (0,)), chosen)
+    ours, theirs = (measured.microseconds[name] for name in ("jmoe", "triton_kernels"))
     print(f"{tokens} tokens: {ours:.0f} us, triton_kernels {theirs:.0f} us, ratio {ours / theirs:.2f}")
     assert ours <= 2 * theirs
