@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jmoe.bench.case import Case, calls_for
+from jmoe.bench.case import Case, Size, calls_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
 from jmoe.bench.jax_timing import scan_microseconds
 from jmoe.bench.weights import Weights, random_adapter_ids, random_input
@@ -32,6 +32,21 @@ def layer(name: str, experts_of: Callable[[Weights], Experts], weights: Weights)
         return {name: scan_microseconds(step, x, logits, (experts, lora))}
 
     return measure
+
+
+def one_call(case: Case, size: Size) -> Callable[[], jax.Array]:
+    """jmoe.moe on packed experts, compiled without CUDA graphs, which a profiler would see as one launch."""
+    weights = Weights(size, case.experts)
+    x, logits = random_input(case, size, draws=1)
+    arguments = (x, logits[0], weights.packed, weights.lora(case.rank, case.adapters), random_adapter_ids(case))
+
+    @jax.jit
+    def call(x: jax.Array, logits: jax.Array, experts: Experts, lora: Lora | None, ids: jax.Array | None) -> jax.Array:
+        return moe(x, logits, experts, top_k=size.top_k, lora=lora, adapter_ids=ids)
+
+    options = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+    compiled = call.lower(*arguments).compile(compiler_options=options)
+    return lambda: compiled(*arguments)
 
 
 def routing(weights: Weights) -> Measure:

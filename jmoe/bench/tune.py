@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLES = ("portable", "packed")
 
-TOKENS = (4, 16, 64, 128, 256, 1024, 4096)
+TOKENS = (1, 4, 16, 64, 128, 256, 1024, 4096)
 EXPERTS = 32
 
 NOISE = 0.02
