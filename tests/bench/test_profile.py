@@ -13,6 +13,7 @@ def metadata(kind: str, name: str, pid: int, tid: int = 0) -> dict:
 
 EVENTS = [
     metadata("process_name", "/device:GPU:0", 1),
+    {"ph": "M", "name": "process_sort_index", "pid": 1, "args": {"sort_index": 1}},
     metadata("process_name", "/host:CPU", 2),
     metadata("thread_name", "Stream #13(Compute)", 1, 7),
     metadata("thread_name", "XLA Modules", 1, 8),
