@@ -5,10 +5,9 @@ from typing import Protocol
 import torch
 
 from jmoe.interop.check import check_buffers
-from jmoe.interop.interpreter import bfloat16_arithmetic
-from jmoe.interop.launch import capability_of, launch, tables_of
+from jmoe.interop.gradient import DifferentiableMoe, Options, check_gradient, run
+from jmoe.interop.launch import capability_of
 from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
-from jmoe.triton_src.moe import MoeProblem, plan_moe
 
 
 class Mxfp4Like(Protocol):
@@ -95,17 +94,20 @@ def moe(
     expert_offset: torch.Tensor | None = None,
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """y [T, H] like x; arguments as in jmoe.moe, with torch tensors for leaves and two-dimensional x.
 
     x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted. Adapter ids
-    are not read on the host: an id that no adapter has makes its token NaN.
+    are not read on the host: an id that no adapter has makes its token NaN. autograd differentiates x, router_logits or
+    the routing's weights, LoRA's A and B, and biases.
 
     Raises:
       ValueError: a tensor's shape or dtype does not fit the others, it is on another device than x, not contiguous or
         not aligned to 16 bytes, or adapters and adapter_ids do not go together; or the user's tile table for this GPU
         (see `jmoe tune`) is none.
-      NotImplementedError: no GPU and no interpreter, or packed weights where no kernel reads them.
+      NotImplementedError: no GPU and no interpreter, packed weights where no kernel reads them, or a gradient in the
+        experts' weights.
     """
     if x.ndim != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
@@ -135,20 +137,21 @@ def moe(
                 buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}")
     intermediate = intermediate_size(experts.gate_up)
     check_buffers(buffers, top_k, intermediate)
-    shapes = {name: tuple(tensor.shape) for name, tensor in buffers.items()}
-    problem = MoeProblem.from_shapes(
-        shapes,
+    options = Options(
         intermediate=intermediate,
         packed=buffers["gate_up"].dtype == torch.int32,
         top_k=top_k,
         swiglu_alpha=swiglu_alpha,
         swiglu_limit=swiglu_limit,
+        recompute=recompute,
     )
-    capability = capability_of(x.device, grouped_matmul_kernel)
+    capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
-        return torch.zeros_like(x)
-    with torch.cuda.device(x.device) if x.is_cuda else bfloat16_arithmetic():
-        return launch(plan_moe(problem, capability, tables_of(x.device)), buffers)["y"]
+        return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in buffers.values()):
+        check_gradient(buffers)
+        return DifferentiableMoe.apply(options, tuple(buffers), *buffers.values())
+    return run(options, buffers)["y"]
 
 
 def intermediate_size(gate_up: Mxfp4Like | PackedMxfp4Like | torch.Tensor) -> int:

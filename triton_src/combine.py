@@ -8,7 +8,7 @@ from jmoe.triton_src.plan import Buffer, Plan, cdiv
 
 @triton.jit
 def combine_kernel(
-    pair_out_ptr,  # (P, H) bf16 by pair, gate weight applied
+    pair_out_ptr,  # (P, H) bf16 by pair
     experts_ptr,  # (T, k) int32
     expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
     adapter_ids_ptr,  # (T,) int32, or None
@@ -41,20 +41,29 @@ def combine_kernel(
 
 
 def plan_combine(
-    *, tokens: int, top_k: int, hidden: int, experts: int, adapters: int, adapter_ids: bool, expert_offset: bool
+    source: str,
+    out: str,
+    *,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    experts: int,
+    adapters: int,
+    adapter_ids: bool,
+    expert_offset: bool,
 ) -> Plan:
-    """y[T, H] from pair_out[P, H]."""
+    """`out` [T, H] from `source` [P, H]."""
     block_h = 512
     return Plan(
         kernel=combine_kernel,
         grid=(tokens, cdiv(hidden, block_h)),
         operands={
-            "pair_out_ptr": "pair_out",
+            "pair_out_ptr": source,
             "experts_ptr": "experts",
             "expert_offset_ptr": "expert_offset" if expert_offset else None,
             "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
         },
-        outputs={"y_ptr": Buffer("y", (tokens, hidden), "bfloat16")},
+        outputs={"y_ptr": Buffer(out, (tokens, hidden), "bfloat16")},
         constexprs={"H": hidden, "EXPERTS": experts, "TOP_K": top_k, "ADAPTERS": adapters, "BLOCK_H": block_h},
         num_warps=2,
         flops=tokens * top_k * hidden,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.activation import keep_clamped, swiglu_tile
 from jmoe.triton_src.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.lora import expand_tile, lora_constexprs, lora_operands
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
@@ -23,6 +23,7 @@ def grouped_matmul_kernel(
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
+    pre_activations_ptr,  # gate_up: (P, N) bf16 by position, or None unless they are kept for gradients
     pairs,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -72,13 +73,21 @@ def grouped_matmul_kernel(
     if lora_b_ptr is not None:
         acc = expand_tile(
             acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, expert,
-            pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, x_ptr.dtype.element_ty,
+            pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, False, x_ptr.dtype.element_ty,
         )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + wide_expert * N + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
 
     if GATE_UP:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        if pre_activations_ptr is not None:
+            kept_gate, kept_up = keep_clamped(gate, up, LIMIT)
+            kept = tl.reshape(tl.join(kept_gate, kept_up), (BLOCK_M, BLOCK_N))
+            tl.store(
+                pre_activations_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+                kept.to(pre_activations_ptr.dtype.element_ty),
+                mask=row_ok[:, None] & column_ok[None, :],
+            )
         out = swiglu_tile(gate, up, ALPHA, LIMIT)
         out_columns = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         out_rows = out_ptr + rows.to(tl.int64) * (N // 2)
@@ -93,6 +102,11 @@ def grouped_matmul_kernel(
         out.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & out_ok[None, :],
     )
+
+
+def pre_activations(pairs: int, n: int) -> dict[str, Buffer]:
+    """The output of gate_up's launch that is kept for gradients."""
+    return {"pre_activations_ptr": Buffer("pre_activations", (pairs, n), "bfloat16")}
 
 
 def plan_grouped_matmul(
@@ -112,8 +126,12 @@ def plan_grouped_matmul(
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: Tile,
+    keep: bool = False,
 ) -> Plan:
-    """gate_up: activations [P, I] from x [T, H]. down: pair_out [P, H] from activations."""
+    """gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
+
+    down: pair_out [P, H] from activations.
+    """
     gate_up = projection == "gate_up"
     out = Buffer("activations", (pairs, n // 2), "bfloat16") if gate_up else Buffer("pair_out", (pairs, n), "bfloat16")
     weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
@@ -129,9 +147,10 @@ def plan_grouped_matmul(
             **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **({} if keep else {"pre_activations_ptr": None}),
         },
         scalars={"pairs": pairs},
-        outputs={"out_ptr": out},
+        outputs={"out_ptr": out, **(pre_activations(pairs, n) if keep else {})},
         constexprs={
             "N": n,
             "K": k,

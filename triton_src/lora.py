@@ -8,8 +8,8 @@ from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 
 @triton.jit(do_not_specialize=["pairs"])
 def shrink_kernel(
-    x_ptr,  # gate_up: (T, K) bf16; down: (P, WIDTH) bf16 by position
-    a_ptr,  # (A, E, R, K) bf16 or float32
+    x_ptr,  # (T, WIDTH) bf16 by token, or (P, WIDTH) by position
+    a_ptr,  # (A, E, R, K) bf16 or float32; (A, E, K, R) if TRANSPOSED
     scale_ptr,  # (A,) float32
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
@@ -24,6 +24,7 @@ def shrink_kernel(
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -59,7 +60,9 @@ def shrink_kernel(
     x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * WIDTH
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = ranks < RANK
-    a_rows = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K) + ranks * K
+    RANK_STRIDE: tl.constexpr = 1 if TRANSPOSED else K
+    K_STRIDE: tl.constexpr = RANK if TRANSPOSED else 1
+    a_rows = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K) + ranks * RANK_STRIDE
     steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for step in range(0, steps):
@@ -67,7 +70,7 @@ def shrink_kernel(
         x = tl.load(x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < WIDTH)[None, :], other=0.0)
         if INTERLEAVED:
             x = natural_order(x, BLOCK_M, BLOCK_K)
-        a = tl.load(a_rows[:, None] + k[None, :], mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
+        a = tl.load(a_rows[:, None] + k[None, :] * K_STRIDE, mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(x, a.to(x.dtype).T, acc)
     # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
     shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), 0.0)
@@ -86,7 +89,7 @@ def natural_order(x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 def expand_tile(
     acc,  # (BLOCK_M, BLOCK_N) float32
     shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
-    b_ptr,  # (A, E, N, R) bf16 or float32
+    b_ptr,  # (A, E, N, R) bf16 or float32; (A, E, R, N) if TRANSPOSED
     adapter_ids_ptr,  # (T,) int32, or None
     tokens,  # (BLOCK_M,)
     rows,  # (BLOCK_M,) positions
@@ -102,9 +105,12 @@ def expand_tile(
     RANK_PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """acc + shrunk B[a, e]^T for each row's adapter a. Rows of others are selected away, not multiplied by zero."""
+    COLUMN_STRIDE: tl.constexpr = 1 if TRANSPOSED else RANK
+    RANK_STRIDE: tl.constexpr = N if TRANSPOSED else 1
     for adapter in range(ADAPTERS):
         mine = (
             row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
@@ -121,7 +127,7 @@ def expand_tile(
                     total += tl.load(part, mask=row_ok[:, None], other=0.0)
                 shrunk = total.to(DTYPE)
                 b = tl.load(
-                    b_base + columns[:, None] * RANK + ranks[None, :],
+                    b_base + columns[:, None] * COLUMN_STRIDE + ranks[None, :] * RANK_STRIDE,
                     mask=column_ok[:, None] & (ranks < RANK)[None, :],
                     other=0.0,
                 )
@@ -155,8 +161,11 @@ def lora_constexprs(adapters: int, rank: int | None, splits: int) -> dict[str, i
 
 
 def plan_shrink(
-    projection: str,
+    source: str,
+    matrix: str,
+    out: str,
     *,
+    gather: bool,
     slots: int,
     pairs: int,
     top_k: int,
@@ -167,27 +176,29 @@ def plan_shrink(
     adapter_ids: bool,
     splits: int,
     tile_m: int,
+    transposed: bool = False,
     width: int | None = None,
 ) -> Plan:
-    """Parts of shrunk [splits, P, RANK_PADDED] of `projection` ("gate_up" or "down") from x or activations.
+    """Parts of `out` [splits, P, RANK_PADDED] from rows of `source` and from `matrix`, "gate_up_a" for example.
 
-    width: columns of the activations where they are interleaved and padded, as packed_few_rows_kernel writes them.
+    gather: the source has a row for each token, not for each position.
+    transposed: the matrix is [A, E, k, rank], as B is, and not [A, E, rank, k], as A is.
+    width: columns of the source where they are interleaved and padded, as packed_few_rows_kernel writes them.
     """
     block_k = 64
     block_r, rank_padded = rank_blocks(rank)
-    gate_up = projection == "gate_up"
     return Plan(
         kernel=shrink_kernel,
         grid=(rank_padded // block_r, slots, splits * adapters),
         operands={
-            "x_ptr": "x" if gate_up else "activations",
-            "a_ptr": f"{projection}_a",
-            "scale_ptr": f"{projection}_scale",
+            "x_ptr": source,
+            "a_ptr": matrix,
+            "scale_ptr": f"{matrix[:-2]}_scale",
             "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
-        outputs={"shrunk_ptr": Buffer(f"{projection}_shrunk", (splits, pairs, rank_padded), "float32")},
+        outputs={"shrunk_ptr": Buffer(out, (splits, pairs, rank_padded), "float32")},
         scalars={"pairs": pairs},
         constexprs={
             "K": k,
@@ -197,7 +208,8 @@ def plan_shrink(
             "ADAPTERS": adapters,
             "RANK": rank,
             "RANK_PADDED": rank_padded,
-            "GATHER": gate_up,
+            "GATHER": gather,
+            "TRANSPOSED": transposed,
             "INTERLEAVED": width is not None,
             "SPLITS": splits,
             "TILE_M": tile_m,

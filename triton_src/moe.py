@@ -13,7 +13,15 @@ from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.route_problem import RouteProblem, tile_slots
 from jmoe.triton_src.routing import plan_routing
-from jmoe.triton_src.tiles import PACKED_TILES, FewRowsTile, TileTables, choose_packed_tile, choose_tile
+from jmoe.triton_src.tiles import (
+    PACKED_TILES,
+    FewRowsTile,
+    ManyRowsTile,
+    Tile,
+    TileTables,
+    choose_packed_tile,
+    choose_tile,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +87,14 @@ class MoeProblem:
             swiglu_limit=swiglu_limit,
         )
 
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top_k
+
+    def rank(self, projection: str) -> int | None:
+        """LoRA's rank of "gate_up" or "down"; None without."""
+        return self.gate_up_rank if projection == "gate_up" else self.down_rank
+
     def routing(self, block_m: int, interleave: bool) -> RouteProblem:
         """The layer's routing into tiles of block_m rows; `interleave`: with x in the order of packed weights."""
         return RouteProblem(
@@ -92,50 +108,121 @@ class MoeProblem:
         )
 
 
-def plan_moe(problem: MoeProblem, capability: int, tables: TileTables | None = None) -> list[Plan]:
+def plan_moe(
+    problem: MoeProblem, capability: int, tables: TileTables | None = None, *, keep: bool = False
+) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
 
     tables: measured on that GPU, if there are any.
+    keep: also write "pre_activations" [P, 2I] by position, for the gradient.
 
     Raises:
       NotImplementedError: the GPU is older than the kernels support, or none reads packed weights there.
     """
     p = problem
-    pairs = p.tokens * p.top_k
-    if p.packed:
-        return plan_packed_moe(problem, capability, tables)
-    tile = choose_tile(capability, pairs, p.experts, tables)
-    slots = tile_slots(pairs, p.experts, tile.block_m)
-    plans = plan_routing(problem.routing(tile.block_m, interleave=False))
-    for projection in ("gate_up", "down"):
-        gate_up = projection == "gate_up"
-        n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-        rank = p.gate_up_rank if gate_up else p.down_rank
-        shared: dict[str, Any] = {
-            "k": k,
-            "slots": slots,
-            "pairs": pairs,
-            "top_k": p.top_k,
-            "experts": p.experts,
-            "adapters": p.adapters,
-            "rank": rank,
-            "adapter_ids": p.adapter_ids,
-        }
-        if rank is not None:
-            plans.append(plan_shrink(projection, splits=tile.shrink_splits, tile_m=tile.block_m, **shared))
-        plans.append(
-            plan_grouped_matmul(
-                projection,
-                n=n,
-                mxfp4=p.gate_up_mxfp4 if gate_up else p.down_mxfp4,
-                bias=p.gate_up_bias if gate_up else p.down_bias,
-                swiglu_alpha=p.swiglu_alpha,
-                swiglu_limit=p.swiglu_limit,
-                tile=tile,
-                **shared,
-            )
+    tile = choose_layer_tile(problem, capability, tables, keep)
+    few = isinstance(tile, FewRowsTile)
+    slots = tile_slots(p.pairs, p.experts, tile.block_m)
+    return [
+        *plan_routing(problem.routing(tile.block_m, interleave=few)),
+        *plan_projection("gate_up", problem, tile, slots, keep),
+        *plan_projection("down", problem, tile, slots),
+        plan_sum("pair_out", "y", problem),
+    ]
+
+
+def choose_layer_tile(
+    problem: MoeProblem, capability: int, tables: TileTables | None, gradient: bool
+) -> Tile | FewRowsTile | ManyRowsTile:
+    """The tile of a layer's launches. For a gradient, packed weights go through packed_many_rows alone."""
+    p = problem
+    if not p.packed:
+        return choose_tile(capability, p.pairs, p.experts, tables)
+    if not reads_packed(capability):
+        raise NotImplementedError(
+            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
         )
-    return [*plans, plan_sum(problem)]
+    tile = choose_packed_tile(capability, p.pairs, p.experts, tables)
+    if gradient and isinstance(tile, FewRowsTile):
+        return next(tile for tile in PACKED_TILES[capability] if isinstance(tile, ManyRowsTile))
+    return tile
+
+
+def plan_projection(
+    projection: str,
+    problem: MoeProblem,
+    tile: Tile | FewRowsTile | ManyRowsTile,
+    slots: int,
+    keep: bool = False,
+) -> list[Plan]:
+    """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
+    p = problem
+    few = isinstance(tile, FewRowsTile)
+    gate_up = projection == "gate_up"
+    n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
+    rank = p.rank(projection)
+    shared: dict[str, Any] = {
+        "k": k,
+        "slots": slots,
+        "pairs": p.pairs,
+        "top_k": p.top_k,
+        "experts": p.experts,
+        "adapters": p.adapters,
+        "rank": rank,
+        "adapter_ids": p.adapter_ids,
+    }
+    plans = []
+    if rank is not None:
+        width = interleaved_width(k) if few and not gate_up else None
+        source = "x" if gate_up else "activations"
+        plans.append(plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", p, tile, slots, width=width))
+    shared |= {
+        "n": n,
+        "bias": p.gate_up_bias if gate_up else p.down_bias,
+        "swiglu_alpha": p.swiglu_alpha,
+        "swiglu_limit": p.swiglu_limit,
+    }
+    if isinstance(tile, FewRowsTile):
+        return [*plans, plan_packed_few_rows(projection, tile=tile, **shared)]
+    if isinstance(tile, ManyRowsTile):
+        return [*plans, plan_packed_many_rows(projection, tile=tile, keep=keep, **shared)]
+    mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
+    return [*plans, plan_grouped_matmul(projection, tile=tile, mxfp4=mxfp4, keep=keep, **shared)]
+
+
+def plan_shrink_of(
+    source: str,
+    matrix: str,
+    out: str,
+    problem: MoeProblem,
+    tile: Tile | FewRowsTile | ManyRowsTile,
+    slots: int,
+    width: int | None = None,
+) -> Plan:
+    """plan_shrink of a layer's rows through one of its LoRA matrices, "gate_up_a" for example."""
+    p = problem
+    projection, part = matrix[:-2], matrix[-1]
+    rank = p.rank(projection)
+    assert rank is not None
+    n, k = (2 * p.intermediate, p.hidden) if projection == "gate_up" else (p.hidden, p.intermediate)
+    return plan_shrink(
+        source,
+        matrix,
+        out,
+        gather=source in ("x", "dy"),
+        transposed=part == "b",
+        k=k if part == "a" else n,
+        width=width,
+        slots=slots,
+        pairs=p.pairs,
+        top_k=p.top_k,
+        experts=p.experts,
+        adapters=p.adapters,
+        rank=rank,
+        adapter_ids=p.adapter_ids,
+        splits=tile.shrink_splits,
+        tile_m=tile.block_m,
+    )
 
 
 def reads_packed(capability: int) -> bool:
@@ -143,51 +230,12 @@ def reads_packed(capability: int) -> bool:
     return capability in PACKED_TILES
 
 
-def plan_packed_moe(problem: MoeProblem, capability: int, tables: TileTables | None = None) -> list[Plan]:
-    """plan_moe for packed weights."""
-    p = problem
-    if not reads_packed(capability):
-        raise NotImplementedError(
-            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
-        )
-    pairs = p.tokens * p.top_k
-    tile = choose_packed_tile(capability, pairs, p.experts, tables)
-    few = isinstance(tile, FewRowsTile)
-    plans = plan_routing(problem.routing(tile.block_m, interleave=few))
-    for projection in ("gate_up", "down"):
-        gate_up = projection == "gate_up"
-        n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-        rank = p.gate_up_rank if gate_up else p.down_rank
-        shared: dict[str, Any] = {
-            "k": k,
-            "slots": tile_slots(pairs, p.experts, tile.block_m),
-            "pairs": pairs,
-            "top_k": p.top_k,
-            "experts": p.experts,
-            "adapters": p.adapters,
-            "rank": rank,
-            "adapter_ids": p.adapter_ids,
-        }
-        if rank is not None:
-            width = interleaved_width(k) if few and not gate_up else None
-            plans.append(plan_shrink(projection, splits=tile.shrink_splits, tile_m=tile.block_m, width=width, **shared))
-        shared |= {
-            "n": n,
-            "bias": p.gate_up_bias if gate_up else p.down_bias,
-            "swiglu_alpha": p.swiglu_alpha,
-            "swiglu_limit": p.swiglu_limit,
-        }
-        if isinstance(tile, FewRowsTile):
-            plans.append(plan_packed_few_rows(projection, tile=tile, **shared))
-        else:
-            plans.append(plan_packed_many_rows(projection, tile=tile, **shared))
-    return [*plans, plan_sum(problem)]
-
-
-def plan_sum(problem: MoeProblem) -> Plan:
-    """The layer's last launch."""
+def plan_sum(source: str, out: str, problem: MoeProblem) -> Plan:
+    """The sum over each token's experts, a layer's last launch."""
     p = problem
     return plan_combine(
+        source,
+        out,
         tokens=p.tokens,
         top_k=p.top_k,
         hidden=p.hidden,

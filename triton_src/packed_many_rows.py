@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.activation import keep_clamped, swiglu_tile
+from jmoe.triton_src.grouped_matmul import pre_activations
 from jmoe.triton_src.lora import lora_constexprs, lora_operands
 from jmoe.triton_src.packed_lora import load_adapters, load_lora_b, load_shrunk
 from jmoe.triton_src.packed_weight import (
@@ -37,6 +38,7 @@ def packed_many_rows_kernel(
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
+    pre_activations_ptr,  # gate_up: (P, N) bf16 by position, or None unless they are kept for gradients
     pairs,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -68,20 +70,20 @@ def packed_many_rows_kernel(
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
+                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
+                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         else:
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
+                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
             )  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 @gluon.jit
 def packed_tile(
     x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-    out_ptr, pairs, expert, first, end,
+    out_ptr, pre_activations_ptr, pairs, expert, first, end,
     N: gl.constexpr,
     K: gl.constexpr,
     EXPERTS: gl.constexpr,
@@ -208,7 +210,7 @@ def packed_tile(
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
     async_copy.wait_group(0)
     store_tile(
-        acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+        acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, pre_activations_ptr, expert, first, end,
         N, GATE_UP, ALPHA, LIMIT, BLOCK_M,
     )  # fmt: skip
 
@@ -267,7 +269,7 @@ def expand_mixed(
 
 @gluon.jit
 def store_tile(
-    acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, expert, first, end,
+    acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, pre_activations_ptr, expert, first, end,
     N: gl.constexpr,
     GATE_UP: gl.constexpr,
     ALPHA: gl.constexpr,
@@ -296,6 +298,9 @@ def store_tile(
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 8], [0, 1])
     out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     row_ok = out_position < end
+    if pre_activations_ptr is not None:
+        kept_gate, kept_up = keep_clamped(even, odd, LIMIT)
+        store_columns(pre_activations_ptr, kept_gate, kept_up, out_position, row_ok, column, N, BLOCK_M, OUT)
     if GATE_UP:
         out = gl.convert_layout(swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16), OUT)
         out_column = column // 2 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
@@ -304,12 +309,20 @@ def store_tile(
     else:
         gates = gl.load(gates_ptr + pairs, mask=position < end, other=0.0)
         gate = gl.convert_layout(gates, ROWS)[None, :]
-        both = gl.permute(gl.join((even * gate).to(gl.bfloat16), (odd * gate).to(gl.bfloat16)), (0, 2, 1))
-        out = gl.convert_layout(both.reshape([128, BLOCK_M]), OUT)
-        out_column = column + gl.arange(0, 128, gl.SliceLayout(1, OUT))
         pair = gl.convert_layout(pairs, gl.SliceLayout(0, OUT))
-        ok = (out_column < N)[:, None] & row_ok[None, :]
-        gl.store(out_ptr + pair.to(gl.int64)[None, :] * N + out_column[:, None], out, mask=ok)
+        store_columns(out_ptr, even * gate, odd * gate, pair, row_ok, column, N, BLOCK_M, OUT)
+
+
+@gluon.jit
+def store_columns(
+    out_ptr, even, odd, row, row_ok, column, N: gl.constexpr, BLOCK_M: gl.constexpr, OUT: gl.constexpr
+):  # fmt: skip
+    """out[row, column + 2i] = even[i], out[row, column + 2i + 1] = odd[i], in bf16."""
+    both = gl.permute(gl.join(even.to(gl.bfloat16), odd.to(gl.bfloat16)), (0, 2, 1))
+    out = gl.convert_layout(both.reshape([128, BLOCK_M]), OUT)
+    out_column = column + gl.arange(0, 128, gl.SliceLayout(1, OUT))
+    ok = (out_column < N)[:, None] & row_ok[None, :]
+    gl.store(out_ptr + row.to(gl.int64)[None, :] * N + out_column[:, None], out, mask=ok)
 
 
 def plan_packed_many_rows(
@@ -328,8 +341,12 @@ def plan_packed_many_rows(
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: ManyRowsTile,
+    keep: bool = False,
 ) -> Plan:
-    """gate_up: activations [P, I] from x [T, H]. down: pair_out [P, H] from activations."""
+    """gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
+
+    down: pair_out [P, H] from activations.
+    """
     gate_up = projection == "gate_up"
     width = n // 2 if gate_up else n
     return Plan(
@@ -344,9 +361,13 @@ def plan_packed_many_rows(
             **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **({} if keep else {"pre_activations_ptr": None}),
         },
         scalars={"pairs": pairs},
-        outputs={"out_ptr": Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")},
+        outputs={
+            "out_ptr": Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16"),
+            **(pre_activations(pairs, n) if keep else {}),
+        },
         constexprs={
             "N": n,
             "K": k,

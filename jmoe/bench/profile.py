@@ -39,7 +39,9 @@ def kernels_of(call: Callable[[], jax.Array], calls: int = 20) -> list[Kernel]:
 def on_gpu_streams(events: Iterable[dict[str, Any]]) -> list[Kernel]:
     """What ran on a GPU's streams, by the time it began, from the events of a Chrome trace."""
     events = list(events)
-    named = [(event["args"]["name"], event) for event in events if event.get("ph") == "M" and "name" in event.get("args", {})]
+    named = [
+        (event["args"]["name"], event) for event in events if event.get("ph") == "M" and "name" in event.get("args", {})
+    ]
     gpus = {event["pid"] for name, event in named if event["name"] == "process_name" and "GPU" in name}
     streams = {
         (event["pid"], event["tid"])

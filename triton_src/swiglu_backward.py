@@ -1,0 +1,129 @@
+"""SwiGLU's gradient by rows, and with it that of the gate weights."""
+
+import triton
+import triton.language as tl
+
+from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    pre_activations_ptr,  # (P, 2 I) bf16 by position
+    down_dgrad_ptr,  # (P, I) bf16 by position: dy W2, before the gate weight
+    dy_ptr,  # (T, H) bf16, or None: down has no bias
+    bias_ptr,  # (E, H) bf16 or float32, or None
+    gates_ptr,  # (P,) float32, routing weight by pair
+    order_ptr,  # (P,) int32, position -> pair
+    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    pre_activations_grad_ptr,  # (P, 2 I) bf16 by position
+    weighted_activations_ptr,  # (P, I) bf16 by position: gate weight * activation
+    pair_gates_grad_ptr,  # (P,) float32 by pair
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP_K: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One position a program. Where a clamp holds a value, its gradient is zero.
+
+    The gate weight's gradient is <activation, down_dgrad> + <dy, down bias>, for which the experts' outputs need not be
+    kept (SonicMoE, arXiv 2512.14080). Grid: (slots, rows of a tile).
+    """
+    expert = tl.load(tiles_ptr + tl.program_id(0) * 3)
+    row = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1) + tl.program_id(1)
+    end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
+    if (expert < 0) | (row >= end):
+        return
+    pair = tl.load(order_ptr + row)
+    weight = tl.load(gates_ptr + pair)
+    wide_row = row.to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, I, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        ok = column < I
+        both = 2 * start + tl.arange(0, 2 * BLOCK)
+        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + both, mask=both < 2 * I, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(z, (BLOCK, 2)))
+        dh = tl.load(down_dgrad_ptr + wide_row * I + column, mask=ok, other=0.0).to(tl.float32)
+        activation = swiglu_tile(gate, up, ALPHA, LIMIT)
+        total += activation * dh
+        tl.store(
+            weighted_activations_ptr + wide_row * I + column,
+            (weight * activation).to(weighted_activations_ptr.dtype.element_ty),
+            mask=ok,
+        )
+        dgate, dup = swiglu_gradient(gate, up, weight * dh, ALPHA, LIMIT)
+        dz = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
+        tl.store(
+            pre_activations_grad_ptr + wide_row * (2 * I) + both,
+            dz.to(pre_activations_grad_ptr.dtype.element_ty),
+            mask=both < 2 * I,
+        )
+    if bias_ptr is not None:
+        dy_row = dy_ptr + (pair // TOP_K).to(tl.int64) * H
+        for start in range(0, H, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            dy = tl.load(dy_row + column, mask=column < H, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * H + column, mask=column < H, other=0.0).to(tl.float32)
+            total += dy * bias
+    tl.store(pair_gates_grad_ptr + pair, tl.sum(total, axis=0))
+
+
+@triton.jit
+def swiglu_gradient(gate, up, dh, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """(dgate, dup) of swiglu_tile, in float32."""
+    clamped_gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    clamped_up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    sigmoid = tl.sigmoid(ALPHA * clamped_gate)
+    swish = clamped_gate * sigmoid
+    dgate = dh * (clamped_up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid))
+    dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+    dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dh * swish, 0.0)
+    return dgate, dup
+
+
+def plan_swiglu_backward(
+    *,
+    hidden: int,
+    intermediate: int,
+    pairs: int,
+    slots: int,
+    tile_m: int,
+    top_k: int,
+    bias: bool,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+) -> Plan:
+    """pre_activations_grad [P, 2I], weighted_activations [P, I] and pair_gates_grad [P] from pre_activations."""
+    return Plan(
+        kernel=swiglu_backward_kernel,
+        grid=(slots, tile_m),
+        operands={
+            "pre_activations_ptr": "pre_activations",
+            "down_dgrad_ptr": "down_dgrad",
+            "dy_ptr": "dy" if bias else None,
+            "bias_ptr": "down_bias" if bias else None,
+            "gates_ptr": "weights",
+            "order_ptr": "order",
+            "tiles_ptr": "tiles",
+        },
+        outputs={
+            "pre_activations_grad_ptr": Buffer("pre_activations_grad", (pairs, 2 * intermediate), "bfloat16"),
+            "weighted_activations_ptr": Buffer("weighted_activations", (pairs, intermediate), "bfloat16"),
+            "pair_gates_grad_ptr": Buffer("pair_gates_grad", (pairs,), "float32"),
+        },
+        constexprs={
+            "H": hidden,
+            "I": intermediate,
+            "TOP_K": top_k,
+            "ALPHA": swiglu_alpha,
+            "LIMIT": swiglu_limit,
+            "BLOCK": min(1024, next_power_of_2(intermediate)),
+        },
+        num_warps=4,
+        num_stages=1,
+        flops=20 * pairs * intermediate,
+        bytes_accessed=2 * pairs * (6 * intermediate + hidden * bias),
+    )
