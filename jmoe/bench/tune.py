@@ -12,9 +12,9 @@ from jmoe.bench.case import Case, Size, calls_for
 from jmoe.bench.jax_timing import scan_microseconds
 from jmoe.bench.run import attempt
 from jmoe.bench.weights import Weights, random_input
+from jmoe.ops.buffers import Options, name_buffers
 from jmoe.ops.experts import Experts
 from jmoe.ops.launch import launch_layer, local_capability
-from jmoe.ops.moe import name_buffers
 
 if TYPE_CHECKING:
     from jmoe.triton_src.tiles import TileTables
@@ -131,15 +131,9 @@ def time_tile(
     tables = single(table, tile)
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
-        return launch_layer(
-            name_buffers(x, logits, experts, None, None, None, 0),
-            intermediate=size.intermediate,
-            top_k=size.top_k,
-            swiglu_alpha=1.702,
-            swiglu_limit=7.0,
-            capability=capability,
-            tables=tables,
-        )
+        options = Options(size.intermediate, size.top_k, 1.702, 7.0, capability, forced=True, recompute=False)
+        buffers = name_buffers(x, logits, experts, None, None, None, 0)
+        return launch_layer(buffers, options, capability, tables)["y"]
 
     result = jax.jit(step)(x, logits[0], experts)
     if wanted is not None and not relative_difference(result, wanted) <= TOLERANCE:

@@ -4,9 +4,10 @@ Everything that needs Triton, jax-triton or a GPU happens in lowering, so the pr
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,10 +15,12 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.interpreters import mlir, xla
 
+from jmoe.ops.buffers import Buffers, Options
 from jmoe.ops.gluon import compile_gluon_as_gluon
 from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
+    from jmoe.triton_src.moe import MoeProblem
     from jmoe.triton_src.plan import Plan
     from jmoe.triton_src.tiles import TileTables
 
@@ -29,65 +32,127 @@ INSTALL = 'pip install "jmoe[cuda13]"'
 moe_p = jex.core.Primitive("jmoe_moe")
 """Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
 
+moe_forward_p = jex.core.Primitive("jmoe_moe_forward")
+"""moe_p for a gradient to follow. Results: those that the parameter `results` names, y among them."""
+
+moe_backward_p = jex.core.Primitive("jmoe_moe_backward")
+"""Operands: moe_forward_p's and its results without y, and dy. Results: gradients of the operands in `wanted`."""
 
 moe_p.def_abstract_eval(lambda *avals, names, **_: avals[names.index("x")])
-moe_p.def_impl(lambda *args, **params: xla.apply_primitive(moe_p, *args, **params))
 
 
-def _moe_launches(
-    *arrays: jax.Array,
-    names: tuple[str, ...],
-    intermediate: int,
-    top_k: int,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-    capability: int | None,
-) -> jax.Array:
+def _forward_avals(*avals: Any, names: tuple[str, ...], results: tuple[str, ...], options: Options) -> list[Any]:
+    x = avals[names.index("x")]
+    tokens = x.shape[0]
+    shapes = {
+        "y": (x.shape, x.dtype),
+        "experts": ((tokens, options.top_k), jnp.int32),
+        "weights": ((tokens, options.top_k), jnp.float32),
+        "pre_activations": ((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16),
+    }
+    return [x.update(shape=shapes[name][0], dtype=jnp.dtype(shapes[name][1])) for name in results]
+
+
+moe_forward_p.multiple_results = True
+moe_forward_p.def_abstract_eval(_forward_avals)
+moe_backward_p.multiple_results = True
+moe_backward_p.def_abstract_eval(lambda *avals, names, wanted, **_: [avals[names.index(name)] for name in wanted])
+
+
+def _moe_launches(*arrays: jax.Array, names: tuple[str, ...], options: Options) -> jax.Array:
     """The layer as launches: what the primitive stands for on CUDA."""
+    return launch_layer(dict(zip(names, arrays, strict=True)), options, *gpu_of(options))["y"]
+
+
+def _forward_launches(
+    *arrays: jax.Array, names: tuple[str, ...], results: tuple[str, ...], options: Options
+) -> list[jax.Array]:
+    """As _moe_launches, with what the gradient needs."""
+    buffers = dict(zip(names, arrays, strict=True))
+    everything = launch_layer(buffers, options, *gpu_of(options), keep=not options.recompute)
+    return [everything[name] for name in results]
+
+
+def _backward_launches(
+    *arrays: jax.Array, names: tuple[str, ...], wanted: tuple[str, ...], options: Options
+) -> list[jax.Array]:
+    """The gradients as launches."""
+    gradients = launch_gradients(dict(zip(names, arrays, strict=True)), wanted, options, *gpu_of(options))
+    return [gradients[name] for name in wanted]
+
+
+def gpu_of(options: Options) -> tuple[int, "TileTables | None"]:
+    """The compute capability to lower for, and the user's tiles for it.
+
+    A Target says which GPU, not whose: what is compiled for it is the same everywhere, and no user's tiles count.
+
+    Raises:
+      ImportError: Triton or jax-triton is not there.
+      NotImplementedError: no Target is named, and there is no GPU here.
+    """
     check_installed()
-    tables = None  # a Target says which GPU, not whose: what is compiled for it is the same everywhere
-    if capability is None:
-        capability, tables = local_capability(), local_tables()
-    return launch_layer(
-        dict(zip(names, arrays, strict=True)),
-        intermediate=intermediate,
-        top_k=top_k,
-        swiglu_alpha=swiglu_alpha,
-        swiglu_limit=swiglu_limit,
-        capability=capability,
-        tables=tables,
-    )
+    return (local_capability(), local_tables()) if options.capability is None else (options.capability, None)
 
 
 def launch_layer(
-    buffers: Mapping[str, jax.Array],
-    *,
-    intermediate: int,
-    top_k: int,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-    capability: int,
-    tables: "TileTables | None",
-) -> jax.Array:
-    """The layer as launches for a GPU of this compute capability, with these tiles or, if None, the package's own."""
+    buffers: Buffers, options: Options, capability: int, tables: "TileTables | None", *, keep: bool = False
+) -> Buffers:
+    """The layer as launches for a GPU of this compute capability, with these tiles or, if None, the package's own.
+
+    Every buffer by name: "y", the routing's, and with `keep` pre_activations.
+    """
+    from jmoe.triton_src.moe import plan_moe
+
     check_dtypes(buffers)
     if buffers["x"].size == 0:
-        return jnp.zeros_like(buffers["x"])
+        tokens = buffers["x"].shape[0]
+        nothing = jnp.zeros((tokens, options.top_k))
+        empty = {"experts": nothing.astype(jnp.int32), "weights": nothing.astype(jnp.float32)}
+        pairs = jnp.zeros((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16)
+        return {"y": jnp.zeros_like(buffers["x"]), "pre_activations": pairs, **empty}
+    buffers, problem = problem_of(buffers, options, capability)
+    return launch(plan_moe(problem, capability, tables, keep=keep), buffers, capability)
 
-    from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
+
+def launch_gradients(
+    buffers: Buffers, wanted: tuple[str, ...], options: Options, capability: int, tables: "TileTables | None"
+) -> Buffers:
+    """The gradients of the wanted buffers as launches, by the buffers' names; arguments as in launch_layer."""
+    from jmoe.triton_src.moe_backward import plan_moe_backward
+
+    if buffers["x"].size == 0 or not wanted:
+        return {name: jnp.zeros_like(buffers[name]) for name in wanted}
+    logits = buffers.get("router_logits")
+    extra = {name: buffers[name] for name in ("dy", "pre_activations") if name in buffers}
+    given = {name: array for name, array in buffers.items() if name not in ("router_logits", *extra)}
+    given, problem = problem_of(given, options, capability)
+    plans = plan_moe_backward(
+        problem,
+        {name: buffers[name].dtype.name for name in wanted},
+        None if logits is None else logits.shape[1],
+        "pre_activations" in extra,
+        capability,
+        tables,
+    )
+    everything = launch(plans, given | extra, capability)
+    return {name: everything[f"{name}_grad"] for name in wanted}
+
+
+def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buffers, "MoeProblem"]:
+    """The problem that the buffers pose, and they, unpacked if no kernel reads packed weights on that GPU."""
+    from jmoe.triton_src.moe import MoeProblem, reads_packed
 
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
-        intermediate=intermediate,
+        intermediate=options.intermediate,
         packed=all(buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")),
-        top_k=top_k,
-        swiglu_alpha=swiglu_alpha,
-        swiglu_limit=swiglu_limit,
+        top_k=options.top_k,
+        swiglu_alpha=options.swiglu_alpha,
+        swiglu_limit=options.swiglu_limit,
     )
-    if not (problem.packed and reads_packed(capability)):
-        buffers = unpack_buffers(buffers, intermediate)
-        problem = dataclasses.replace(problem, packed=False)
-    return launch(plan_moe(problem, capability, tables), buffers, capability)["y"]
+    if problem.packed and reads_packed(capability):
+        return buffers, problem
+    return unpack_buffers(buffers, options.intermediate), dataclasses.replace(problem, packed=False)
 
 
 def route_and_sort(
@@ -134,8 +199,16 @@ def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     )
 
 
-mlir.register_lowering(moe_p, _moe_elsewhere)
-mlir.register_lowering(moe_p, mlir.lower_fun(_moe_launches, multiple_results=False), platform="cuda")
+def _register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    mlir.register_lowering(primitive, _moe_elsewhere)
+    lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
+    mlir.register_lowering(primitive, lowering, platform="cuda")
+
+
+_register(moe_p, _moe_launches)
+_register(moe_forward_p, _forward_launches)
+_register(moe_backward_p, _backward_launches)
 
 
 def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:

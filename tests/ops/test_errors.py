@@ -139,21 +139,6 @@ def test_triton_takes_bfloat16_alone() -> None:
         run(experts(down=zeros(5, 64, 96, dtype=jnp.float32)), backend=jmoe.Target("sm_90"))
 
 
-def test_triton_has_no_gradient_yet() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"^the Triton backend of jmoe.moe has no gradient yet; differentiate with"
-    ):
-        jax.grad(lambda x: run(layer(x=x), backend="triton").astype(jnp.float32).sum())(LAYER.x)
-
-
-def test_the_default_backend_refuses_a_gradient_only_where_it_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "local_capability", lambda: 90)  # as on a machine with an H100
-    gradient = jax.jit(jax.grad(lambda x: run(layer(x=x)).astype(jnp.float32).sum()))
-    assert jnp.isfinite(gradient(LAYER.x)).all()
-    with pytest.raises(NotImplementedError, match=r"^the Triton backend of jmoe.moe has no gradient yet"):
-        gradient.trace(LAYER.x).lower(lowering_platforms=("cuda",))
-
-
 def test_triton_elsewhere_than_on_cuda() -> None:
     message = "the Triton backend runs on CUDA GPUs, but was lowered for cpu; use backend="
     with pytest.raises(NotImplementedError, match=f"^{message}"):

@@ -1,0 +1,83 @@
+"""A call's arrays by the names that launch plans use, and the layer of such arrays by plain XLA operations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
+from jmoe.ops.reference import moe_reference
+from jmoe.ops.routing import Routing, route
+
+type Buffers = dict[str, jax.Array]
+
+
+class Options(NamedTuple):
+    """What is static about a call."""
+
+    intermediate: int
+    top_k: int
+    swiglu_alpha: float
+    swiglu_limit: float
+    capability: int | None  # None: that of the GPU at hand when lowered
+    forced: bool  # the caller named the Triton backend, so that what it cannot do is an error at once
+    recompute: bool
+
+
+def name_buffers(
+    x: jax.Array,
+    router_logits: jax.Array | None,
+    experts: Experts,
+    lora: Lora | None,
+    adapter_ids: jax.Array | None,
+    routing: Routing | None,
+    expert_offset: jax.Array | int,
+) -> Buffers:
+    """The call's arrays under the names that launch plans use."""
+    buffers: dict[str, Any] = {"x": x, "router_logits": router_logits, "adapter_ids": adapter_ids}
+    if routing is not None:
+        buffers |= {"experts": routing.experts, "weights": routing.weights}
+    if not (isinstance(expert_offset, int) and expert_offset == 0):
+        buffers["expert_offset"] = jnp.asarray(expert_offset, jnp.int32).reshape(1)
+    for projection in ("gate_up", "down"):
+        weight = getattr(experts, projection)
+        if isinstance(weight, Mxfp4):
+            buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
+        elif isinstance(weight, PackedMxfp4):
+            buffers |= {projection: weight.words, f"{projection}_scales": weight.scales}
+        else:
+            buffers[projection] = weight
+        buffers[f"{projection}_bias"] = getattr(experts, f"{projection}_bias")
+        for part in ("a", "b", "scale"):
+            buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}", None)
+        if (scale := buffers[f"{projection}_scale"]) is not None:
+            buffers[f"{projection}_scale"] = lax.stop_gradient(scale)
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
+    """The layer by plain XLA operations."""
+
+    hidden, double = buffers["x"].shape[1], 2 * options.intermediate
+
+    def weight(projection: str) -> Mxfp4 | PackedMxfp4 | jax.Array:
+        weight, scales = buffers[projection], buffers.get(f"{projection}_scales")
+        if scales is None:
+            return weight
+        if weight.dtype == jnp.uint8:
+            return Mxfp4(weight, scales)
+        n, k = (double, hidden) if projection == "gate_up" else (hidden, options.intermediate)
+        return PackedMxfp4(weight, scales, n, k)
+
+    experts = Experts(weight("gate_up"), buffers.get("gate_up_bias"), weight("down"), buffers.get("down_bias"))
+    parts = {f"{p}_{part}": buffers.get(f"{p}_{part}") for p in ("gate_up", "down") for part in ("a", "b", "scale")}
+    lora = None if all(part is None for part in parts.values()) else Lora(**parts)
+    if "experts" in buffers:
+        routing = Routing(buffers["experts"], buffers["weights"])
+    else:
+        routing = route(buffers["router_logits"], options.top_k)
+    offset = buffers["expert_offset"][0] if "expert_offset" in buffers else 0
+    ids = buffers.get("adapter_ids")
+    return moe_reference(buffers["x"], routing, experts, lora, ids, offset, options.swiglu_alpha, options.swiglu_limit)
