@@ -9,12 +9,13 @@ from typing import Any
 
 from jmoe.triton_src.dgrad import plan_dgrad
 from jmoe.triton_src.moe import MoeProblem, choose_layer_tile, plan_projection, plan_shrink_of, plan_sum
+from jmoe.triton_src.packed_dgrad import plan_packed_dgrad
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.route_backward import plan_route_backward
 from jmoe.triton_src.route_problem import tile_slots
 from jmoe.triton_src.routing import plan_routing
 from jmoe.triton_src.swiglu_backward import plan_swiglu_backward
-from jmoe.triton_src.tiles import Tile, TileTables
+from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, FewRowsTile, ManyRowsTile, Tile, TileTables
 from jmoe.triton_src.weight_grad import plan_bias_grad, plan_lora_grad
 
 
@@ -38,6 +39,7 @@ def plan_moe_backward(
     """
     p = problem
     tile = choose_layer_tile(p, capability, tables, gradient=True)
+    assert not isinstance(tile, FewRowsTile)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     # A dtype is asked for what is wanted; what is not is left out below.
     dtype = {f"{projection}_{part}": "float32" for projection in ("gate_up", "down") for part in ("a", "b", "bias")}
@@ -110,7 +112,9 @@ def plan_moe_backward(
     return needed(plans, {f"{name}_grad" for name in wanted})
 
 
-def plan_input_gradient(projection: str, problem: MoeProblem, tile: Any, slots: int, capability: int) -> list[Plan]:
+def plan_input_gradient(
+    projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int, capability: int
+) -> list[Plan]:
     """LoRA's shrink of the gradient through B, if there is LoRA, and the product with the weights."""
     p = problem
     gate_up = projection == "gate_up"
@@ -131,8 +135,9 @@ def plan_input_gradient(projection: str, problem: MoeProblem, tile: Any, slots: 
         "rank": rank,
         "adapter_ids": p.adapter_ids,
     }
+    if isinstance(tile, ManyRowsTile):
+        return [*plans, plan_packed_dgrad(projection, routed=tile, tile=PACKED_DGRAD_TILES[capability], **shared)]
     mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
-    assert isinstance(tile, Tile)
     return [*plans, plan_dgrad(projection, mxfp4=mxfp4, tile=tile, **shared)]
 
 

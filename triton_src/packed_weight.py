@@ -68,10 +68,10 @@ def scale_offsets(warps: gl.constexpr, WARP_STRIDE: gl.constexpr, S: gl.constexp
 
 
 @gluon.jit
-def unpack_weights(words, scales, A: gl.constexpr):
-    """bf16 weights in the operand layout A, from words (warps, 8, 4, 4) and scales (warps, 8) int32: no data moves.
+def decode_words(words, scales):
+    """bf16 (warps, 8 row pairs, 4, 2, 2, 2, 2 rows, 2) of words (warps, 8, 4, 4) and scales (warps, 8) int32.
 
-    (16 * warps, 64), or (parts, 16 * warps / parts, 64) if A has three axes.
+    Of an index along K, high to low: axes 3, 4, 7, 2, 5.
     """
     WARPS: gl.constexpr = words.shape[0]
     even0, odd0, even1, odd1 = gl.inline_asm_elementwise(
@@ -87,10 +87,30 @@ def unpack_weights(words, scales, A: gl.constexpr):
     )
     low = gl.join(gl.join(a0, b0), gl.join(a1, b1))
     high = gl.join(gl.join(a2, b2), gl.join(a3, b3))
-    tile = gl.permute(gl.join(low, high), (0, 6, 1, 3, 4, 7, 2, 5))
+    return gl.join(low, high)
+
+
+@gluon.jit
+def unpack_weights(words, scales, A: gl.constexpr):
+    """bf16 weights in the operand layout A, from words (warps, 8, 4, 4) and scales (warps, 8) int32: no data moves.
+
+    (16 * warps, 64), or (parts, 16 * warps / parts, 64) if A has three axes.
+    """
+    WARPS: gl.constexpr = words.shape[0]
+    tile = gl.permute(decode_words(words, scales), (0, 6, 1, 3, 4, 7, 2, 5))
     PARTS: gl.constexpr = A.parent.warps_per_cta[0]
     SHAPE: gl.constexpr = [16 * WARPS, 64] if A.parent.rank == 2 else [PARTS, 16 * WARPS // PARTS, 64]
     return gl.convert_layout(tile.reshape(SHAPE), A)
+
+
+@gluon.jit
+def unpack_strip(words, scales):
+    """bf16 (64 rows, 128 along K) in their natural order, of two packed blocks beside each other along K.
+
+    words (8, 8, 4, 4) and scales (8, 8): warps 0 to 3 hold the first block's.
+    """
+    tile = decode_words(words, scales).reshape([2, 4, 8, 4, 2, 2, 2, 2, 2])
+    return gl.permute(tile, (1, 2, 7, 0, 4, 5, 8, 3, 6)).reshape([64, 128])
 
 
 @gluon.jit
