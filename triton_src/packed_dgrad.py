@@ -47,7 +47,6 @@ def packed_dgrad_kernel(
     SPLITS: gl.constexpr,
     GATE_UP: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
     """As dgrad_kernel, of 128 columns; eight warps. Grid: (cdiv(K, 128), slots)."""
@@ -75,11 +74,15 @@ def packed_dgrad_kernel(
         row = gl.load(order_ptr + position, mask=position < end, other=0) // TOP_K
     n_in_stage = gl.arange(0, 64, gl.SliceLayout(0, X))[None, :]
     grad = grad_ptr + row.to(gl.int64)[:, None] * N + n_in_stage
-    stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 64], SHARED)
-    strips = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], SHARED)
-    for i in gl.static_range(STAGES - 1):
-        async_copy.async_load(stages.index(i), grad + 64 * i, mask=row_ok & (64 * i + n_in_stage < N))
-        async_copy.commit_group()
+    # For even and for odd blocks of 64 rows of the weights: what is filled is never a buffer of which the tensor cores
+    # read a part, and the compiler sees that it needs no barrier for that.
+    even_stages = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_M, 64], SHARED)
+    odd_stages = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_M, 64], SHARED)
+    even_strip = gl.allocate_shared_memory(gl.bfloat16, [64, 128], SHARED)
+    odd_strip = gl.allocate_shared_memory(gl.bfloat16, [64, 128], SHARED)
+    copy_rows(even_stages.index(0), grad, row_ok, n_in_stage, 0, N)
+    copy_rows(odd_stages.index(0), grad, row_ok, n_in_stage, 64, N)
+    copy_rows(even_stages.index(1), grad, row_ok, n_in_stage, 128, N)
 
     # Warps 0 to 3 hold the strip's first block of 64 columns, 4 to 7 the second, which may lie past K.
     block = gl.program_id(0) * 2
@@ -93,14 +96,14 @@ def packed_dgrad_kernel(
     w = ()
     s = ()
     for i in gl.static_range(AHEAD):
-        w = w + (gl.load(words + i * (COLUMN_BLOCKS * 512), mask=word_ok & (i < BLOCKS), other=0),)
-        s = s + (gl.load(scales + i * (COLUMN_BLOCKS * 32), mask=scale_ok & (i < BLOCKS), other=0),)
+        w = w + (load_ahead(words, word_ok, i, COLUMN_BLOCKS * 512, BLOCKS),)
+        s = s + (load_ahead(scales, scale_ok, i, COLUMN_BLOCKS * 32, BLOCKS),)
 
     acc = gl.zeros([BLOCK_M, 128], gl.float32, C)
     if lora_a_ptr is not None:
-        # Neither the last stage nor the strips hold anything yet.
-        shared = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
-        shared_a = strips.index(1).slice(0, BLOCK_R, dim=0)
+        # Neither the last stage nor the second strip holds anything yet.
+        shared = odd_stages.index(1).slice(0, BLOCK_R, dim=1)
+        shared_a = odd_strip.slice(0, BLOCK_R, dim=0)
         if adapter_ids_ptr is None:
             acc = expand_a(
                 acc, shared, shared_a, shrunk_ptr, lora_a_ptr, pairs, expert.to(gl.int64) * RANK, first, end,
@@ -118,28 +121,32 @@ def packed_dgrad_kernel(
                     )  # fmt: skip
                     acc = gl.where(mine[:, None], expanded, acc)
     nan = nan_bits(s[0])
-    strips.index(0).store(unpack_strip(w[0], s[0]))
-    async_copy.wait_group(STAGES - 2)
+    even_strip.store(unpack_strip(w[0], s[0]))
+    async_copy.wait_group(2)
     fence_async_shared()
-    gl.barrier()
-    read = 0
-    write = STAGES - 1
-    for n in range(0, BLOCKS):
-        acc = warpgroup_mma(stages.index(read), strips.index(n % 2), acc, is_async=True)
-        ahead = n + AHEAD
-        w = w[1:] + (gl.load(words + ahead * (COLUMN_BLOCKS * 512), mask=word_ok & (ahead < BLOCKS), other=0),)
-        s = s[1:] + (gl.load(scales + ahead * (COLUMN_BLOCKS * 32), mask=scale_ok & (ahead < BLOCKS), other=0),)
+    stage = 0
+    for n in range(0, BLOCKS // 2 * 2, 2):
+        acc = warpgroup_mma(even_stages.index(stage), even_strip, acc, is_async=True)
+        w = w[1:] + (load_ahead(words, word_ok, n + AHEAD, COLUMN_BLOCKS * 512, BLOCKS),)
+        s = s[1:] + (load_ahead(scales, scale_ok, n + AHEAD, COLUMN_BLOCKS * 32, BLOCKS),)
         nan = nan | nan_bits(s[0])
-        strips.index((n + 1) % 2).store(unpack_strip(w[0], s[0]))
-        copied = (n + STAGES - 1) * 64
-        async_copy.async_load(stages.index(write), grad + copied, mask=row_ok & (copied + n_in_stage < N))
-        async_copy.commit_group()
+        odd_strip.store(unpack_strip(w[0], s[0]))
+        copy_rows(odd_stages.index(1 - stage), grad, row_ok, n_in_stage, (n + 3) * 64, N)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        async_copy.wait_group(STAGES - 2)
+        async_copy.wait_group(2)
         fence_async_shared()
-        gl.barrier()
-        read = gl.where(read == STAGES - 1, 0, read + 1)
-        write = gl.where(write == STAGES - 1, 0, write + 1)
+        acc = warpgroup_mma(odd_stages.index(stage), odd_strip, acc, is_async=True)
+        w = w[1:] + (load_ahead(words, word_ok, n + 1 + AHEAD, COLUMN_BLOCKS * 512, BLOCKS),)
+        s = s[1:] + (load_ahead(scales, scale_ok, n + 1 + AHEAD, COLUMN_BLOCKS * 32, BLOCKS),)
+        nan = nan | nan_bits(s[0])
+        even_strip.store(unpack_strip(w[0], s[0]))
+        copy_rows(even_stages.index(stage), grad, row_ok, n_in_stage, (n + 4) * 64, N)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+        async_copy.wait_group(2)
+        fence_async_shared()
+        stage = 1 - stage
+    if BLOCKS % 2:
+        acc = warpgroup_mma(even_stages.index(stage), even_strip, acc)
     async_copy.wait_group(0)
 
     acc = gl.where(nan_columns(nan, gl.SliceLayout(0, C))[None, :], float("nan"), acc)
@@ -152,6 +159,21 @@ def packed_dgrad_kernel(
     column = gl.program_id(0) * 128 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
     ok = (out_position < end)[:, None] & (column < K)[None, :]
     gl.store(out_ptr + out_row.to(gl.int64)[:, None] * K + column[None, :], out, mask=ok)
+
+
+@gluon.jit
+def copy_rows(stage, grad, row_ok, n_in_stage, n, N: gl.constexpr):
+    """Starts the copy of 64 columns from n on of the tile's rows into a stage; zeros past the rows and past N."""
+    whole = row_ok & (n < N) & (n_in_stage >= 0)
+    ok = whole if N % 64 == 0 else row_ok & (n + n_in_stage < N)
+    async_copy.async_load(stage, grad + n, mask=ok)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_ahead(pointers, ok, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
+    """A strip's words or scales; zero past the last strip."""
+    return gl.load(pointers + block * STRIDE, mask=ok & (block < BLOCKS), other=0)
 
 
 @gluon.jit
@@ -234,7 +256,6 @@ def plan_packed_dgrad(
             **lora_constexprs(adapters, rank, routed.shrink_splits),
             "GATE_UP": gate_up,
             "BLOCK_M": routed.block_m,
-            "STAGES": tile.stages,
             "AHEAD": tile.ahead,
         },
         num_warps=8,

@@ -66,12 +66,11 @@ class ManyRowsTile:
 class DgradTile:
     """packed_dgrad_kernel's parameters. Its rows are those of the tile that the routing made."""
 
-    stages: int
     ahead: int
     max_registers: int
 
 
-PACKED_DGRAD_TILES: dict[int, DgradTile] = {90: DgradTile(stages=3, ahead=2, max_registers=128)}
+PACKED_DGRAD_TILES: dict[int, DgradTile] = {90: DgradTile(ahead=3, max_registers=128)}
 """Compute capability * 10 -> parameters, for the GPUs whose kernels read packed weights."""
 
 type PackedTile = FewRowsTile | ManyRowsTile

@@ -1,7 +1,6 @@
 """Gradients on a GPU at gpt-oss's sizes: from JAX and from torch, against autograd in float64."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +97,6 @@ def test_nothing_beside_the_buffers_is_read_or_written(
     tokens: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jmoe.interop import launch, reference
-    from jmoe.interop.dlpack import to_torch
     from jmoe.interop.moe import moe
 
     shape = LayerShape(tokens, hidden=160, intermediate=96, experts=6, adapters=2, rank=5, mixed=True)
