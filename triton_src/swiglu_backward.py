@@ -120,7 +120,7 @@ def plan_swiglu_backward(
             "TOP_K": top_k,
             "ALPHA": swiglu_alpha,
             "LIMIT": swiglu_limit,
-            "BLOCK": min(1024, next_power_of_2(intermediate)),
+            "BLOCK": min(512, next_power_of_2(intermediate)),
         },
         num_warps=4,
         num_stages=1,

@@ -70,7 +70,7 @@ class DgradTile:
     max_registers: int
 
 
-PACKED_DGRAD_TILES: dict[int, DgradTile] = {90: DgradTile(ahead=3, max_registers=128)}
+PACKED_DGRAD_TILES: dict[int, DgradTile] = {90: DgradTile(ahead=2, max_registers=128)}
 """Compute capability * 10 -> parameters, for the GPUs whose kernels read packed weights."""
 
 type PackedTile = FewRowsTile | ManyRowsTile
