@@ -1,5 +1,7 @@
 """Gradients by the kernels on a CPU, through Triton's interpreter, against autograd in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from jmoe.interop import launch, reference
 from jmoe.interop.moe import moe
 from tests.interop.test_moe import layers
-from tests.torch_layers import Layer, PoisonedAllocator, random_layer, relative_error, surround, transform
+from tests.torch_layers import Layer, PoisonedAllocator, Routing, random_layer, relative_error, surround, transform
 
 pytestmark = pytest.mark.interpret
 
@@ -83,3 +85,74 @@ def test_any_layers_gradients_agree_with_float64(layer: Layer) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_and_recomputed(options: dict, recompute: bool) -> None:
     check(random_layer(**options), recompute=recompute)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 256])
+def test_every_number_of_experts(experts: int) -> None:
+    check(random_layer(tokens=6, hidden=32, intermediate=32, experts=experts, top_k=min(4, experts)))
+
+
+def test_one_expert_takes_every_token_and_others_have_zero_gradients() -> None:
+    layer = random_layer(tokens=70, experts=3, top_k=1, adapters=1, gate_up_rank=4, down_rank=4)
+    layer.router_logits[:, 1] = 100
+    ours = check(layer)
+    for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"):
+        assert ours[name][:, 1].any()
+        assert not ours[name][:, [0, 2]].any()
+
+
+def test_a_replayed_routing_has_a_gradient_in_its_weights() -> None:
+    layer = random_layer(tokens=9, experts=5, top_k=3)
+    chosen, weights = reference.route(layer.router_logits.double(), 3)
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = {}
+    for function, dtype in ((moe, torch.float32), (reference.moe, torch.float64)):
+        routing = Routing(chosen.int(), weights.to(dtype, copy=True).requires_grad_())
+        y = function(layer.x, None, layer.experts, top_k=3, routing=routing)
+        (found[function],) = torch.autograd.grad(y, routing.weights, dy.to(y.dtype))
+    assert relative_error(found[moe], found[reference.moe]) <= RELATIVE
+
+
+def test_an_offset_leaves_out_pairs_that_are_not_held() -> None:
+    layer = random_layer(tokens=12, experts=6, top_k=2)
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def of_shard(first: int, last: int) -> dict[str, torch.Tensor]:
+        part = lambda tree: transform(tree, lambda tensor: tensor[first:last].contiguous())  # noqa: E731
+        held = dataclasses.replace(layer, experts=part(layer.experts))
+        return gradients(held, moe, dy, expert_offset=torch.tensor([first], dtype=torch.int32))
+
+    whole, low, high = gradients(layer, moe, dy), of_shard(0, 2), of_shard(2, 6)
+    for name in ("x", "router_logits"):
+        assert relative_error(low[name].double() + high[name].double(), whole[name].double()) <= RELATIVE
+
+
+def test_nan_ends_where_autograd_has_it() -> None:
+    layer = random_layer(tokens=40, adapters=2, gate_up_rank=5, down_rank=3, mixed=True)
+    layer.x[3, 5] = torch.nan
+    layer.lora.down_b[1, :, 0] = torch.nan
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact, ours = gradients(layer, reference.moe, dy), gradients(layer, moe, dy)
+    for name in ("x", "router_logits", "down_a", "gate_up_a"):
+        assert relative_error(ours[name], exact[name]) <= 2 * RELATIVE, name
+
+
+def test_twice_the_same_bits() -> None:
+    layer = random_layer(tokens=50, adapters=2, gate_up_rank=5, down_rank=3, mixed=True)
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    first, again = gradients(layer, moe, dy), gradients(layer, moe, dy)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_no_tokens_have_a_gradient_of_zero() -> None:
+    layer = random_layer(tokens=0, adapters=1, gate_up_rank=5, down_rank=3)
+    ours = gradients(layer, moe, torch.zeros(0, 64).bfloat16())
+    assert ours["x"].shape == (0, 64)
+    assert not ours["gate_up_a"].any()
+
+
+def test_experts_weights_are_constants() -> None:
+    layer = random_layer(tokens=3, mxfp4=False)
+    layer.experts.down.requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradient in the experts' weights, but down requires one"):
+        moe(layer.x, layer.router_logits, layer.experts, **layer.options)

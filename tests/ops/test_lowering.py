@@ -67,6 +67,41 @@ def test_every_plan_compiles(shape: LayerShape, architecture: str) -> None:
     assert launches(lower(shape, architecture)) == routing + 3 + shrinks
 
 
+def lower_gradient(shape: LayerShape, architecture: str, packed: bool = False, **options: object) -> str:
+    """The program for CUDA of the gradient in everything that has one, as text."""
+    layer = jax.eval_shape(functools.partial(random_layer, shape))
+    if packed:
+        layer = dataclasses.replace(layer, experts=jax.eval_shape(jmoe.pack, layer.experts))
+
+    def loss(x: jax.Array, logits: jax.Array, lora: jmoe.Lora | None, biases: list, layer: Layer) -> jax.Array:
+        experts = dataclasses.replace(layer.experts, gate_up_bias=biases[0], down_bias=biases[1])
+        options_ = {"adapter_ids": layer.adapter_ids, "backend": jmoe.Target(architecture)} | options
+        return jmoe.moe(x, logits, experts, top_k=shape.top_k, lora=lora, **options_).astype(jnp.float32).sum()
+
+    biases = [layer.experts.gate_up_bias, layer.experts.down_bias]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    traced = gradient.trace(layer.x, layer.router_logits, layer.lora, biases, layer)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[7]], ids=str)
+def test_every_gradient_compiles(shape: LayerShape, architecture: str) -> None:
+    routing = 2 * (1 if shape.tokens <= 16 else 2)
+    biases = 2 if shape.bias else 0
+    # Forward: shrink, two products, sum. Backward: two dgrads, SwiGLU, router, sum; of LoRA two shrinks through B, two
+    # through A again, and four gradients.
+    lora = 2 + 8 if shape.adapters else 0
+    assert launches(lower_gradient(shape, architecture)) == routing + 3 + 5 + biases + lora
+
+
+@pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_gradients_compile_for_hopper(recompute: bool, lora: dict[str, int]) -> None:
+    program = lower_gradient(LayerShape(4096, **lora), "sm_90", packed=True, recompute=recompute)
+    assert launches(program) == 4 + 3 + 5 + 2 + (10 if lora else 0) + recompute * (2 if lora else 1)
+
+
 @pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 4), (64, 4), (256, 4), (4096, 5)])
 def test_packed_plans_compile_for_hopper(tokens: int, expected: int, lora: dict[str, int]) -> None:
