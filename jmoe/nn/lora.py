@@ -1,0 +1,86 @@
+"""LoRA adapters for new layers: how they are asked for, and how they begin."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jmoe.ops.experts import Lora
+
+PROJECTIONS = ("gate_up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """New adapters on a layer's experts.
+
+    rank: r.
+    alpha: the delta is scaled by alpha / r, or alpha / sqrt(r) if rank_stabilized (arXiv 2312.03732). None: as much as
+      the rank, so that plain LoRA is not scaled.
+    targets: which products have LoRA: "gate_up", "down", or PEFT's names of their parameters, as
+      "mlp.experts.gate_up_proj".
+    adapters: how many stand side by side, for batches that mix them.
+    dtype: of A and B. Their products run in x's dtype.
+
+    Raises:
+      ValueError: a target is none of the experts' tensors, or there are none; or the rank or adapters are below 1.
+    """
+
+    rank: int
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    targets: Sequence[str] = PROJECTIONS
+    adapters: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "adapters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.targets:
+            raise ValueError("targets must name one of the experts' tensors, got none: LoRA would train nothing")
+        for target in self.targets:
+            projection_of(target)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The targets by this package's names, each once."""
+        return tuple(dict.fromkeys(projection_of(target) for target in self.targets))
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+def projection_of(target: str) -> str:
+    """ "gate_up" or "down" for a target's name.
+
+    Raises:
+      ValueError: it names neither.
+    """
+    name = target.removesuffix(".weight").rsplit(".", 1)[-1].removesuffix("_proj")
+    if name not in PROJECTIONS:
+        raise ValueError(
+            f'LoRA targets must match an expert tensor ("gate_up", "down", "mlp.experts.gate_up_proj" or '
+            f'"mlp.experts.down_proj"), got {target!r}'
+        )
+    return name
+
+
+def new_lora(config: LoraConfig, *, hidden: int, intermediate: int, experts: int, rngs: nnx.Rngs) -> Lora:
+    """Adapters that change nothing yet: A uniform in ±1 / sqrt(its inputs), B zero, as PEFT begins."""
+    parts = {}
+    for projection in config.projections:
+        n, k = (2 * intermediate, hidden) if projection == "gate_up" else (hidden, intermediate)
+        shape = (config.adapters, experts, config.rank, k)
+        bound = 1 / math.sqrt(k)
+        parts[f"{projection}_a"] = jax.random.uniform(rngs.params(), shape, config.dtype, -bound, bound)
+        parts[f"{projection}_b"] = jnp.zeros((config.adapters, experts, n, config.rank), config.dtype)
+        parts[f"{projection}_scale"] = jnp.full(config.adapters, config.scale, jnp.float32)
+    return Lora(**parts)

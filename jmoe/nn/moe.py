@@ -1,0 +1,234 @@
+"""The mixture-of-experts layer as a Flax module."""
+
+import math
+from typing import Any, Literal, Self, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
+from jmoe.nn.statistics import RouterStatistics, router_statistics
+from jmoe.nn.variables import Frozen
+from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.moe import Backend, moe
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
+from jmoe.ops.routing import Routing, route
+
+
+class MoE(nnx.Module):
+    """Router, experts and LoRA of one layer.
+
+    Variables: `router_kernel` [H, E] and `router_bias` [E]; `gate_up`, `gate_up_bias`, `down`, `down_bias` as in
+    jmoe.Experts; of each projection with LoRA `gate_up_a`, `gate_up_b`, `gate_up_scale` and so on as in jmoe.Lora.
+    A and B are nnx.LoRAParam. The rest is Frozen, but for what train_router and train_experts make nnx.Param.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        rngs: nnx.Rngs,
+        experts: Experts | None = None,
+        router_kernel: Float[Array, "H E"] | None = None,
+        router_bias: Float[Array, " E"] | None = None,
+        mxfp4: bool = True,
+        lora: LoraConfig | Lora | None = None,
+        train_router: bool = False,
+        train_experts: bool = False,
+        swiglu_alpha: float = 1.702,
+        swiglu_limit: float = 7.0,
+        recompute: bool = False,
+        backend: Backend = None,
+    ) -> None:
+        """A layer with these weights, or with random ones.
+
+        Args:
+          hidden, intermediate, num_experts: H, I and E. For MXFP4 both sizes are multiples of 32.
+          top_k: experts a token.
+          rngs: the stream "params" draws what is random.
+          experts: the weights; None draws them with variance 1 / inputs, and biases of zero.
+          router_kernel, router_bias: the router; None draws the kernel likewise, and a bias of zero. Where only the
+            kernel is given the router has no bias.
+          mxfp4: whether random experts are rounded to MXFP4, or stay bfloat16.
+          lora: new adapters, or loaded ones; None: without.
+          train_router: the router's variables are nnx.Param.
+          train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
+          swiglu_alpha, swiglu_limit, recompute, backend: as in jmoe.moe.
+
+        Raises:
+          ValueError: train_experts with MXFP4 experts, which are constants; sizes that do not fit the weights.
+        """
+        self.top_k = top_k
+        self.swiglu_alpha = swiglu_alpha
+        self.swiglu_limit = swiglu_limit
+        self.recompute = recompute
+        self.backend = backend
+        if experts is None:
+            experts = random_experts(hidden, intermediate, num_experts, mxfp4, rngs)
+        check_sizes(experts, hidden, intermediate, num_experts)
+        if router_kernel is None:
+            router_kernel = normal(rngs, (hidden, num_experts), hidden)
+            router_bias = jnp.zeros(num_experts, jnp.bfloat16) if router_bias is None else router_bias
+        if router_kernel.shape != (hidden, num_experts):
+            raise ValueError(f"router_kernel must be [H, E] = {(hidden, num_experts)}, got {router_kernel.shape}")
+        kind = nnx.Param if train_router else Frozen
+        self.router_kernel = kind(router_kernel)
+        self.router_bias = None if router_bias is None else kind(router_bias)
+        if train_experts and not all(isinstance(getattr(experts, p), jax.Array) for p in PROJECTIONS):
+            raise ValueError(
+                "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
+                "jmoe.dequantize them first"
+            )
+        kind = nnx.Param if train_experts else Frozen
+        for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
+            value = getattr(experts, name)
+            setattr(self, name, None if value is None else nnx.data(kind(value)))
+        if isinstance(lora, LoraConfig):
+            lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
+        for projection in PROJECTIONS:
+            for part in ("a", "b", "scale"):
+                value = getattr(lora, f"{projection}_{part}", None)
+                kind = Frozen if part == "scale" else nnx.LoRAParam
+                setattr(self, f"{projection}_{part}", None if value is None else nnx.data(kind(value)))
+
+    @classmethod
+    def from_weights(
+        cls,
+        experts: Experts,
+        router_kernel: Float[Array, "H E"],
+        router_bias: Float[Array, " E"] | None = None,
+        *,
+        top_k: int,
+        rngs: nnx.Rngs | None = None,
+        **options: Any,
+    ) -> Self:
+        """A layer with these weights; sizes are theirs, options those of the constructor.
+
+        A checkpoint's layer: `layer = jmoe.checkpoint.load_moe_layer(...)`, then
+        `MoE.from_weights(layer.experts, layer.router_weight.T, layer.router_bias, top_k=...)`.
+        """
+        num_experts, hidden, intermediate = experts.down.shape
+        return cls(
+            hidden,
+            intermediate,
+            num_experts,
+            top_k=top_k,
+            rngs=nnx.Rngs(0) if rngs is None else rngs,
+            experts=experts,
+            router_kernel=router_kernel,
+            router_bias=router_bias,
+            **options,
+        )
+
+    @property
+    def experts(self) -> Experts:
+        """The experts' weights."""
+        return Experts(*(value_of(getattr(self, name)) for name in ("gate_up", "gate_up_bias", "down", "down_bias")))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters, or None."""
+        names = [f"{projection}_{part}" for projection in PROJECTIONS for part in ("a", "b", "scale")]
+        parts = {name: value_of(getattr(self, name)) for name in names}
+        return None if all(part is None for part in parts.values()) else Lora(**parts)
+
+    def router_logits(self, x: Float[Array, "... H"]) -> Float[Array, "... E"]:
+        """x @ router_kernel + router_bias, summed in float32 and rounded once to x's dtype."""
+        kernel = self.router_kernel.get_value().astype(x.dtype)
+        logits = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        if self.router_bias is not None:
+            logits += self.router_bias.get_value().astype(jnp.float32)
+        return logits.astype(x.dtype)
+
+    def route(self, x: Float[Array, "... H"]) -> Routing:
+        """The choice of experts for x, to record and replay."""
+        return route(self.router_logits(x), self.top_k)
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "... H"],
+        *,
+        adapter_ids: Int32[Array, "..."] | None = None,
+        routing: Routing | None = None,
+        statistics: Literal[False] = False,
+    ) -> Float[Array, "... H"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "... H"],
+        *,
+        adapter_ids: Int32[Array, "..."] | None = None,
+        routing: Routing | None = None,
+        statistics: Literal[True],
+    ) -> tuple[Float[Array, "... H"], RouterStatistics]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "... H"],
+        *,
+        adapter_ids: Int32[Array, "..."] | None = None,
+        routing: Routing | None = None,
+        statistics: bool = False,
+    ) -> Any:
+        """y like x; with `statistics`, (y, RouterStatistics).
+
+        adapter_ids: int32 [...], as in jmoe.moe.
+        routing: a recorded choice to follow instead of the router's own; the router then has no gradient, but for what
+          the statistics' loss gives it.
+
+        Raises: as jmoe.moe.
+        """
+        logits = self.router_logits(x) if routing is None or statistics else None
+        y = moe(
+            x,
+            logits if routing is None else None,
+            self.experts,
+            top_k=self.top_k,
+            lora=self.lora,
+            adapter_ids=adapter_ids,
+            routing=routing,
+            swiglu_alpha=self.swiglu_alpha,
+            swiglu_limit=self.swiglu_limit,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
+        if logits is None or not statistics:
+            return y
+        return y, router_statistics(logits, route(logits, self.top_k) if routing is None else routing)
+
+
+def value_of(variable: nnx.Variable | None) -> Any:
+    """What a variable holds; None for none."""
+    return None if variable is None else variable.get_value()
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> Array:
+    """bfloat16 of variance 1 / inputs."""
+    return (jax.random.normal(rngs.params(), shape) / math.sqrt(inputs)).astype(jnp.bfloat16)
+
+
+def random_experts(hidden: int, intermediate: int, num_experts: int, mxfp4: bool, rngs: nnx.Rngs) -> Experts:
+    """Experts of random weights and zero biases."""
+    gate_up = normal(rngs, (num_experts, 2 * intermediate, hidden), hidden)
+    down = normal(rngs, (num_experts, hidden, intermediate), intermediate)
+    zeros = [jnp.zeros((num_experts, n), jnp.bfloat16) for n in (2 * intermediate, hidden)]
+    if mxfp4:
+        return Experts(quantize(gate_up), zeros[0], quantize(down), zeros[1])
+    return Experts(gate_up, zeros[0], down, zeros[1])
+
+
+def check_sizes(experts: Experts, hidden: int, intermediate: int, num_experts: int) -> None:
+    """Raises ValueError unless the experts have these sizes."""
+    wanted = {"gate_up": (num_experts, 2 * intermediate, hidden), "down": (num_experts, hidden, intermediate)}
+    for name, shape in wanted.items():
+        weight: Mxfp4 | PackedMxfp4 | Array = getattr(experts, name)
+        if weight.shape != shape:
+            raise ValueError(f"experts.{name} must stand for {shape}, got {weight.shape}")
