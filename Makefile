@@ -12,10 +12,13 @@ $(shell echo "jmoe needs Python 3.12 or later, and found none as python3.12, pyt
 MAKEFLAGS += --question
 endif
 
-.PHONY: demo test lint bench clean
+.PHONY: demo example test lint bench clean
 
 demo: $(READY)
 	@$(BIN)/jmoe parity --checkpoint examples/tiny_gpt_oss --layer 0 --adapter examples/tiny_gpt_oss/adapter --text LICENSE
+
+example: $(READY)
+	@$(BIN)/python examples/finetune_layer.py
 
 test: $(READY)
 	@echo "== kernels in Triton's interpreter (about 3 minutes on 2 cores)"
