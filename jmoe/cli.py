@@ -89,6 +89,7 @@ def bench(
     ranks: Annotated[str, typer.Option(help="LoRA ranks; 0 is without LoRA.")] = "",
     implementations: Annotated[str, typer.Option(help="Only these, by the names in the results.")] = "",
     skip: Annotated[str, typer.Option(help="All but these.")] = "",
+    gradient: Annotated[bool, typer.Option("--gradient", help="Forward and backward pass, and memory.")] = False,
     marlin_library: Annotated[
         Path | None, typer.Option(help="vLLM's compiled library with Marlin, if vLLM is not installed; .xz or not.")
     ] = None,
@@ -106,18 +107,22 @@ def bench(
     """
     from jmoe.bench import report, results
     from jmoe.bench.case import Matrix, default_matrix
-    from jmoe.bench.run import implementations as all_of_them
+    from jmoe.bench.gradient import IMPLEMENTATIONS as WITH_GRADIENT
+    from jmoe.bench.gradient import gradient_matrix
+    from jmoe.bench.run import implementations as forward_alone
     from jmoe.bench.run import run, select
 
-    default = default_matrix()
+    default = gradient_matrix() if gradient else default_matrix()
     matrix = Matrix(
         default.size,
         numbers("--tokens", tokens, least=1) or default.tokens,
         numbers("--experts", experts, least=default.size.top_k) or default.experts,
         numbers("--ranks", ranks, least=0) or default.ranks,
     )
-    chosen = select(all_of_them(marlin_library), words(implementations), words(skip))
-    figures = results.start(birth_certificate(), matrix.size, out)
+    everyone = WITH_GRADIENT if gradient else forward_alone(marlin_library)
+    chosen = select(everyone, words(implementations), words(skip))
+    measured_passes = {"passes": "forward and backward" if gradient else "forward"}
+    figures = results.start(birth_certificate() | measured_passes, matrix.size, out)
     failed = False
     for measured in run(matrix, chosen):
         results.add(figures, *measured)

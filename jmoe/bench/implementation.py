@@ -7,7 +7,7 @@ from jmoe.bench.case import Case
 from jmoe.bench.weights import Weights
 
 type Figures = dict[str, float]
-"""Microseconds a call by name."""
+"""Microseconds a call by name; where the name says MiB, mebibytes."""
 
 type Measure = Callable[[Case], Figures]
 

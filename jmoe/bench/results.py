@@ -11,7 +11,7 @@ from jmoe.bench.figures import Row, case_of, find
 type Results = dict[str, Any]
 """A birth certificate (see jmoe.bench.record), the layer's size and the rows."""
 
-SAME = ("commit", "device", "versions", "layer")
+SAME = ("commit", "device", "versions", "layer", "passes")
 """What must agree for figures to stand in one file."""
 
 
@@ -19,16 +19,16 @@ def start(certificate: dict[str, object], size: Size, out: Path | None) -> Resul
     """Results without rows, or with those of `out` if it exists.
 
     Raises:
-      ValueError: `out` holds figures of another commit, GPU, version or size.
+      ValueError: `out` holds figures of another commit, GPU, version, size or pass.
     """
     results = {**certificate, "layer": dataclasses.asdict(size), "rows": []}
     if out is None or not out.exists():
         return results
     earlier = json.loads(out.read_text())
     for key in SAME:
-        if earlier.get(key) != results[key]:
+        if earlier.get(key) != results.get(key):
             raise ValueError(
-                f"{out} holds figures of {key} {earlier.get(key)}, this run is of {results[key]}: "
+                f"{out} holds figures of {key} {earlier.get(key)}, this run is of {results.get(key)}: "
                 "remove the file or name another"
             )
     return {**results, "rows": earlier["rows"]}
