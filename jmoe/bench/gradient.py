@@ -51,6 +51,7 @@ def layer(name: str, recompute: bool, weights: Weights) -> Measure:
         x, logits = random_input(case, weights.size, calls_for(case.tokens))
         arrays = experts, weights.lora(case.rank, case.adapters)
         memory = jax.jit(step).lower((x, x), logits[0], arrays).compile().memory_analysis()
+        assert memory is not None
         held = memory.temp_size_in_bytes + memory.output_size_in_bytes
         return {name: scan_microseconds(step, (x, x), logits, arrays), MEMORY.format(name): held / 2**20}
 
