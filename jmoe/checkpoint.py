@@ -267,7 +267,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int) -> MoeLayer:
         f"{mlp}gate_up_proj_bias": Spec("BF16", (experts, 2 * inner)),
         f"{mlp}down_proj_bias": Spec("BF16", (experts, hidden)),
     }
-    _check(checkpoint, others | gate_up | down)
+    check_specs(checkpoint, others | gate_up | down)
 
     def read(name: str) -> Array:
         return jnp.asarray(checkpoint.tensor(name))
@@ -301,7 +301,7 @@ def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int)
     return {blocks: Spec("U8", (experts, rows, groups, BLOCK // 2)), scales: Spec("U8", (experts, rows, groups))}
 
 
-def _check(checkpoint: Checkpoint, wanted: dict[str, Spec]) -> None:
+def check_specs(checkpoint: Checkpoint, wanted: dict[str, Spec]) -> None:
     """Compares headers, so that nothing is read of a layer that does not fit."""
     got = {name: checkpoint.spec(name) if name in checkpoint else "no such tensor" for name in wanted}
     wrong = [f"  {name}: wanted {wanted[name]}, got {got[name]}" for name in wanted if got[name] != wanted[name]]
@@ -324,7 +324,7 @@ def embed(checkpoint: Checkpoint, token_ids: Integer[np.ndarray, " T"]) -> Float
       ValueError: the table does not match config.json, or an id is outside the vocabulary; and as
         `Checkpoint.tensor` does.
     """
-    _check(checkpoint, {EMBEDDING: Spec("BF16", (checkpoint.config.vocab_size, checkpoint.config.hidden_size))})
+    check_specs(checkpoint, {EMBEDDING: Spec("BF16", (checkpoint.config.vocab_size, checkpoint.config.hidden_size))})
     return jnp.asarray(checkpoint.rows(EMBEDDING, token_ids))
 
 

@@ -1,0 +1,143 @@
+"""Causal attention with learned sinks and sliding windows, in memory linear in the sequence, by plain XLA."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+BLOCK = 256
+"""Queries whose scores are held at once."""
+
+GROUPS = 16
+"""Of queries at most, in full attention. Each is compiled for the keys up to its end; later ones are skipped."""
+
+
+def attend(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T M D"],
+    v: Float[Array, "B T M D"],
+    sinks: Float[Array, " N"],
+    *,
+    window: int | None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+) -> Float[Array, "B T N D"]:
+    """Each query's mean of the values up to its own, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum.
+
+    Query head n reads key head n // (N / M). Scores and softmax are float32.
+
+    Args:
+      sinks: a logit for each query head, of a key without value.
+      window: keys that a query sees, its own among them; None: all.
+      segment_ids: of sequences packed in a row; a query sees its own segment alone. None: one segment.
+    """
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    if segment_ids is None:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+    blocks = -(-length // BLOCK)
+    padding = blocks * BLOCK - length
+    grouped, k, v, segment_ids = (
+        jnp.pad(array, [(0, 0), (0, padding), *([(0, 0)] * (array.ndim - 2))]) for array in (grouped, k, v, segment_ids)
+    )
+    sinks = sinks.astype(jnp.float32).reshape(k.shape[2], -1)
+    through = functools.partial(attend_blocks, sinks=sinks, window=window)
+    if window is not None and window - 1 + BLOCK < blocks * BLOCK:
+        out = windowed(through, grouped, k, v, segment_ids, window, blocks)
+    else:
+        out = full(through, grouped, k, v, segment_ids, blocks)
+    return out.reshape(batch, blocks * BLOCK, heads, dim)[:, :length]
+
+
+def windowed(
+    through: Callable[..., Array], q: Array, k: Array, v: Array, segment_ids: Array, window: int, blocks: int
+) -> Array:
+    """Each block of queries with the keys of its own block and of the window before it."""
+    before = -(-(window - 1) // 8) * 8  # a round number of keys
+    k, v = (jnp.pad(array, [(0, 0), (before, 0), (0, 0), (0, 0)]) for array in (k, v))
+    # No query is in the segment before the first key.
+    keys_segments = jnp.pad(segment_ids, [(0, 0), (before, 0)], constant_values=-1)
+
+    def one_block(start: Int32[Array, ""]) -> Array:
+        keys = [lax.dynamic_slice_in_dim(array, start, before + BLOCK, axis=1) for array in (k, v, keys_segments)]
+        return through(
+            lax.dynamic_slice_in_dim(q, start, BLOCK, axis=1),
+            *keys,
+            lax.dynamic_slice_in_dim(segment_ids, start, BLOCK, axis=1),
+            start,
+            start - before,
+        )
+
+    out = lax.map(one_block, jnp.arange(blocks) * BLOCK)
+    return jnp.moveaxis(out, 0, 1)
+
+
+def full(through: Callable[..., Array], q: Array, k: Array, v: Array, segment_ids: Array, blocks: int) -> Array:
+    """Groups of blocks of queries, each with the keys up to its end."""
+    outs = []
+    size = -(-blocks // GROUPS)
+    for first in range(0, blocks, size):
+        last = min(first + size, blocks)
+        end = last * BLOCK
+        keys = k[:, :end], v[:, :end], segment_ids[:, :end]
+
+        def one_block(start: Int32[Array, ""], keys: tuple = keys) -> Array:
+            queries = lax.dynamic_slice_in_dim(q, start, BLOCK, axis=1)
+            segments = lax.dynamic_slice_in_dim(segment_ids, start, BLOCK, axis=1)
+            return through(queries, *keys, segments, start, 0)
+
+        outs.append(jnp.moveaxis(lax.map(one_block, jnp.arange(first, last) * BLOCK), 0, 1))
+    return jnp.concatenate(outs, axis=1)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(8,))
+def block_of_queries(
+    q: Float[Array, "B Q M G D"],
+    k: Float[Array, "B S M D"],
+    v: Float[Array, "B S M D"],
+    key_segments: Int32[Array, "B S"],
+    query_segments: Int32[Array, "B Q"],
+    query_start: Int32[Array, ""],
+    key_start: Int32[Array, ""],
+    sinks: Float[Array, "M G"],
+    window: int | None,
+) -> Float[Array, "B Q M G D"]:
+    """The queries from query_start on, with the keys from key_start on; the backward pass computes its scores again."""
+    scores = jnp.einsum(
+        "bqmgd,bsmd->bmgqs", q, k, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    ) / math.sqrt(q.shape[-1])
+    seen = visible(query_segments, key_segments, query_start, key_start, window)[:, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    sink = sinks[None, :, :, None]
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1), sink))
+    weights = jnp.exp(scores - largest[..., None])
+    total = jnp.sum(weights, axis=-1) + jnp.exp(sink - largest)
+    weights = (weights / total[..., None]).astype(v.dtype)
+    out = jnp.einsum(
+        "bmgqs,bsmd->bqmgd", weights, v, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return out.astype(q.dtype)
+
+
+def attend_blocks(*arrays: Array, sinks: Array, window: int | None) -> Array:
+    """block_of_queries with what is the same for all blocks named."""
+    return block_of_queries(*arrays, sinks, window)
+
+
+def visible(
+    query_segments: Int32[Array, "B Q"],
+    key_segments: Int32[Array, "B S"],
+    query_start: Int32[Array, ""],
+    key_start: Int32[Array, ""],
+    window: int | None,
+) -> Bool[Array, "B Q S"]:
+    """Which keys a query sees: none after it, none of another segment, none at window or more before it."""
+    query = query_start + jnp.arange(query_segments.shape[1])[:, None]
+    key = key_start + jnp.arange(key_segments.shape[1])[None, :]
+    seen = (key <= query) & (key >= 0)
+    if window is not None:
+        seen &= key > query - window
+    return seen[None] & (query_segments[:, :, None] == key_segments[:, None, :])

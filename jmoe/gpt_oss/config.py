@@ -1,0 +1,159 @@
+"""What config.json of a gpt-oss checkpoint says about the model."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from jmoe import checkpoint
+from jmoe.checkpoint import is_number, read_json
+
+type LayerType = Literal["sliding_attention", "full_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions, stretched by YaRN (arXiv 2309.00071) unless factor is 1; names as in the file."""
+
+    rope_theta: float = 150000.0
+    factor: float = 32.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 4096
+    truncate: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(checkpoint.Config):
+    """A gpt-oss model's sizes; names as in config.json. Defaults are what both released models share."""
+
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    sliding_window: int = 128
+    layer_types: tuple[LayerType, ...]
+    rope: Rope = Rope()
+    eos_token_id: int = 200002
+    pad_token_id: int = 199999
+
+    @classmethod
+    def gpt_oss_20b(cls) -> Self:
+        """The 20b model."""
+        return cls._released(layers=24, experts=32)
+
+    @classmethod
+    def gpt_oss_120b(cls) -> Self:
+        """The 120b model."""
+        return cls._released(layers=36, experts=128)
+
+    @classmethod
+    def _released(cls, layers: int, experts: int) -> Self:
+        return cls(
+            num_hidden_layers=layers,
+            hidden_size=2880,
+            intermediate_size=2880,
+            num_local_experts=experts,
+            num_experts_per_tok=4,
+            vocab_size=201088,
+            rms_norm_eps=1e-5,
+            layer_types=alternating(layers),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads config.json of a checkpoint directory, in transformers 4's spelling or 5's.
+
+        Raises:
+          FileNotFoundError: there is no config.json.
+          ValueError: a field is missing or none that this model has; an unknown kind of rope, of quantisation or of
+            layer, each named with its value.
+        """
+        sizes = checkpoint.Config.load(path)
+        file = Path(path) / "config.json"
+        entries = read_json(file)
+        fields: dict[str, Any] = {}
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"):
+            if not is_number(value := entries.get(name), int):
+                raise ValueError(f"{file}: {name} must be a positive int, got {json.dumps(value)}")
+            fields[name] = value
+        if fields["num_attention_heads"] % fields["num_key_value_heads"]:
+            raise ValueError(
+                f"{file}: num_attention_heads must be a multiple of num_key_value_heads = "
+                f"{fields['num_key_value_heads']}, got {fields['num_attention_heads']}"
+            )
+        check_settings(file, entries)
+        fields["layer_types"] = layer_types(file, entries, sizes.num_hidden_layers)
+        fields["rope"] = rope(file, entries)
+        for name in ("eos_token_id", "pad_token_id"):
+            value = entries.get(name)
+            if isinstance(value, int):
+                fields[name] = value
+        return cls(**dataclasses.asdict(sizes), **fields)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Keys that a query of each layer sees, its own among them; None: all before it."""
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+
+def alternating(layers: int) -> tuple[LayerType, ...]:
+    """What config.json without layer_types means: even layers slide."""
+    return tuple("full_attention" if layer % 2 else "sliding_attention" for layer in range(layers))
+
+
+KNOWN: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (True,),
+    "tie_word_embeddings": (False,),
+    "attention_dropout": (0, 0.0),
+}
+"""Settings that this model has one way; absent is that way too."""
+
+
+def check_settings(file: Path, entries: dict[str, Any]) -> None:
+    """Raises ValueError if a setting asks for another model than this."""
+    for name, values in KNOWN.items():
+        if name in entries and entries[name] not in values:
+            raise ValueError(f"{file}: {name} must be {json.dumps(values[0])}, got {json.dumps(entries[name])}")
+    quantization = entries.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method != "mxfp4":
+            raise ValueError(f'{file}: quantization_config.quant_method must be "mxfp4", got {json.dumps(method)}')
+
+
+def layer_types(file: Path, entries: dict[str, Any], layers: int) -> tuple[LayerType, ...]:
+    """The kind of each layer's attention."""
+    types = entries.get("layer_types")
+    if types is None:
+        return alternating(layers)
+    if not isinstance(types, list) or len(types) != layers:
+        raise ValueError(f"{file}: layer_types must list num_hidden_layers = {layers} kinds, got {json.dumps(types)}")
+    for kind in types:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ValueError(
+                f'{file}: layer_types must be "sliding_attention" or "full_attention", got {json.dumps(kind)}'
+            )
+    return tuple(types)
+
+
+def rope(file: Path, entries: dict[str, Any]) -> Rope:
+    """The rotary positions, from rope_scaling and rope_theta (transformers 4) or rope_parameters (5)."""
+    given = dict(entries.get("rope_parameters") or entries.get("rope_scaling") or {"rope_type": "default"})
+    given.setdefault("rope_theta", entries.get("rope_theta"))
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    if kind not in ("yarn", "default"):
+        raise ValueError(f'{file}: rope_type must be "yarn" or "default", got {json.dumps(kind)}')
+    wanted = {field.name for field in dataclasses.fields(Rope)} if kind == "yarn" else {"rope_theta"}
+    if unknown := sorted(set(given) - wanted):
+        raise ValueError(f"{file}: rope settings of {kind} are {', '.join(sorted(wanted))}, got also {unknown}")
+    # Without the key transformers rounds the corrected dimensions.
+    truncate = given.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{file}: truncate must be true or false, got {json.dumps(truncate)}")
+    for name in sorted(wanted - {"truncate"}):
+        kind_of = int if name == "original_max_position_embeddings" else float
+        if not is_number(given.get(name), kind_of):
+            raise ValueError(f"{file}: {name} must be a positive {kind_of.__name__}, got {json.dumps(given.get(name))}")
+    return Rope(truncate=truncate, **given) if kind == "yarn" else Rope(given["rope_theta"], factor=1.0)

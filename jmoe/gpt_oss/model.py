@@ -1,0 +1,167 @@
+"""gpt-oss as a Flax module."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from jmoe.checkpoint import rms_norm
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layer import layer, product
+from jmoe.gpt_oss.rope import cosine_and_sine
+from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
+from jmoe.nn.variables import Frozen
+
+
+class GptOss(nnx.Module):
+    """The whole model: embedding, layers, norm, head. Made by jmoe.gpt_oss.load.
+
+    Variables: `embedding` [V, H], `layers` (LayerWeights, every array with a leading axis for the layers), `norm` [H]
+    and `head` [V, H] are Frozen; with adapters `lora_a` and `lora_b` are nnx.LoRAParam, and `lora_scale` is Frozen; see
+    LoraWeights.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        embedding: Float[Array, "V H"],
+        layers: LayerWeights,
+        norm: Float[Array, " H"],
+        head: Float[Array, "V H"],
+        lora: LoraWeights | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        recompute: bool = False,
+        remat: bool = False,
+    ) -> None:
+        """A model of these weights.
+
+        Args:
+          dtype: of activations: bfloat16, or float32, for which experts run by XLA.
+          recompute: as in jmoe.moe.
+          remat: the backward pass keeps a layer's input alone, and computes the layer again.
+
+        Raises:
+          ValueError: another dtype.
+        """
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.recompute = recompute
+        self.remat = remat
+        self.embedding = Frozen(embedding)
+        self.layers = nnx.data(Frozen(layers))
+        self.norm = Frozen(norm)
+        self.head = Frozen(head)
+        self.lora_a = None if lora is None else nnx.data(nnx.LoRAParam(lora.a))
+        self.lora_b = None if lora is None else nnx.data(nnx.LoRAParam(lora.b))
+        self.lora_scale = None if lora is None else nnx.data(Frozen(lora.scale))
+
+    @property
+    def lora(self) -> LoraWeights | None:
+        """The adapters, or None."""
+        if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
+            return None
+        return LoraWeights(self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale.get_value())
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
+        last_only: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """float32 logits [B, T, V], or [B, 1, V] of the last token; arguments as in `hidden`."""
+        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, adapter_ids=adapter_ids)
+        return self.logits(hidden[:, -1:] if last_only else hidden)
+
+    def logits(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
+        """float32 logits of what `hidden` returns."""
+        return product("bth,vh->btv", hidden, self.head.get_value())
+
+    def hidden(
+        self,
+        tokens: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H"]:
+        """The last layer's results, after the norm, before the head.
+
+        Args:
+          positions: None: 0, 1, ... in each segment.
+          segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
+          adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one.
+
+        Raises:
+          ValueError: tokens are not [B, T] integers, or adapter_ids do not go with the model's adapters.
+        """
+        check_tokens(tokens, adapter_ids, self.lora)
+        config = self.config
+        if positions is None:
+            positions = positions_in_segments(tokens.shape, segment_ids)
+        if adapter_ids is not None and adapter_ids.ndim == 1:
+            adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
+        rotary = cosine_and_sine(config.rope, config.head_dim, positions)
+        x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        period = shortest_period(config.windows)
+        groups = config.num_hidden_layers // period
+
+        def group(x: Array, weights: tuple[LayerWeights, LoraWeights | None]) -> tuple[Array, None]:
+            for i, window in enumerate(config.windows[:period]):
+                own, lora = jax.tree.map(lambda leaf, i=i: leaf[i], weights)
+
+                def one(x: Array, own: LayerWeights, lora: LoraWeights | None, window: int | None = window) -> Array:
+                    return layer(
+                        x,
+                        own,
+                        lora,
+                        config,
+                        window=window,
+                        rotary=rotary,
+                        segment_ids=segment_ids,
+                        adapter_ids=adapter_ids,
+                        recompute=self.recompute,
+                    )
+
+                x = (jax.checkpoint(one) if self.remat else one)(x, own, lora)
+            return x, None
+
+        x, _ = lax.scan(group, x, slice_layers((self.layers.get_value(), self.lora), groups))
+        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps)
+
+
+def shortest_period(windows: tuple[int | None, ...]) -> int:
+    """Layers after which the kinds of attention repeat: one such group is compiled, of 2 in the released models."""
+    count = len(windows)
+    return next(p for p in range(1, count + 1) if count % p == 0 and windows == windows[:p] * (count // p))
+
+
+def positions_in_segments(shape: tuple[int, ...], segment_ids: Int32[Array, "B T"] | None) -> Int32[Array, "B T"]:
+    """0, 1, ... from the beginning of each segment."""
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segment_ids is None:
+        return index
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+    return index - lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def check_tokens(tokens: Array, adapter_ids: Array | None, lora: LoraWeights | None) -> None:
+    """Raises ValueError unless the call's arguments fit each other and the model."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} with shape {tokens.shape}")
+    adapters = 0 if lora is None else next(iter(lora.scale.values())).shape[1]
+    if adapter_ids is None:
+        if adapters > 1:
+            raise ValueError(f"adapter_ids must be given with {adapters} adapters, got None")
+        return
+    if not adapters:
+        raise ValueError("adapter_ids were given to a model without adapters")
+    if adapter_ids.shape not in (tokens.shape[:1], tokens.shape):
+        raise ValueError(f"adapter_ids must be [B] or [B, T] like tokens {tokens.shape}, got {adapter_ids.shape}")

@@ -1,0 +1,83 @@
+"""A model's arrays: those of all layers stacked, and LoRA on them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jmoe.gpt_oss.config import Config
+from jmoe.ops.experts import Experts, Lora
+
+ATTENTION = ("q", "k", "v", "o")
+EXPERTS = ("gate_up", "down")
+TARGETS = (*ATTENTION, *EXPERTS)
+"""What LoRA can be on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """y = x weight^T + bias."""
+
+    weight: Float[Array, "... N K"]
+    bias: Float[Array, "... N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights, or all layers' with a leading axis; a pytree."""
+
+    attention_norm: Float[Array, "... H"]
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    sinks: Float[Array, "... N"]
+    moe_norm: Float[Array, "... H"]
+    router: Linear
+    experts: Experts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeights:
+    """A adapters by what they are on (see TARGETS), each array with a leading axis for the layers; a pytree.
+
+    a: [L, A, r, K], and [L, A, E, r, K] on experts; b: [L, A, N, r] or [L, A, E, N, r]; scale: float32 [L, A].
+    """
+
+    a: dict[str, Float[Array, "L A *E R K"]]
+    b: dict[str, Float[Array, "L A *E N R"]]
+    scale: dict[str, Float[Array, "L A"]]
+
+    @property
+    def on_experts(self) -> Lora | None:
+        """What jmoe.moe takes."""
+        parts = {
+            f"{name}_{part}": getattr(self, field)[name]
+            for name in EXPERTS
+            if name in self.a
+            for part, field in (("a", "a"), ("b", "b"), ("scale", "scale"))
+        }
+        return Lora(**parts) if parts else None
+
+
+def sizes(config: Config) -> dict[str, tuple[int, int]]:
+    """(N, K) of each of TARGETS."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def slice_layers[T](tree: T, groups: int) -> T:
+    """[L, ...] -> [groups, L / groups, ...] of every array."""
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (groups, leaf.shape[0] // groups, *leaf.shape[1:])), tree)
