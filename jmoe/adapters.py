@@ -58,8 +58,8 @@ _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What adapter_config.json says about the experts; names as in the file, the patterns in the file's order."""
+class Settings:
+    """What adapter_config.json says; names as in the file, the patterns in the file's order."""
 
     r: int
     lora_alpha: float
@@ -94,17 +94,17 @@ class _Settings:
         return [
             projection
             for projection in projections
-            if any(f".{_parameter_name(layer, projection)}".endswith(f".{t}") for t in self.target_parameters)
+            if any(f".{parameter_name(layer, projection)}".endswith(f".{t}") for t in self.target_parameters)
         ]
 
-    def rank(self, layer: int, projection: Projection) -> int:
-        """r of one expert, after rank_pattern."""
-        return _resolve(self.rank_pattern, _parameter_name(layer, projection), self.r)
+    def rank(self, name: str) -> int:
+        """r of a module or parameter, of one expert, after rank_pattern."""
+        return _resolve(self.rank_pattern, name, self.r)
 
-    def scale(self, layer: int, projection: Projection) -> float:
+    def scale(self, name: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, after both patterns."""
-        alpha = _resolve(self.alpha_pattern, _parameter_name(layer, projection), self.lora_alpha)
-        rank = self.rank(layer, projection)
+        alpha = _resolve(self.alpha_pattern, name, self.lora_alpha)
+        rank = self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -141,10 +141,10 @@ def load_lora(path: str | os.PathLike[str], config: Config, layer: int) -> Lora:
     """
     if not 0 <= layer < config.num_hidden_layers:
         raise ValueError(f"layer must be in [0, {config.num_hidden_layers}), got {layer}")
-    settings = _Settings.load(Path(path) / "adapter_config.json")
+    settings = Settings.load(Path(path) / "adapter_config.json")
     file = Path(path) / "adapter_model.safetensors"
     with open_safetensors(file) as shard:
-        found = _suffixes_by_layer(shard.keys())
+        found = suffixes_by_layer(shard.keys())
         if layer not in found:
             raise ValueError(
                 f"{file} has no LoRA on the experts of layer {layer} "
@@ -155,7 +155,7 @@ def load_lora(path: str | os.PathLike[str], config: Config, layer: int) -> Lora:
         fields: dict[str, Array] = {}
         for pair in pairs[layer]:
             a, b = _factors(shard, config.num_local_experts, pair, swapped=swapped)
-            scale = np.array([settings.scale(layer, pair.projection)], np.float32)
+            scale = np.array([settings.scale(parameter_name(layer, pair.projection))], np.float32)
             fields |= {
                 f"{pair.projection}_a": jnp.asarray(a[None]),
                 f"{pair.projection}_b": jnp.asarray(b[None]),
@@ -177,7 +177,7 @@ def stack_loras(loras: Sequence[Lora]) -> Lora:
     return Lora(**_stack(loras, "gate_up"), **_stack(loras, "down"))
 
 
-def _parameter_name(layer: int, projection: Projection) -> str:
+def parameter_name(layer: int, projection: Projection) -> str:
     """The name by which PEFT's targets and patterns know a projection's weight."""
     return f"model.layers.{layer}.mlp.experts.{projection}_proj"
 
@@ -219,7 +219,7 @@ def _resolve[T](pattern: dict[str, T], name: str, default: T) -> T:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _suffixes_by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
+def suffixes_by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
     """Of each layer with LoRA in its MLP: what follows `mlp.` in the keys."""
     found: dict[int, set[str]] = {}
     for match in filter(None, map(_KEY.fullmatch, keys)):
@@ -227,7 +227,7 @@ def _suffixes_by_layer(keys: Iterable[str]) -> dict[int, set[str]]:
     return found
 
 
-def _pairs(file: Path, settings: _Settings, layer: int, suffixes: set[str]) -> list[_Pair]:
+def _pairs(file: Path, settings: Settings, layer: int, suffixes: set[str]) -> list[_Pair]:
     """Says which keys hold which projection of a layer, and that these are all the keys there are."""
     targets = settings.targets(layer)
     modules = ["experts.base_layer", "experts"][-len(targets) :] if targets else []
@@ -239,7 +239,7 @@ def _pairs(file: Path, settings: _Settings, layer: int, suffixes: set[str]) -> l
         )
     prefix = f"base_model.model.model.layers.{layer}.mlp."
     return [
-        _Pair(target, settings.rank(layer, target), *(f"{prefix}{module}.{part}" for part in _PAIR))
+        _Pair(target, settings.rank(parameter_name(layer, target)), *(f"{prefix}{module}.{part}" for part in _PAIR))
         for target, module in zip(targets, modules, strict=True)
     ]
 

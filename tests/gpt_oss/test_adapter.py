@@ -1,0 +1,126 @@
+"""Adapters on the whole model, beside what transformers and PEFT computed with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jmoe import gpt_oss
+
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
+PREFIX = "base_model.model.model.layers."
+
+
+@pytest.fixture(scope="module")
+def model() -> gpt_oss.GptOss:
+    return gpt_oss.load(CASE / "model", adapter=CASE / "adapter", dtype=jnp.float32, progress=False)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    with np.load(CASE / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
+
+
+def test_logits_are_those_of_transformers_and_peft(model: gpt_oss.GptOss, expected: dict[str, np.ndarray]) -> None:
+    tokens = expected["input_ids"]
+    call = nnx.jit(lambda model, ids: model(tokens, adapter_ids=ids))
+    assert relative(call(model, None), expected["adapter_logits"]) <= 1e-3
+    assert relative(call(model, jnp.array([-1, -1])), expected["base_logits"]) <= 1e-3
+    mixed = np.asarray(call(model, jnp.array([0, -1])))
+    assert relative(mixed[0], expected["adapter_logits"][0]) <= 1e-3
+    assert relative(mixed[1], expected["base_logits"][1]) <= 1e-3
+
+
+def test_gradients_are_those_of_transformers_and_peft(model: gpt_oss.GptOss, expected: dict[str, np.ndarray]) -> None:
+    tokens = expected["input_ids"]
+
+    def loss(model: gpt_oss.GptOss) -> jax.Array:
+        logits = model(tokens)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    value, gradient = nnx.jit(nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))(model)
+    assert float(value) == pytest.approx(float(expected["adapter_loss"]), rel=1e-4)
+    a, b = gradient["lora_a"].get_value(), gradient["lora_b"].get_value()
+    for layer in range(2):
+        for name in "qkvo":
+            for part, of in (("A", a), ("B", b)):
+                want = expected[f"adapter_grad/{PREFIX}{layer}.self_attn.{name}_proj.lora_{part}.weight"]
+                assert relative(of[name][layer, 0], want) <= 1e-3
+        for name, module in (("gate_up", "experts.base_layer"), ("down", "experts")):
+            want_a = expected[f"adapter_grad/{PREFIX}{layer}.mlp.{module}.lora_A.weight"]
+            want_b = expected[f"adapter_grad/{PREFIX}{layer}.mlp.{module}.lora_B.weight"]
+            assert relative(a[name][layer, 0].reshape(want_a.shape), want_a) <= 1e-3
+            # PEFT's columns count (rank, expert).
+            assert relative(b[name][layer, 0].transpose(1, 2, 0).reshape(want_b.shape), want_b) <= 1e-3
+
+
+def copy_of_adapter(folder: Path, change: object) -> Path:
+    """The adapter with its tensors changed."""
+    shutil.copytree(CASE / "adapter", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((2, 64), np.float32)}),
+            r"base_model.model.lm_head.lora_A.weight is LoRA on nothing",
+        ),
+        (
+            lambda t: t.pop(f"{PREFIX}0.self_attn.q_proj.lora_B.weight"),
+            r"has no tensor .*layers.0.self_attn.q_proj.lora_B",
+        ),
+        (
+            lambda t: t.pop(f"{PREFIX}1.self_attn.o_proj.lora_A.weight"),
+            r"has no tensor .*layers.1.self_attn.o_proj.lora_A",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}0.self_attn.k_proj.lora_A.weight": np.zeros((3, 64), np.float32)}),
+            r"layers.0.self_attn.k_proj.lora_A.weight must be F32 or BF16 \(2, 64\)",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}7.self_attn.k_proj.lora_A.weight": np.zeros((2, 64), np.float32)}),
+            r"layers.7.self_attn.k_proj.lora_A.weight is of a layer past the model's 2",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_path: Path) -> None:
+    folder = copy_of_adapter(tmp_path / "adapter", change)
+    with pytest.raises(ValueError, match=message):
+        gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
+
+
+def test_a_layer_without_lora_is_left_as_it_was(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if ".layers.1." in key]:
+            del tensors[key]
+
+    lora = gpt_oss.load_adapter(copy_of_adapter(tmp_path / "adapter", change), gpt_oss.Config.load(CASE / "model"))
+    assert lora.a["q"].shape == (2, 1, 2, 64)
+    assert lora.b["down"].shape == (2, 1, 4, 64, 2)
+    assert not any(leaf[1].any() for leaf in jax.tree.leaves(lora))
+    assert all(leaf[0].any() for leaf in jax.tree.leaves(lora))
+
+
+def test_an_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
+    folder = copy_of_adapter(tmp_path / "adapter", lambda tensors: tensors.clear())
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": None}))
+    with pytest.raises(ValueError, match="it would change nothing"):
+        gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
