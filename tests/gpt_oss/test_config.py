@@ -1,0 +1,85 @@
+"""config.json: what is read, in either spelling, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jmoe.gpt_oss import Config, Rope
+from jmoe.gpt_oss.rope import inverse_frequencies, scale
+
+CASE = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
+
+
+def written(folder: Path, **changes: object) -> Path:
+    """A directory with the tiny case's config.json, changed; None removes an entry."""
+    entries = json.loads((CASE / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: v for name, v in entries.items() if v is not None}))
+    return folder
+
+
+def test_the_released_models() -> None:
+    small, large = Config.gpt_oss_20b(), Config.gpt_oss_120b()
+    assert (small.num_hidden_layers, small.num_local_experts) == (24, 32)
+    assert (large.num_hidden_layers, large.num_local_experts) == (36, 128)
+    assert small.windows[:3] == (128, None, 128)
+    assert large.rope == Rope()
+
+
+def test_rotary_frequencies_of_the_released_models() -> None:
+    rope = Config.gpt_oss_20b().rope
+    got = inverse_frequencies(rope, 64)[[0, 8, 9, 12, 17, 18, 31]]
+    want = [1, 5.0813273e-2, 3.1705696e-2, 6.7949593e-3, 1.2931869e-4, 3.8308812e-5, 3.0235114e-7]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert scale(rope) == pytest.approx(1.3465735903)
+
+
+def test_rotary_positions_that_are_not_stretched(tmp_path: Path) -> None:
+    config = Config.load(written(tmp_path, rope_scaling=None))
+    assert scale(config.rope) == 1
+    np.testing.assert_allclose(inverse_frequencies(config.rope, 8), [1, 150000**-0.25, 150000**-0.5, 150000**-0.75])
+
+
+def test_both_spellings_of_rope(tmp_path: Path) -> None:
+    entries = json.loads((CASE / "config.json").read_text())
+    both = {**entries["rope_scaling"], "rope_theta": entries["rope_theta"]}
+    config = Config.load(written(tmp_path, rope_scaling=None, rope_theta=None, rope_parameters=both))
+    assert config == Config.load(CASE)
+
+
+def test_without_layer_types_even_layers_slide(tmp_path: Path) -> None:
+    assert Config.load(written(tmp_path, layer_types=None)).windows == (8, None)
+
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3"}}, 'rope_type must be "yarn" or "default", got "llama3"'),
+        ({"rope_scaling": {**YARN, "mscale": 2}}, r"got also \['mscale'\]"),
+        ({"rope_scaling": YARN}, "original_max_position_embeddings must be a positive int, got null"),
+        ({"quantization_config": {"quant_method": "fp8"}}, 'quant_method must be "mxfp4", got "fp8"'),
+        ({"layer_types": ["full_attention"]}, "layer_types must list num_hidden_layers = 2 kinds"),
+        ({"layer_types": ["full_attention", "chunked"]}, 'or "full_attention", got "chunked"'),
+        ({"hidden_act": "gelu"}, 'hidden_act must be "silu", got "gelu"'),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
+        ({"head_dim": 0}, "head_dim must be a positive int, got 0"),
+        ({"sliding_window": None}, "sliding_window must be a positive int, got null"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads = 3"),
+    ],
+)
+def test_what_this_model_is_not(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.load(written(tmp_path, **changes))
+
+
+def test_truncation_is_the_default_without_the_key(tmp_path: Path) -> None:
+    entries = json.loads((CASE / "config.json").read_text())
+    rope = {name: v for name, v in entries["rope_scaling"].items() if name != "truncate"}
+    config = Config.load(written(tmp_path, rope_scaling=rope))
+    assert config.rope.truncate
+    assert not math.isclose(inverse_frequencies(config.rope, 64)[12], inverse_frequencies(Rope(), 64)[12])
