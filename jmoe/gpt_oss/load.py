@@ -16,6 +16,7 @@ from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
+from jmoe.ops.launch import reads_packed_here
 from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.packed import pack
 
@@ -117,17 +118,6 @@ def steps(count: int, description: str, progress: bool) -> Iterator[int]:
 
     console = Console(stderr=True)
     yield from track(range(count), description, console=console, disable=not console.is_terminal)
-
-
-def reads_packed_here() -> bool:
-    """Whether the default device has kernels that read packed experts."""
-    if jax.default_backend() != "gpu":
-        return False
-    from jmoe.ops.launch import check_installed, local_capability
-    from jmoe.triton_src.moe import reads_packed
-
-    check_installed()
-    return reads_packed(local_capability())
 
 
 def attention_specs(config: Config, layer: int) -> dict[str, Spec]:

@@ -305,6 +305,20 @@ def local_capability() -> int:
     return int(major) * 10 + int(minor)
 
 
+def reads_packed_here() -> bool:
+    """Whether JAX's default device has kernels that read packed experts.
+
+    Raises:
+      ImportError: it is a GPU, and Triton or jax-triton is not there.
+    """
+    if jax.default_backend() != "gpu":
+        return False
+    check_installed()
+    from jmoe.triton_src.moe import reads_packed
+
+    return reads_packed(local_capability())
+
+
 def local_tables() -> "TileTables | None":
     """The tile tables that the user has measured for this machine's GPU with `jmoe tune`, if any.
 
