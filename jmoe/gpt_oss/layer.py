@@ -1,15 +1,18 @@
 """One transformer layer of gpt-oss as a function of its weights."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.checkpoint import rms_norm
-from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.rope import rotate
 from jmoe.gpt_oss.weights import LayerWeights, Linear, LoraWeights
 from jmoe.ops.moe import moe
+
+type Attention[S] = Callable[[Array, Array, Array, Array], tuple[Array, S]]
 
 
 def linear(
@@ -43,26 +46,28 @@ def product(equation: str, x: Array, w: Array) -> Array:
     )
 
 
-def layer(
+def layer[S](
     x: Float[Array, "B T H"],
     weights: LayerWeights,
     lora: LoraWeights | None,
     config: Config,
     *,
-    window: int | None,
+    attention: Attention[S],
     rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    segment_ids: Int32[Array, "B T"] | None,
     adapter_ids: Int32[Array, "B T"] | None,
     recompute: bool,
-) -> Float[Array, "B T H"]:
-    """x after attention and experts, each added to what went in."""
+) -> tuple[Float[Array, "B T H"], S]:
+    """x after attention and experts, each added to what went in, and what the attention keeps.
+
+    attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
+    """
     normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
     heads = {
         name: linear(normal, getattr(weights, name), name, lora, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
         for name in ("q", "k", "v")
     }
     q, k = (rotate(heads[name], *rotary) for name in ("q", "k"))
-    attended = attend(q, k, heads["v"], weights.sinks, window=window, segment_ids=segment_ids)
+    attended, kept = attention(q, k, heads["v"], weights.sinks)
     x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, "o", lora, adapter_ids)
     normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
     on_experts = None if lora is None else lora.on_experts
@@ -78,4 +83,4 @@ def layer(
         recompute=recompute,
         backend="xla" if x.dtype == jnp.float32 else None,
     )
-    return x + y
+    return x + y, kept

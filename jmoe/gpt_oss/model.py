@@ -1,5 +1,8 @@
 """gpt-oss as a Flax module."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,8 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jmoe.checkpoint import rms_norm
+from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import layer, product
+from jmoe.gpt_oss.layer import Attention, layer, product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
@@ -103,38 +107,71 @@ class GptOss(nnx.Module):
           ValueError: tokens are not [B, T] integers, or adapter_ids do not go with the model's adapters.
         """
         check_tokens(tokens, adapter_ids, self.lora)
-        config = self.config
         if positions is None:
             positions = positions_in_segments(tokens.shape, segment_ids)
         if adapter_ids is not None and adapter_ids.ndim == 1:
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
+
+        def attention(window: int | None) -> Attention[None]:
+            return lambda q, k, v, sinks: (attend(q, k, v, sinks, window=window, segment_ids=segment_ids), None)
+
+        attentions = [(lambda _, window=window: attention(window)) for window in self.config.windows]
+        hidden, _ = self.through_layers(tokens, positions, adapter_ids, attentions, None)
+        return hidden
+
+    def through_layers[S](
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        adapter_ids: Int32[Array, "B T"] | None,
+        attentions: Sequence[Callable[[Any], Attention[S]]],
+        states: Any,
+    ) -> tuple[Float[Array, "B T H"], Any]:
+        """(hidden, what each layer's attention keeps): the layers one after another, one group of them compiled.
+
+        attentions: of a layer's state, the attention, for each layer of the first group at least.
+        states: one pytree for each layer of a group, its arrays with a leading axis for the groups; or None. What is
+          kept comes in the same form.
+        """
+        config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
         x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
-        period = shortest_period(config.windows)
+        period = self.period
         groups = config.num_hidden_layers // period
 
-        def group(x: Array, weights: tuple[LayerWeights, LoraWeights | None]) -> tuple[Array, None]:
-            for i, window in enumerate(config.windows[:period]):
-                own, lora = jax.tree.map(lambda leaf, i=i: leaf[i], weights)
+        def group(x: Array, arrays: tuple[LayerWeights, LoraWeights | None, Any]) -> tuple[Array, tuple[S, ...]]:
+            *weights, states = arrays
+            kept = []
+            for i in range(period):
+                own, lora = jax.tree.map(lambda leaf, i=i: leaf[i], tuple(weights))
+                state = None if states is None else states[i]
 
-                def one(x: Array, own: LayerWeights, lora: LoraWeights | None, window: int | None = window) -> Array:
+                def one(
+                    x: Array, own: LayerWeights, lora: LoraWeights | None, state: Any, i: int = i
+                ) -> tuple[Array, S]:
                     return layer(
                         x,
                         own,
                         lora,
                         config,
-                        window=window,
+                        attention=attentions[i](state),
                         rotary=rotary,
-                        segment_ids=segment_ids,
                         adapter_ids=adapter_ids,
                         recompute=self.recompute,
                     )
 
-                x = (jax.checkpoint(one) if self.remat else one)(x, own, lora)
-            return x, None
+                x, keeps = (jax.checkpoint(one) if self.remat else one)(x, own, lora, state)
+                kept.append(keeps)
+            return x, tuple(kept)
 
-        x, _ = lax.scan(group, x, slice_layers((self.layers.get_value(), self.lora), groups))
-        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps)
+        weights = slice_layers((self.layers.get_value(), self.lora), groups)
+        x, kept = lax.scan(group, x, (*weights, states))
+        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), kept
+
+    @property
+    def period(self) -> int:
+        """Layers in a group."""
+        return shortest_period(self.config.windows)
 
 
 def shortest_period(windows: tuple[int | None, ...]) -> int:

@@ -1,0 +1,77 @@
+"""Text token by token: the prompt at once, then one step after another against the cache."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jmoe.gpt_oss.attention import attend
+from jmoe.gpt_oss.cache import LayerCache, attend_cached, fill
+from jmoe.gpt_oss.layer import Attention
+from jmoe.gpt_oss.model import GptOss, check_tokens, positions_in_segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Sequences so far; a pytree of static shapes.
+
+    cache: for each layer of a group, with a leading axis for the groups.
+    lengths: int32 [B], tokens of each sequence in the cache.
+    adapter_ids: int32 [B], or None.
+    """
+
+    cache: tuple[LayerCache, ...]
+    lengths: Int32[Array, " B"]
+    adapter_ids: Int32[Array, " B"] | None
+
+
+def prefill(
+    model: GptOss,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+    *,
+    capacity: int,
+    adapter_ids: Int32[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Decoding]:
+    """(float32 logits of each prompt's last token, what decoding goes on from).
+
+    Args:
+      tokens: prompts, padded at their ends with anything.
+      lengths: tokens of each prompt, at least 1.
+      capacity: tokens that a sequence may come to have, the prompt's among them.
+
+    Raises:
+      ValueError: the prompts are longer than the capacity; and as GptOss.hidden.
+    """
+    check_tokens(tokens, adapter_ids, model.lora)
+    if tokens.shape[1] > capacity:
+        raise ValueError(f"prompts of {tokens.shape[1]} tokens do not fit a capacity of {capacity}")
+
+    def attention(window: int | None) -> Attention[LayerCache]:
+        def attend_and_keep(q: Array, k: Array, v: Array, sinks: Array) -> tuple[Array, LayerCache]:
+            return attend(q, k, v, sinks, window=window), fill(k, v, lengths, window, capacity)
+
+        return attend_and_keep
+
+    attentions = [(lambda _, window=window: attention(window)) for window in model.config.windows]
+    ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
+    positions = positions_in_segments(tokens.shape, None)
+    hidden, cache = model.through_layers(tokens, positions, ids, attentions, None)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return model.logits(last)[:, 0], Decoding(cache, lengths, adapter_ids)
+
+
+def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
+    """(float32 logits after each sequence's next token, the sequences with it)."""
+
+    def attention(cache: Any) -> Attention[LayerCache]:
+        return functools.partial(attend_cached, cache=cache, position=state.lengths)
+
+    ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
+    attentions = [attention] * model.period
+    hidden, cache = model.through_layers(tokens[:, None], state.lengths[:, None], ids, attentions, state.cache)
+    return model.logits(hidden)[:, 0], Decoding(cache, state.lengths + 1, state.adapter_ids)

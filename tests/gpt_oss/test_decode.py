@@ -1,0 +1,58 @@
+"""Decoding against the cache, beside the whole sequence at once and transformers' greedy text."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jmoe import gpt_oss
+from jmoe.gpt_oss.cache import held_positions
+from jmoe.gpt_oss.decode import decode, prefill
+
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
+
+
+@pytest.fixture(scope="module")
+def model() -> gpt_oss.GptOss:
+    return gpt_oss.load(CASE / "model", adapter=CASE / "adapter", dtype=jnp.float32, progress=False)
+
+
+def test_steps_are_the_whole_sequence_for_prompts_of_different_lengths(model: gpt_oss.GptOss) -> None:
+    """Across the window of 8, prompts shorter and longer than it, one with the adapter and one without."""
+    tokens = np.random.default_rng(0).integers(0, 128, (3, 30)).astype(np.int32)
+    lengths, ids = np.array([3, 8, 17], np.int32), jnp.array([0, -1, 0], jnp.int32)
+    whole = np.asarray(nnx.jit(lambda model: model(tokens, adapter_ids=ids))(model))
+    start = nnx.jit(lambda model: prefill(model, tokens[:, :17], lengths, capacity=40, adapter_ids=ids))
+    step = nnx.jit(decode)
+    logits, state = start(model)
+    for i in range(13):
+        for b, length in enumerate(lengths):
+            np.testing.assert_allclose(logits[b], whole[b, length - 1 + i], rtol=2e-4, atol=2e-4)
+        following = tokens[np.arange(3), lengths + i]
+        logits, state = step(model, jnp.asarray(following), state)
+    assert state.lengths.tolist() == (lengths + 13).tolist()
+    assert [cache.keys.shape[2] for cache in state.cache] == [8, 40]
+
+
+@pytest.mark.parametrize(("adapter", "name"), [(-1, "gen_tokens"), (0, "gen_tokens_adapter")])
+def test_greedy_text_is_that_of_transformers(model: gpt_oss.GptOss, adapter: int, name: str) -> None:
+    with np.load(CASE / "expected.npz") as arrays:
+        prompt, want = arrays["gen_prompt"], arrays[name]
+    ids = jnp.full(1, adapter, jnp.int32)
+    logits, state = prefill(model, jnp.asarray(prompt), jnp.array([6], jnp.int32), capacity=24, adapter_ids=ids)
+    step, got = nnx.jit(decode), []
+    for _ in want:
+        got.append(int(logits[0].argmax()))
+        logits, state = step(model, jnp.array(got[-1:], jnp.int32), state)
+    assert got == want.tolist()
+
+
+def test_slots_hold_the_latest_tokens() -> None:
+    assert held_positions(jnp.array([2, 5]), 4).tolist() == [[0, 1, 2, -1], [4, 5, 2, 3]]
+
+
+def test_prompts_that_do_not_fit_are_an_error(model: gpt_oss.GptOss) -> None:
+    with pytest.raises(ValueError, match="prompts of 9 tokens do not fit a capacity of 8"):
+        prefill(model, jnp.zeros((1, 9), jnp.int32), jnp.array([9]), capacity=8)
