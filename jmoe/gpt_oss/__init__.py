@@ -4,10 +4,24 @@ from jmoe.gpt_oss.adapter import load_adapter as load_adapter
 from jmoe.gpt_oss.attention import attend as attend
 from jmoe.gpt_oss.config import Config as Config
 from jmoe.gpt_oss.config import Rope as Rope
+from jmoe.gpt_oss.generate import Generated as Generated
+from jmoe.gpt_oss.generate import generate as generate
 from jmoe.gpt_oss.load import load as load
 from jmoe.gpt_oss.model import GptOss as GptOss
 from jmoe.gpt_oss.weights import LayerWeights as LayerWeights
 from jmoe.gpt_oss.weights import Linear as Linear
 from jmoe.gpt_oss.weights import LoraWeights as LoraWeights
 
-__all__ = ["Config", "GptOss", "LayerWeights", "Linear", "LoraWeights", "Rope", "attend", "load", "load_adapter"]
+__all__ = [
+    "Config",
+    "Generated",
+    "GptOss",
+    "LayerWeights",
+    "Linear",
+    "LoraWeights",
+    "Rope",
+    "attend",
+    "generate",
+    "load",
+    "load_adapter",
+]

@@ -1,0 +1,137 @@
+"""Text that follows prompts: batches of different lengths, sampled, stopped and streamed."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.model import GptOss
+from jmoe.gpt_oss.sample import greedy, sample
+
+type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
+
+
+class Generated(NamedTuple):
+    """tokens int32 [B, max_new_tokens], and lengths int32 [B]: how many of them are text, a stop token not counted."""
+
+    tokens: Int32[np.ndarray, "B n"]
+    lengths: Int32[np.ndarray, " B"]
+
+
+class Progress(NamedTuple):
+    """Between two chunks of steps; a pytree of static shapes."""
+
+    logits: Float[Array, "B V"]
+    decoding: Decoding
+    done: Bool[Array, " B"]
+    key: PRNGKeyArray
+
+
+def generate(
+    model: GptOss,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    adapter_ids: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    chunk: int = 16,
+) -> Generated:
+    """The tokens that follow each prompt.
+
+    The prompts are padded to a multiple of 64 tokens, so that few lengths are compiled. A step's programs are kept by
+    jax.jit for the next call with the same sizes.
+
+    Args:
+      prompts: token ids of each sequence, at least one each.
+      stop_tokens: a sequence ends with any of these; None: the configuration's eos_token_id.
+      temperature: 0 takes the likeliest token; else see jmoe.gpt_oss.sample.
+      adapter_ids: each sequence's adapter, -1 for none.
+      callback: called after each chunk with its tokens [B, n] and which of them are text.
+      chunk: steps between looks at what has stopped.
+
+    Raises:
+      ValueError: a prompt is empty, or a number is out of range.
+    """
+    check_options(model, prompts, max_new_tokens, temperature, top_p, chunk)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = -(-int(lengths.max()) // 64) * 64
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
+    ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
+    capacity = width + -(-max_new_tokens // 64) * 64
+    logits, decoding = start(model, tokens, lengths, ids, capacity)
+    progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), jax.random.key(seed))
+    found: list[np.ndarray] = []
+    texts: list[np.ndarray] = []
+    while sum(part.shape[1] for part in found) < max_new_tokens:
+        steps = min(chunk, max_new_tokens - sum(part.shape[1] for part in found))
+        new, text, progress = advance(model, progress, stop, temperature, top_p, steps, temperature == 0)
+        found.append(np.asarray(new).T)
+        texts.append(np.asarray(text).T)
+        if callback is not None:
+            callback(found[-1], texts[-1])
+        if bool(progress.done.all()):
+            break
+    everything, is_text = np.concatenate(found, axis=1), np.concatenate(texts, axis=1)
+    padding = [(0, 0), (0, max_new_tokens - everything.shape[1])]
+    return Generated(
+        np.pad(everything, padding, constant_values=model.config.pad_token_id), is_text.sum(axis=1, dtype=np.int32)
+    )
+
+
+def check_options(
+    model: GptOss, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, chunk: int
+) -> None:
+    """Raises ValueError unless generate can go on from these."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(f"prompts must be at least one token each, got lengths {[len(prompt) for prompt in prompts]}")
+    largest, smallest = max(max(prompt) for prompt in prompts), min(min(prompt) for prompt in prompts)
+    if smallest < 0 or largest >= model.config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {model.config.vocab_size}), got {smallest} to {largest}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _start(
+    model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int
+) -> tuple[Float[Array, "B V"], Decoding]:
+    """prefill by positions of its arguments."""
+    return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids)
+
+
+def _advance(
+    model: GptOss, progress: Progress, stop: Array, temperature: float, top_p: float, steps: int, likeliest: bool
+) -> tuple[Int32[Array, "n B"], Bool[Array, "n B"], Progress]:
+    """(tokens, which of them are text, what follows) of so many steps."""
+
+    def step(progress: Progress, _: None) -> tuple[Progress, tuple[Array, Array]]:
+        key, own = jax.random.split(progress.key)
+        token = greedy(progress.logits) if likeliest else sample(progress.logits, own, temperature, top_p)
+        token = jnp.where(progress.done, model.config.pad_token_id, token)
+        done = progress.done | jnp.isin(token, stop)
+        logits, decoding = decode(model, jnp.minimum(token, model.config.vocab_size - 1), progress.decoding)
+        return Progress(logits, decoding, done, key), (token, ~done)
+
+    progress, (tokens, text) = lax.scan(step, progress, None, length=steps)
+    return tokens, text, progress
+
+
+start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=4)
+advance: Callable[..., tuple[Array, Array, Progress]] = nnx.jit(_advance, static_argnums=(5, 6), donate_argnums=1)

@@ -1,0 +1,28 @@
+"""The next token from logits."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""] | float,
+    top_p: Float[Array, ""] | float,
+) -> Int32[Array, " B"]:
+    """A token of softmax(logits / temperature), of the fewest whose probabilities sum to top_p or more.
+
+    The largest is among them whatever top_p is.
+    """
+    ordered, tokens = jax.lax.top_k(logits / temperature, logits.shape[-1])
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p) | (jnp.arange(logits.shape[-1]) == 0)
+    chosen = jax.random.categorical(key, jnp.where(kept, ordered, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def greedy(logits: Float[Array, "B V"]) -> Int32[Array, " B"]:
+    """The likeliest token; of equals the first."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
