@@ -78,7 +78,8 @@ def windowed(
 def full(through: Callable[..., Array], q: Array, k: Array, v: Array, segment_ids: Array, blocks: int) -> Array:
     """Groups of blocks of queries, each with the keys up to its end."""
     outs = []
-    size = -(-blocks // GROUPS)
+    # XLA inlines a map of one step, and would then hold the scores of all groups at once.
+    size = max(2, -(-blocks // GROUPS))
     for first in range(0, blocks, size):
         last = min(first + size, blocks)
         end = last * BLOCK

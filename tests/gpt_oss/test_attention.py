@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.gpt_oss import attend
+from jmoe.gpt_oss.attention import BLOCK
 from jmoe.gpt_oss.model import positions_in_segments
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -69,6 +70,16 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square(window: int | No
 
     short, long = held(2048), held(8192)
     assert long <= 5 * short
+
+
+@pytest.mark.parametrize("length", [2048, 4096])
+def test_few_blocks_of_scores_are_held_at_once(length: int) -> None:
+    """Also where the sequence has no more blocks than there are groups of them."""
+    shapes = [jax.ShapeDtypeStruct((1, length, n, DIM), jnp.float32) for n in (16, 2, 2)]
+    shapes.append(jax.ShapeDtypeStruct((16,), jnp.float32))
+    compiled = jax.jit(functools.partial(attend, window=None)).lower(*shapes).compile()
+    scores = 4 * 16 * BLOCK * length
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * scores
 
 
 def test_positions_begin_anew_in_each_segment() -> None:
