@@ -1,6 +1,7 @@
 """The gpt-oss models."""
 
 from jmoe.gpt_oss.adapter import load_adapter as load_adapter
+from jmoe.gpt_oss.adapter import stack_adapters as stack_adapters
 from jmoe.gpt_oss.attention import attend as attend
 from jmoe.gpt_oss.config import Config as Config
 from jmoe.gpt_oss.config import Rope as Rope
@@ -8,6 +9,7 @@ from jmoe.gpt_oss.generate import Generated as Generated
 from jmoe.gpt_oss.generate import generate as generate
 from jmoe.gpt_oss.load import load as load
 from jmoe.gpt_oss.model import GptOss as GptOss
+from jmoe.gpt_oss.save import save_adapter as save_adapter
 from jmoe.gpt_oss.weights import LayerWeights as LayerWeights
 from jmoe.gpt_oss.weights import Linear as Linear
 from jmoe.gpt_oss.weights import LoraWeights as LoraWeights
@@ -24,4 +26,6 @@ __all__ = [
     "generate",
     "load",
     "load_adapter",
+    "save_adapter",
+    "stack_adapters",
 ]

@@ -112,3 +112,44 @@ def pad(array: Array, axis: int, size: int) -> Array:
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, size - array.shape[axis])
     return jnp.pad(array, padding)
+
+
+def stack_adapters(adapters: Sequence[LoraWeights]) -> LoraWeights:
+    """Several models' adapters side by side, for batches that mix them; adapter_ids count them in this order.
+
+    A target that one of them leaves alone gets zeros there, and smaller ranks are padded with zeros. Factors of
+    different dtypes become float32.
+
+    Raises:
+      ValueError: there are none, or they are for models of different sizes.
+    """
+    if not adapters:
+        raise ValueError("stack_adapters needs at least one adapter, got none")
+    targets = [target for target in TARGETS if any(target in adapter.a for adapter in adapters)]
+    joined = {target: join([factors_of(adapter, target) for adapter in adapters], target) for target in targets}
+    return LoraWeights(*({target: getattr(f, field) for target, f in joined.items()} for field in Factors._fields))
+
+
+def factors_of(adapter: LoraWeights, target: str) -> Factors | None:
+    """All layers' factors on one target, or None; the arrays' second axis counts adapters."""
+    return Factors(adapter.a[target], adapter.b[target], adapter.scale[target]) if target in adapter.a else None
+
+
+def join(factors: Sequence[Factors | None], target: str) -> Factors:
+    """One target's factors along the adapter axis."""
+    present = [f for f in factors if f is not None]
+    sizes_of = {(f.a.shape[0], *f.a.shape[2:-2], f.a.shape[-1], f.b.shape[-2]) for f in present}
+    if len(sizes_of) > 1:
+        raise ValueError(
+            f"adapters must be for models of one size, got (layers, ..., K, N) {sorted(sizes_of)} on {target}"
+        )
+    rank = max(f.a.shape[-2] for f in present)
+    dtypes = {f.a.dtype for f in present}
+    dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
+    padded = [
+        None if f is None else Factors(pad(f.a.astype(dtype), -2, rank), pad(f.b.astype(dtype), -1, rank), f.scale)
+        for f in factors
+    ]
+    first = next(f for f in padded if f is not None)
+    zero = Factors(*(jnp.zeros_like(leaf[:, :1]) for leaf in first))
+    return Factors(*(jnp.concatenate([getattr(f or zero, field) for f in padded], axis=1) for field in Factors._fields))

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer
-from jmoe.gpt_oss.adapter import load_adapter
+from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
@@ -28,7 +28,7 @@ FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "genera
 def load(
     path: str | os.PathLike[str],
     *,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
     recompute: bool = False,
@@ -41,7 +41,8 @@ def load(
     updated in place, so that beside the model one layer is held at most.
 
     Args:
-      adapter: a PEFT adapter's directory; see jmoe.gpt_oss.load_adapter.
+      adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
+        jmoe.gpt_oss.load_adapter.
       dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       progress: show a bar on a terminal.
@@ -54,7 +55,9 @@ def load(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
-    lora = None if adapter is None else load_adapter(adapter, config)
+    directories = [adapter] if isinstance(adapter, str | os.PathLike) else adapter or []
+    adapters = [load_adapter(one, config) for one in directories]
+    lora = stack_adapters(adapters) if adapters else None
     packed = reads_packed_here() if packed is None else packed
     stack = None
     for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):

@@ -124,3 +124,40 @@ def test_an_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": None}))
     with pytest.raises(ValueError, match="it would change nothing"):
         gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
+
+
+def test_adapters_of_different_targets_and_ranks_stand_side_by_side(
+    tmp_path: Path, expected: dict[str, np.ndarray]
+) -> None:
+    """A batch of three: without, with the whole adapter, and with one that has other ranks and no LoRA on attention."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if "self_attn" in key]:
+            del tensors[key]
+
+    part = copy_of_adapter(tmp_path / "adapter", change)
+    model = gpt_oss.load(CASE / "model", adapter=[CASE / "adapter", part], dtype=jnp.float32, progress=False)
+    alone = gpt_oss.load(CASE / "model", adapter=part, dtype=jnp.float32, progress=False)
+    tokens = np.repeat(expected["input_ids"][:1], 3, axis=0)
+    logits = np.asarray(nnx.jit(lambda model: model(tokens, adapter_ids=jnp.array([-1, 0, 1])))(model))
+    assert relative(logits[0], expected["base_logits"][0]) <= 1e-3
+    assert relative(logits[1], expected["adapter_logits"][0]) <= 1e-3
+    assert relative(logits[2], np.asarray(alone(tokens[:1]))[0]) <= 1e-4
+    with pytest.raises(ValueError, match="adapter_ids must be given with 2 adapters"):
+        model(tokens)
+
+
+def test_smaller_ranks_are_padded() -> None:
+    config = gpt_oss.Config.load(CASE / "model")
+    adapter = gpt_oss.load_adapter(CASE / "adapter", config)
+    first = {name: leaf[..., :1, :] for name, leaf in adapter.a.items()}
+    last = {name: leaf[..., :1] for name, leaf in adapter.b.items()}
+    both = gpt_oss.stack_adapters([gpt_oss.LoraWeights(first, last, adapter.scale), adapter])
+    assert both.a["q"].shape == (2, 2, 2, 64)
+    assert not both.a["down"][:, 0, :, 1].any()
+    assert np.array_equal(both.b["o"][:, 1], adapter.b["o"][:, 0])
+    with pytest.raises(ValueError, match="at least one adapter, got none"):
+        gpt_oss.stack_adapters([])
+    shorter = jax.tree.map(lambda leaf: leaf[:1], adapter)
+    with pytest.raises(ValueError, match="must be for models of one size"):
+        gpt_oss.stack_adapters([adapter, shorter])

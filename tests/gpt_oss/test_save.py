@@ -1,0 +1,72 @@
+"""What is saved is what jmoe and PEFT load."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import GptOssForCausalLM, Mxfp4Config
+
+from jmoe import gpt_oss
+
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
+
+# transformers 5.23 asks torch modules for an attribute that it has deprecated itself.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def adapter() -> gpt_oss.LoraWeights:
+    return gpt_oss.load_adapter(CASE / "adapter", gpt_oss.Config.load(CASE / "model"))
+
+
+def assert_same(one: gpt_oss.LoraWeights, other: gpt_oss.LoraWeights) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_round_trip(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    gpt_oss.save_adapter(tmp_path / "saved", adapter)
+    assert_same(gpt_oss.load_adapter(tmp_path / "saved", gpt_oss.Config.load(CASE / "model")), adapter)
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("targets", [["q", "down"], ["gate_up"], ["down"], ["v"]])
+def test_some_targets_of_several_ranks_and_scales(
+    targets: list[str], adapter: gpt_oss.LoraWeights, tmp_path: Path
+) -> None:
+    double = gpt_oss.stack_adapters([adapter])
+    a = {target: double.a[target] for target in targets}
+    b = {target: double.b[target] for target in targets}
+    scale = {target: double.scale[target].at[1].mul(1.5) for target in targets}
+    a[targets[0]] = jnp.concatenate([a[targets[0]]] * 2, axis=-2)
+    b[targets[0]] = jnp.concatenate([b[targets[0]]] * 2, axis=-1)
+    part = gpt_oss.LoraWeights(a, b, scale)
+    gpt_oss.save_adapter(tmp_path, part)
+    assert_same(gpt_oss.load_adapter(tmp_path, gpt_oss.Config.load(CASE / "model")), part)
+
+
+def test_peft_loads_it_and_computes_the_same(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    others = jax.tree.map(lambda leaf: 0.5 * leaf, adapter)
+    gpt_oss.save_adapter(tmp_path, gpt_oss.stack_adapters([others, adapter]), adapter=1)
+    base = GptOssForCausalLM.from_pretrained(
+        CASE / "model", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True), device_map="cpu",
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = PeftModel.from_pretrained(base, tmp_path)
+    with np.load(CASE / "expected.npz") as arrays, torch.no_grad():
+        got = theirs(torch.from_numpy(arrays["input_ids"]).long()).logits.numpy()
+        want = arrays["adapter_logits"]
+    assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)
+
+
+def test_an_adapter_that_is_not_there(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter must be in \[0, 1\), got 1"):
+        gpt_oss.save_adapter(tmp_path, adapter, adapter=1)
