@@ -136,7 +136,8 @@ def plan_input_gradient(
         "adapter_ids": p.adapter_ids,
     }
     if isinstance(tile, ManyRowsTile):
-        return [*plans, plan_packed_dgrad(projection, routed=tile, tile=PACKED_DGRAD_TILES[capability], **shared)]
+        dgrad_tile = PACKED_DGRAD_TILES[capability][tile.block_m]
+        return [*plans, plan_packed_dgrad(projection, routed=tile, tile=dgrad_tile, **shared)]
     mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
     return [*plans, plan_dgrad(projection, mxfp4=mxfp4, tile=tile, **shared)]
 

@@ -1,7 +1,8 @@
 """The gradient of the experts' products in their rows, from packed MXFP4: the same bytes, read across.
 
-The contraction runs over the weights' rows, so they are operand B: a strip of 64 rows by 128 columns is decoded in
-registers and stored in shared memory, while the tensor cores multiply by the strip before it.
+The contraction runs over the weights' rows, so the transposed weights are operand A of wgmma. A word holds two rows by
+four columns of the weights. Loaded in another order than in packed_many_rows_kernel, it lies in the lane that takes
+these weights transposed, so that weights go from memory to the tensor cores through registers alone.
 """
 
 from triton.experimental import gluon
@@ -12,16 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from jmoe.triton_src.dgrad import dgrad_lora_operands
 from jmoe.triton_src.lora import lora_constexprs
 from jmoe.triton_src.packed_lora import load_adapters, load_shrunk
-from jmoe.triton_src.packed_weight import (
-    nan_bits,
-    scale_offsets,
-    scales_layout,
-    unpack_strip,
-    word_offsets,
-    words_layout,
-)
+from jmoe.triton_src.packed_transposed import STEP, decode_transposed, part_layout, spread_scales, transposed_column
+from jmoe.triton_src.packed_weight import nan_bits
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.tiles import DgradTile, ManyRowsTile
+
+BLOCK_K = 128
+"""Columns of a program."""
 
 
 @gluon.jit(do_not_specialize=["pairs"])
@@ -47,172 +45,261 @@ def packed_dgrad_kernel(
     SPLITS: gl.constexpr,
     GATE_UP: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    SMALLEST_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """As dgrad_kernel, of 128 columns; eight warps. Grid: (cdiv(K, 128), slots)."""
+    """out = grad W[e] + LoRA by tiles of positions that share expert e, of BLOCK_K columns; a warp for each 32 columns.
+
+    A tile's last rows go through a product of fewer rows where that is enough, down to SMALLEST_M.
+    AHEAD: blocks of 64 rows of the weights that are loaded ahead.
+    Grid: (cdiv(K, BLOCK_K), slots).
+    """
     tile = gl.program_id(1)
     expert = gl.load(tiles_ptr + tile * 3)
-    if expert < 0:
-        return
-    first = gl.load(tiles_ptr + tile * 3 + 1)
-    end = gl.load(tiles_ptr + tile * 3 + 2)
-    ROW_WARPS: gl.constexpr = min(8, BLOCK_M // 16)
-    C: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[ROW_WARPS, 8 // ROW_WARPS], instr_shape=[16, 16 * ROW_WARPS, 16]
-    )
-    W: gl.constexpr = words_layout(8)
-    S: gl.constexpr = scales_layout(8)
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    if expert >= 0:
+        first = gl.load(tiles_ptr + tile * 3 + 1)
+        end = gl.load(tiles_ptr + tile * 3 + 2)
+        if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
+            dgrad_tile(
+                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
+                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, max(BLOCK_M // 4, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
+            )  # fmt: skip
+        elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
+            dgrad_tile(
+                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
+                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, max(BLOCK_M // 2, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
+            )  # fmt: skip
+        else:
+            dgrad_tile(
+                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
+                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
+                GATE_UP, BLOCK_M, BLOCK_K, STAGES, AHEAD,
+            )  # fmt: skip
+
+
+@gluon.jit
+def copy_rows(stages, stage, grad, n_in_stage, n, N: gl.constexpr):
+    """Starts the copy of 128 columns, from n on, of the tile's rows into a stage; zeros past N. Returns the next's."""
+    async_copy.async_load(stages.index(stage), grad, mask=n + n_in_stage < N)
+    async_copy.commit_group()
+    return grad + 128
+
+
+@gluon.jit
+def load_words(words, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
+    """A thread's eight words of a block of 64 rows; the last block's past the last."""
+    at = words + gl.minimum(block, BLOCKS - 1) * STRIDE
+    loaded = ()
+    for i in gl.static_range(8):
+        loaded = loaded + (gl.load(at + 64 * i),)
+    return loaded
+
+
+@gluon.jit
+def dgrad_tile(
+    grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
+    pairs, expert, first, end,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):  # fmt: skip
+    """One tile of positions of an expert by BLOCK_K columns."""
+    WARPS: gl.constexpr = BLOCK_K // 32
+    C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    W: gl.constexpr = part_layout(WARPS)
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     BLOCKS: gl.constexpr = (N + 63) // 64
     COLUMN_BLOCKS: gl.constexpr = (K + 63) // 64
+    PARTS: gl.constexpr = 64 // STEP
 
-    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
-    row_ok = (position < end)[:, None]
+    # Rows past the end are computed from the last one and not stored.
+    position = gl.minimum(first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X)), end - 1)
     row = position
     if not GATE_UP:
-        row = gl.load(order_ptr + position, mask=position < end, other=0) // TOP_K
-    n_in_stage = gl.arange(0, 64, gl.SliceLayout(0, X))[None, :]
+        row = gl.load(order_ptr + position) // TOP_K
+    n_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
     grad = grad_ptr + row.to(gl.int64)[:, None] * N + n_in_stage
-    # For even and for odd blocks of 64 rows of the weights: what is filled is never a buffer of which the tensor cores
-    # read a part, and the compiler sees that it needs no barrier for that.
-    even_stages = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_M, 64], SHARED)
-    odd_stages = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_M, 64], SHARED)
-    even_strip = gl.allocate_shared_memory(gl.bfloat16, [64, 128], SHARED)
-    odd_strip = gl.allocate_shared_memory(gl.bfloat16, [64, 128], SHARED)
-    copy_rows(even_stages.index(0), grad, row_ok, n_in_stage, 0, N)
-    copy_rows(odd_stages.index(0), grad, row_ok, n_in_stage, 64, N)
-    copy_rows(even_stages.index(1), grad, row_ok, n_in_stage, 128, N)
+    stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
+    for i in gl.static_range(STAGES - 1):
+        grad = copy_rows(stages, i, grad, n_in_stage, 128 * i, N)
 
-    # Warps 0 to 3 hold the strip's first block of 64 columns, 4 to 7 the second, which may lie past K.
-    block = gl.program_id(0) * 2
-    base = expert.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS) + block
-    word = word_offsets(8, 128, W)
-    scale = scale_offsets(8, 8, S)
-    word_ok = block + word // 512 < COLUMN_BLOCKS
-    scale_ok = block + scale // 32 < COLUMN_BLOCKS
-    words = words_ptr + base * 512 + word
-    scales = scales_ptr + base * 32 + scale
+    # Two warps share a block of 64 columns; the last block's are taken again past K, and not stored.
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, W)))[:, None, None]
+    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    row_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))[None, None, :]
+    block = gl.minimum(gl.program_id(0) * (BLOCK_K // 64) + warp // 2, COLUMN_BLOCKS - 1)
+    block += expert.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
+    words = words_ptr + block * 512 + row_pair * 16 + column % 4 * 4 + warp % 2 * 2 + column // 4
+    scales = scales_ptr + block * 32 + column * 4 + row_pair
+    acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
+    if lora_a_ptr is not None:
+        # The last stage holds no rows until the loop below fills it.
+        shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
+        if adapter_ids_ptr is None:
+            acc = expand(
+                acc, shrunk, shrunk_ptr, lora_a_ptr, pairs, expert.to(gl.int64) * RANK, first, end,
+                K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, BLOCK_K, A,
+            )  # fmt: skip
+        else:
+            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
+            HALF: gl.constexpr = BLOCK_M // 2
+            low = expand_mixed(
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                first, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
+            )  # fmt: skip
+            high = expand_mixed(
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                first + HALF, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
+            )  # fmt: skip
+            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([BLOCK_K, BLOCK_M])
+            acc = gl.convert_layout(both, C)
     w = ()
     s = ()
     for i in gl.static_range(AHEAD):
-        w = w + (load_ahead(words, word_ok, i, COLUMN_BLOCKS * 512, BLOCKS),)
-        s = s + (load_ahead(scales, scale_ok, i, COLUMN_BLOCKS * 32, BLOCKS),)
-
-    acc = gl.zeros([BLOCK_M, 128], gl.float32, C)
-    if lora_a_ptr is not None:
-        # Neither the last stage nor the second strip holds anything yet.
-        shared = odd_stages.index(1).slice(0, BLOCK_R, dim=1)
-        shared_a = odd_strip.slice(0, BLOCK_R, dim=0)
-        if adapter_ids_ptr is None:
-            acc = expand_a(
-                acc, shared, shared_a, shrunk_ptr, lora_a_ptr, pairs, expert.to(gl.int64) * RANK, first, end,
-                K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M,
-            )  # fmt: skip
-        else:
-            used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(1, C))
-            for adapter in range(ADAPTERS):
-                mine = used == adapter
-                if gl.max(mine.to(gl.int32), axis=0) > 0:
-                    expanded = expand_a(
-                        gl.zeros([BLOCK_M, 128], gl.float32, C), shared, shared_a, shrunk_ptr, lora_a_ptr, pairs,
-                        (adapter * EXPERTS + expert).to(gl.int64) * RANK, first, end,
-                        K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M,
-                    )  # fmt: skip
-                    acc = gl.where(mine[:, None], expanded, acc)
+        w = w + (load_words(words, i, COLUMN_BLOCKS * 512, BLOCKS),)
+        s = s + (gl.load(scales + min(i, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
     nan = nan_bits(s[0])
-    even_strip.store(unpack_strip(w[0], s[0]))
-    async_copy.wait_group(2)
-    fence_async_shared()
-    stage = 0
-    for n in range(0, BLOCKS // 2 * 2, 2):
-        acc = warpgroup_mma(even_stages.index(stage), even_strip, acc, is_async=True)
-        w = w[1:] + (load_ahead(words, word_ok, n + AHEAD, COLUMN_BLOCKS * 512, BLOCKS),)
-        s = s[1:] + (load_ahead(scales, scale_ok, n + AHEAD, COLUMN_BLOCKS * 32, BLOCKS),)
-        nan = nan | nan_bits(s[0])
-        odd_strip.store(unpack_strip(w[0], s[0]))
-        copy_rows(odd_stages.index(1 - stage), grad, row_ok, n_in_stage, (n + 3) * 64, N)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        async_copy.wait_group(2)
-        fence_async_shared()
-        acc = warpgroup_mma(odd_stages.index(stage), odd_strip, acc, is_async=True)
-        w = w[1:] + (load_ahead(words, word_ok, n + 1 + AHEAD, COLUMN_BLOCKS * 512, BLOCKS),)
-        s = s[1:] + (load_ahead(scales, scale_ok, n + 1 + AHEAD, COLUMN_BLOCKS * 32, BLOCKS),)
-        nan = nan | nan_bits(s[0])
-        even_strip.store(unpack_strip(w[0], s[0]))
-        copy_rows(even_stages.index(stage), grad, row_ok, n_in_stage, (n + 4) * 64, N)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        async_copy.wait_group(2)
-        fence_async_shared()
-        stage = 1 - stage
+    factors = spread_scales(s[0], warp % 2)
+    operand = decode_transposed(w[0], factors, 0, A)
+    read = 0
+    write = STAGES - 1
+    for block in range(0, BLOCKS // 2 * 2, 2):
+        async_copy.wait_group(STAGES - 2)
+        for half in gl.static_range(2):
+            for part in gl.static_range(PARTS):
+                rows = stages.index(read).slice(64 * half + STEP * part, STEP, dim=1)
+                acc = warpgroup_mma(operand, rows.permute((1, 0)), acc, is_async=True)
+                if part == PARTS - 1:
+                    ahead = block + half + AHEAD
+                    w = w[1:] + (load_words(words, ahead, COLUMN_BLOCKS * 512, BLOCKS),)
+                    s = s[1:] + (gl.load(scales + gl.minimum(ahead, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
+                    nan = nan | nan_bits(s[0])
+                    factors = spread_scales(s[0], warp % 2)
+                if half == 1 and part == PARTS - 1:
+                    grad = copy_rows(stages, write, grad, n_in_stage, (block + 2 * (STAGES - 1)) * 64, N)
+                # The next operand is among what the wait is for, so that it is decoded while the product runs.
+                operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
+                acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
+        read = gl.where(read == STAGES - 1, 0, read + 1)
+        write = gl.where(write == STAGES - 1, 0, write + 1)
     if BLOCKS % 2:
-        acc = warpgroup_mma(even_stages.index(stage), even_strip, acc)
+        async_copy.wait_group(STAGES - 2)
+        for part in gl.static_range(PARTS):
+            rows = stages.index(read).slice(STEP * part, STEP, dim=1)
+            acc = warpgroup_mma(operand, rows.permute((1, 0)), acc, is_async=True)
+            operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
+            acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
     async_copy.wait_group(0)
-
-    acc = gl.where(nan_columns(nan, gl.SliceLayout(0, C))[None, :], float("nan"), acc)
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    out = gl.convert_layout(acc.to(gl.bfloat16), OUT)
-    out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT))
-    out_row = out_position
-    if GATE_UP:
-        out_row = gl.load(order_ptr + out_position, mask=out_position < end, other=0)
-    column = gl.program_id(0) * 128 + gl.arange(0, 128, gl.SliceLayout(0, OUT))
-    ok = (out_position < end)[:, None] & (column < K)[None, :]
-    gl.store(out_ptr + out_row.to(gl.int64)[:, None] * K + column[None, :], out, mask=ok)
+    store_tile(acc, nan, order_ptr, out_ptr, first, end, K, GATE_UP, BLOCK_M, BLOCK_K)
 
 
 @gluon.jit
-def copy_rows(stage, grad, row_ok, n_in_stage, n, N: gl.constexpr):
-    """Starts the copy of 64 columns from n on of the tile's rows into a stage; zeros past the rows and past N."""
-    whole = row_ok & (n < N) & (n_in_stage >= 0)
-    ok = whole if N % 64 == 0 else row_ok & (n + n_in_stage < N)
-    async_copy.async_load(stage, grad + n, mask=ok)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def load_ahead(pointers, ok, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
-    """A strip's words or scales; zero past the last strip."""
-    return gl.load(pointers + block * STRIDE, mask=ok & (block < BLOCKS), other=0)
-
-
-@gluon.jit
-def nan_columns(nan, COLUMNS: gl.constexpr):
-    """Which of a strip's 128 columns have a scale of 255 in any row, from nan_bits (8, 8): two rows by two groups."""
-    COLUMNS_2D: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 4], [1, 0])
-    BLOCKS: gl.constexpr = gl.SliceLayout(1, COLUMNS_2D)
-    blocks = nan.reshape([2, 32])
-    low = gl.convert_layout(gl.max(((blocks & 0x00008080) != 0).to(gl.int32), axis=1), BLOCKS)
-    high = gl.convert_layout(gl.max(((blocks & -2139095040) != 0).to(gl.int32), axis=1), BLOCKS)
-    column = gl.arange(0, 64, gl.SliceLayout(0, COLUMNS_2D))[None, :]
-    groups = gl.where(column < 32, low[:, None], high[:, None])
-    return gl.convert_layout(groups.reshape([128]), COLUMNS) != 0
-
-
-@gluon.jit
-def expand_a(
-    acc, shared, shared_a, shrunk_ptr, lora_a_ptr, pairs, rows, first, end,
+def expand(
+    acc, shared, shrunk_ptr, lora_a_ptr, pairs, rows, first, end,
     K: gl.constexpr,
     RANK: gl.constexpr,
     RANK_PADDED: gl.constexpr,
     BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    A: gl.constexpr,
 ):  # fmt: skip
-    """acc + (scale * grad B) A for the adapter whose rows of A begin at `rows`."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    column = gl.program_id(0) * 128 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+    """acc + A^T (scale * grad B)^T for the adapter whose rows of A begin at `rows`."""
+    WARPS: gl.constexpr = BLOCK_K // 32
+    column = gl.program_id(0) * BLOCK_K + transposed_column(gl.arange(0, BLOCK_K, gl.SliceLayout(1, A)), WARPS)
     for rank in range(0, RANK_PADDED, BLOCK_R):
-        shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 8))
-        ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(1, LAYOUT))
-        ok = (ranks < RANK)[:, None] & (column < K)[None, :]
-        a = gl.load(lora_a_ptr + (rows + ranks)[:, None] * K + column[None, :], mask=ok, other=0.0)
-        shared_a.store(a.to(gl.bfloat16))
+        shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, WARPS))
+        ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, A))
+        ok = (column < K)[:, None] & (ranks < RANK)[None, :]
+        a = gl.load(lora_a_ptr + (rows + ranks)[None, :] * K + column[:, None], mask=ok, other=0.0)
         fence_async_shared()
         gl.barrier()
-        acc = warpgroup_mma(shared, shared_a, acc)
-        gl.barrier()
+        acc = warpgroup_mma(a.to(gl.bfloat16), shared.permute((1, 0)), acc)
     return acc
+
+
+@gluon.jit
+def expand_mixed(
+    shared, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert, first, end,
+    K: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    RANK_PADDED: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, BLOCK_M) expand of each position's own adapter; others' are selected away, not multiplied by zero."""
+    C: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[BLOCK_K // 32, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
+    used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+    for adapter in range(ADAPTERS):
+        mine = used == adapter
+        if gl.max(mine.to(gl.int32), axis=0) > 0:
+            rows = (adapter * EXPERTS + expert).to(gl.int64) * RANK
+            zero = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
+            expanded = expand(
+                zero, shared, shrunk_ptr, lora_a_ptr, pairs, rows, first, end,
+                K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, BLOCK_K, A,
+            )  # fmt: skip
+            acc = gl.where(mine[None, :], expanded, acc)
+    return acc
+
+
+@gluon.jit
+def store_tile(
+    acc, nan, order_ptr, out_ptr, first, end,
+    K: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """NaN where a scale says so, columns in their order, and the store."""
+    WARPS: gl.constexpr = BLOCK_K // 32
+    # A warp's columns are of one group: of the first and third bytes' groups in turn.
+    group = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, nan.type.layout)))[:, None, None] % 2
+    bad = gl.where(group == 0, nan & 0x00008080, nan & -2139095040) != 0
+    bad = gl.max(gl.max(bad.to(gl.int32), axis=2), axis=1)
+    parts = acc.reshape([2, WARPS, 16, BLOCK_M])
+    WARP: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
+    bad = gl.convert_layout(bad, WARP)[None, :, None, None]
+    parts = gl.where(bad != 0, float("nan"), parts).to(gl.bfloat16)
+    # c, block, group, p, step, quad -> block, group, step, c, quad, p
+    parts = parts.reshape([2, WARPS // 2, 2, 2, 2, 4, BLOCK_M])
+    parts = gl.permute(parts, (1, 2, 4, 0, 5, 3, 6)).reshape([BLOCK_K, BLOCK_M])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
+    out = gl.convert_layout(parts, OUT)
+    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    row = position
+    if GATE_UP:
+        row = gl.load(order_ptr + position, mask=position < end, other=0)
+    column = gl.program_id(0) * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, OUT))
+    ok = (column < K)[:, None] & (position < end)[None, :]
+    gl.store(out_ptr + row.to(gl.int64)[None, :] * K + column[:, None], out, mask=ok)
 
 
 def plan_packed_dgrad(
@@ -230,14 +317,15 @@ def plan_packed_dgrad(
     routed: ManyRowsTile,
     tile: DgradTile,
 ) -> Plan:
-    """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H].
+    """gate_up: pair_dx [P, H] from pre_activations_grad [P, 2I]. down: down_dgrad [P, I] from dy [T, H].
 
     routed: the tile of the routing and of LoRA's shrink.
     """
     gate_up = projection == "gate_up"
+    constants = lora_constexprs(adapters, rank, routed.shrink_splits)
     return Plan(
         kernel=packed_dgrad_kernel,
-        grid=(cdiv(k, 128), slots),
+        grid=(cdiv(k, BLOCK_K), slots),
         operands={
             "grad_ptr": "pre_activations_grad" if gate_up else "dy",
             "words_ptr": projection,
@@ -253,15 +341,19 @@ def plan_packed_dgrad(
             "K": k,
             "EXPERTS": experts,
             "TOP_K": top_k,
-            **lora_constexprs(adapters, rank, routed.shrink_splits),
+            **constants,
+            # More ranks at once spill.
+            "BLOCK_R": min(constants["BLOCK_R"], 16 if adapter_ids else 32),
             "GATE_UP": gate_up,
             "BLOCK_M": routed.block_m,
+            "SMALLEST_M": tile.smallest_m,
+            "BLOCK_K": BLOCK_K,
+            "STAGES": tile.stages,
             "AHEAD": tile.ahead,
         },
-        num_warps=8,
+        num_warps=BLOCK_K // 32,
         num_stages=1,
-        # Mixed adapters hold a second accumulator while they are expanded.
-        max_registers=None if rank is not None and adapter_ids else tile.max_registers,
+        max_registers=tile.max_registers,
         flops=2 * pairs * k * (n + (rank or 0)),
         bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (n + k),
     )

@@ -104,16 +104,6 @@ def unpack_weights(words, scales, A: gl.constexpr):
 
 
 @gluon.jit
-def unpack_strip(words, scales):
-    """bf16 (64 rows, 128 along K) in their natural order, of two packed blocks beside each other along K.
-
-    words (8, 8, 4, 4) and scales (8, 8): warps 0 to 3 hold the first block's.
-    """
-    tile = decode_words(words, scales).reshape([2, 4, 8, 4, 2, 2, 2, 2, 2])
-    return gl.permute(tile, (1, 2, 7, 0, 4, 5, 8, 3, 6)).reshape([64, 128])
-
-
-@gluon.jit
 def nan_bits(scales):
     """The top bit of each byte that is the scale 255, from int32 holding four."""
     return scales & ((scales & 0x7F7F7F7F) + 0x01010101)

@@ -48,13 +48,13 @@ class Layer:
     adapter_ids: jax.Array | None
 
 
-def random_layer(shape: LayerShape, seed: int = 0) -> Layer:
+def random_layer(shape: LayerShape, seed: int | jax.Array = 0) -> Layer:
     """Normal activations, logits without ties, weights whose rows have norm about 1, adapters about as strong as these.
 
-    MXFP4 weights are uniform bytes with three scales, so that every code occurs.
+    MXFP4 weights are uniform bytes with three scales, so that every code occurs. seed may be a key.
     """
     s = shape
-    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    keys = iter(jax.random.split(jax.random.key(seed) if isinstance(seed, int) else seed, 16))
 
     def weight(n: int, k: int) -> Mxfp4 | jax.Array:
         if not s.mxfp4:

@@ -11,7 +11,6 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from jmoe.triton_src.moe import MoeProblem, plan_moe
-from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
@@ -74,21 +73,3 @@ def test_several_programs_fit_a_multiprocessor(tokens: int, programs: int, rank:
     assert registers * plan.num_warps * 32 * programs <= 65536
     assert (shared + 1024) * programs <= 228 * 1024
     assert "serialized" not in messages
-
-
-@pytest.mark.parametrize("rank", [None, 16])
-@pytest.mark.parametrize(("tokens", "programs"), [(256, 2), (4096, 2)])
-def test_several_programs_of_dgrad_fit_a_multiprocessor(
-    tokens: int, programs: int, rank: int | None, tmp_path: Path
-) -> None:
-    problem = PROBLEM if rank is None else dataclasses.replace(PROBLEM, adapters=1, gate_up_rank=rank, down_rank=rank)
-    problem = dataclasses.replace(problem, tokens=tokens, router_experts=None)
-    plans = plan_moe_backward(problem, {"x": "bfloat16"}, None, True, 90)
-    found = [plan for plan in plans if plan.name == "packed_dgrad"]
-    assert len(found) == 2
-    for plan in found:
-        messages, shared = assemble(plan, tmp_path)
-        registers = int(messages.split(" registers")[0].split()[-1])
-        assert registers * plan.num_warps * 32 * programs <= 65536
-        assert (shared + 1024) * programs <= 228 * 1024
-        assert "serialized" not in messages

@@ -1,0 +1,93 @@
+"""Packed MXFP4 weights transposed: what a thread loads so that it holds its own fragments of W^T, and their decoding.
+
+A word holds the weights of rows 2g and 2g + 1 at four columns (see jmoe.PackedMxfp4). In W^T these are rows of two
+fragments by a pair along the contraction, and which words a lane takes is free.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+STEP = gl.constexpr(32)
+"""Rows of the weights that are decoded at once: one product's length."""
+
+# As packed_weight's decoding, but that both rows of a column meet in one register before they are multiplied; so one
+# pair of scales is enough.
+_TRANSPOSED = gl.constexpr("""{ .reg .b32 t, u, v, c; mov.b32 c, 0x7E807E80;
+ shl.b32 u, $8, 6;
+ prmt.b32 t, $8, u, 0x5410; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$0, $1}, t;
+ prmt.b32 t, $8, u, 0x7632; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$2, $3}, t;
+ shf.r.wrap.b32 u, $8, $8, 4;
+ shf.r.wrap.b32 v, $8, $8, 6; shl.b32 t, $8, 2; lop3.b32 v, t, 0x00400040, v, 0xE2;
+ prmt.b32 t, u, v, 0x5410; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$4, $5}, t;
+ prmt.b32 t, u, v, 0x7632; and.b32 t, t, 0x81C081C0;
+ mul.rn.bf16x2 t, t, c; mul.rn.bf16x2 t, t, $9; mov.b32 {$6, $7}, t; }""")
+
+# A lane's word of scales is of the row pair of its own number; for its words a lane needs those of row pairs
+# 4i + lane % 4, and of their bytes the two of one group of 32 columns. 0x31F keeps the low two bits of the lane.
+_SPREAD = gl.constexpr("""{ .reg .b32 t; prmt.b32 t, $8, 0, $9; shl.b32 t, t, 7;
+ shfl.sync.idx.b32 $0, t, 0, 0x31F, 0xFFFFFFFF; shfl.sync.idx.b32 $1, t, 4, 0x31F, 0xFFFFFFFF;
+ shfl.sync.idx.b32 $2, t, 8, 0x31F, 0xFFFFFFFF; shfl.sync.idx.b32 $3, t, 12, 0x31F, 0xFFFFFFFF;
+ shfl.sync.idx.b32 $4, t, 16, 0x31F, 0xFFFFFFFF; shfl.sync.idx.b32 $5, t, 20, 0x31F, 0xFFFFFFFF;
+ shfl.sync.idx.b32 $6, t, 24, 0x31F, 0xFFFFFFFF; shfl.sync.idx.b32 $7, t, 28, 0x31F, 0xFFFFFFFF; }""")
+
+
+@gluon.constexpr_function
+def part_layout(warps):
+    """The layout (warps, 8 columns, 4 row pairs) in which each thread holds one word."""
+    return gl.DistributedLinearLayout(
+        [],
+        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[warp, 0, 0] for warp in (1, 2, 4) if warp < warps],
+        [],
+        [warps, 8, 4],
+    )
+
+
+@gluon.jit
+def transposed_column(row, WARPS: gl.constexpr):
+    """The column of the weights, of 32 * WARPS, that stands in a row of the products' operand A.
+
+    Of a row, high to low: c, block of 64, group of 32, p, step of 16, quad.
+    """
+    PART: gl.constexpr = 16 * WARPS
+    return row % PART // 16 * 32 + row % 8 // 4 * 16 + row // PART * 8 + row % 4 * 2 + row % 16 // 8
+
+
+@gluon.jit
+def spread_scales(scales, group):
+    """For each of a thread's eight words its two rows' scales in group 0 or 1 of 32 columns, as bf16 in an int32.
+
+    scales: int32, in each lane of a warp those of the row pair of the lane's number.
+    """
+    selector, scales = gl.broadcast(0x4140 + group * 0x0202, scales)
+    return gl.inline_asm_elementwise(
+        _SPREAD, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [scales, selector], dtype=(gl.int32,) * 8, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def decode_transposed(words, scales, part: gl.constexpr, A: gl.constexpr):
+    """bf16 (32 * WARPS columns, STEP rows) in the operand layout A: no data moves.
+
+    words, scales: a thread's eight, each for 8 rows; of these part `part`.
+    """
+    WARPS: gl.constexpr = words[0].shape[0]
+    PER_STEP: gl.constexpr = STEP // 8
+    tiles = ()
+    for i in gl.static_range(PER_STEP):
+        a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
+            _TRANSPOSED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [words[part * PER_STEP + i], scales[part * PER_STEP + i]],
+            dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+        low = gl.join(gl.join(a0, a1), gl.join(b0, b1))
+        high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
+        tiles = tiles + (gl.join(low, high),)
+    # warp, column, row pair, h, p, c, then the bits of the word's number
+    pairs = ()
+    for i in gl.static_range(PER_STEP // 2):
+        pairs = pairs + (gl.join(tiles[2 * i], tiles[2 * i + 1]),)
+    tile = gl.permute(gl.join(pairs[0], pairs[1]), (5, 0, 4, 1, 7, 6, 2, 3))
+    return gl.convert_layout(tile.reshape([32 * WARPS, STEP]), A)
