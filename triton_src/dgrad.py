@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.lora import expand_tile, lora_constexprs
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked, in_stack
 from jmoe.triton_src.tiles import Tile
 
 
@@ -18,6 +19,8 @@ def dgrad_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, K) bf16 by pair; down: (P, K) bf16 by position
     pairs,
     N: tl.constexpr,
@@ -51,7 +54,7 @@ def dgrad_kernel(
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column_ok = columns < K
     grad_rows = grad_ptr + (rows if GATE_UP else tokens).to(tl.int64) * N
-    wide_expert = expert.to(tl.int64)
+    wide_expert = in_stack(expert, layer_ptr, EXPERTS).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n in range(0, N, BLOCK_N):
         inner = n + tl.arange(0, BLOCK_N)
@@ -70,8 +73,9 @@ def dgrad_kernel(
             )
         acc = tl.dot(grad, weight, acc)
     if lora_a_ptr is not None:
+        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
         acc = expand_tile(
-            acc, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, expert,
+            acc, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, lora_expert,
             pairs, K, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, True, grad_ptr.dtype.element_ty,
         )  # fmt: skip
     out_rows = out_ptr + (pair if GATE_UP else rows).to(tl.int64) * K
@@ -135,6 +139,7 @@ def plan_dgrad(
     adapters: int,
     rank: int | None,
     adapter_ids: bool,
+    stacked: Stacked,
     tile: Tile,
 ) -> Plan:
     """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H]."""
@@ -150,6 +155,8 @@ def plan_dgrad(
             **dgrad_lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
+            **stacked.lora_operand,
         },
         scalars={"pairs": pairs},
         outputs={"out_ptr": Buffer("pair_dx" if gate_up else "down_dgrad", (pairs, k), "bfloat16")},

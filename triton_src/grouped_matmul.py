@@ -7,6 +7,7 @@ from jmoe.triton_src.activation import keep_clamped, swiglu_tile
 from jmoe.triton_src.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.lora import expand_tile, lora_constexprs, lora_operands
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked, in_stack
 from jmoe.triton_src.tiles import Tile
 
 
@@ -22,6 +23,8 @@ def grouped_matmul_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
     pre_activations_ptr,  # gate_up: (P, N) bf16 by position, or None unless they are kept for gradients
     pairs,
@@ -60,7 +63,7 @@ def grouped_matmul_kernel(
     column_ok = columns < N
     # rows * K and, for 256 experts, expert * N * K pass 2^31.
     x_rows = x_ptr + (tokens if GATE_UP else rows).to(tl.int64) * K
-    wide_expert = expert.to(tl.int64)
+    wide_expert = in_stack(expert, layer_ptr, EXPERTS).to(tl.int64)
 
     if scales_ptr is not None:
         blocks = weight_ptr + wide_expert * (N * K // 2)
@@ -71,8 +74,9 @@ def grouped_matmul_kernel(
         acc = dense_product(x_rows, row_ok, weight, columns, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if lora_b_ptr is not None:
+        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
         acc = expand_tile(
-            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, expert,
+            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, lora_expert,
             pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, False, x_ptr.dtype.element_ty,
         )  # fmt: skip
     if bias_ptr is not None:
@@ -123,6 +127,7 @@ def plan_grouped_matmul(
     adapters: int,
     rank: int | None,
     adapter_ids: bool,
+    stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: Tile,
@@ -147,6 +152,8 @@ def plan_grouped_matmul(
             **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
+            **stacked.lora_operand,
             **({} if keep else {"pre_activations_ptr": None}),
         },
         scalars={"pairs": pairs},

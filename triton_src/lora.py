@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.stacked import Stacked, in_stack
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -14,6 +15,7 @@ def shrink_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
     pairs,
     K: tl.constexpr,
@@ -62,7 +64,8 @@ def shrink_kernel(
     rank_ok = ranks < RANK
     RANK_STRIDE: tl.constexpr = 1 if TRANSPOSED else K
     K_STRIDE: tl.constexpr = RANK if TRANSPOSED else 1
-    a_rows = a_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (RANK * K) + ranks * RANK_STRIDE
+    matrix = in_stack(adapter * EXPERTS + expert, lora_layer_ptr, ADAPTERS * EXPERTS)
+    a_rows = a_ptr + matrix.to(tl.int64) * (RANK * K) + ranks * RANK_STRIDE
     steps: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for step in range(0, steps):
@@ -72,8 +75,9 @@ def shrink_kernel(
             x = natural_order(x, BLOCK_M, BLOCK_K)
         a = tl.load(a_rows[:, None] + k[None, :] * K_STRIDE, mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(x, a.to(x.dtype).T, acc)
+    scale = tl.load(scale_ptr + in_stack(adapter, lora_layer_ptr, ADAPTERS))
     # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
-    shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * tl.load(scale_ptr + adapter), 0.0)
+    shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * scale, 0.0)
     part = shrunk_ptr + split.to(tl.int64) * pairs * RANK_PADDED
     tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=written[:, None])
 
@@ -174,6 +178,7 @@ def plan_shrink(
     rank: int,
     k: int,
     adapter_ids: bool,
+    stacked: Stacked,
     splits: int,
     tile_m: int,
     transposed: bool = False,
@@ -197,6 +202,7 @@ def plan_shrink(
             "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.lora_operand,
         },
         outputs={"shrunk_ptr": Buffer(out, (splits, pairs, rank_padded), "float32")},
         scalars={"pairs": pairs},

@@ -13,6 +13,7 @@ from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.route_problem import RouteProblem, tile_slots
 from jmoe.triton_src.routing import plan_routing
+from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 from jmoe.triton_src.tiles import (
     PACKED_TILES,
     FewRowsTile,
@@ -46,6 +47,7 @@ class MoeProblem:
     expert_offset: bool
     swiglu_alpha: float
     swiglu_limit: float
+    stacked: Stacked = ONE_LAYER
 
     @classmethod
     def from_shapes(
@@ -62,15 +64,18 @@ class MoeProblem:
 
         x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down, with gate_up_scales and
         down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b,
-        down_scale, adapter_ids and expert_offset where there are any. Packed weights hide I, so it is named.
+        down_scale, adapter_ids and expert_offset where there are any. Packed weights hide I, so it is named. With layer
+        [1] weights and biases, and LoRA or not, have a leading axis for layers.
         """
         tokens, hidden = shapes["x"]
+        stacked = Stacked("layer" in shapes, any(len(shapes.get(name, ())) == 5 for name in ("gate_up_a", "down_a")))
+        experts = shapes["gate_up"][1 if stacked.weights else 0]
         scale = shapes.get("gate_up_scale", shapes.get("down_scale"))
         return cls(
             tokens=tokens,
             hidden=hidden,
             intermediate=intermediate,
-            experts=shapes["gate_up"][0],
+            experts=experts,
             top_k=top_k,
             router_experts=shapes["router_logits"][1] if "router_logits" in shapes else None,
             packed=packed,
@@ -78,13 +83,14 @@ class MoeProblem:
             down_mxfp4="down_scales" in shapes,
             gate_up_bias="gate_up_bias" in shapes,
             down_bias="down_bias" in shapes,
-            adapters=0 if scale is None else scale[0],
-            gate_up_rank=shapes["gate_up_a"][2] if "gate_up_a" in shapes else None,
-            down_rank=shapes["down_a"][2] if "down_a" in shapes else None,
+            adapters=0 if scale is None else scale[-1],
+            gate_up_rank=shapes["gate_up_a"][-2] if "gate_up_a" in shapes else None,
+            down_rank=shapes["down_a"][-2] if "down_a" in shapes else None,
             adapter_ids="adapter_ids" in shapes,
             expert_offset="expert_offset" in shapes,
             swiglu_alpha=swiglu_alpha,
             swiglu_limit=swiglu_limit,
+            stacked=stacked,
         )
 
     @property
@@ -170,6 +176,7 @@ def plan_projection(
         "adapters": p.adapters,
         "rank": rank,
         "adapter_ids": p.adapter_ids,
+        "stacked": p.stacked,
     }
     plans = []
     if rank is not None:
@@ -220,6 +227,7 @@ def plan_shrink_of(
         adapters=p.adapters,
         rank=rank,
         adapter_ids=p.adapter_ids,
+        stacked=p.stacked,
         splits=tile.shrink_splits,
         tile_m=tile.block_m,
     )

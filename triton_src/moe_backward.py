@@ -85,7 +85,9 @@ def plan_moe_backward(
             slots=slots,
             tile_m=tile.block_m,
             top_k=p.top_k,
+            experts=p.experts,
             bias=p.down_bias,
+            stacked=p.stacked,
             swiglu_alpha=p.swiglu_alpha,
             swiglu_limit=p.swiglu_limit,
         ),
@@ -134,6 +136,7 @@ def plan_input_gradient(
         "adapters": p.adapters,
         "rank": rank,
         "adapter_ids": p.adapter_ids,
+        "stacked": p.stacked,
     }
     if isinstance(tile, ManyRowsTile):
         dgrad_tile = PACKED_DGRAD_TILES[capability][tile.block_m]

@@ -16,6 +16,7 @@ from jmoe.triton_src.packed_lora import load_adapters, load_shrunk
 from jmoe.triton_src.packed_transposed import STEP, decode_transposed, part_layout, spread_scales, transposed_column
 from jmoe.triton_src.packed_weight import nan_bits
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked, in_stack
 from jmoe.triton_src.tiles import DgradTile, ManyRowsTile
 
 BLOCK_K = 128
@@ -32,6 +33,8 @@ def packed_dgrad_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, K) bf16 by pair; down: (P, K) bf16 by position
     pairs,
     N: gl.constexpr,
@@ -61,23 +64,25 @@ def packed_dgrad_kernel(
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
+        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
+        expert = in_stack(expert, layer_ptr, EXPERTS)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             dgrad_tile(
                 grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, max(BLOCK_M // 4, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
+                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
+                SPLITS, GATE_UP, max(BLOCK_M // 4, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
             )  # fmt: skip
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
             dgrad_tile(
                 grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, max(BLOCK_M // 2, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
+                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
+                SPLITS, GATE_UP, max(BLOCK_M // 2, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
             )  # fmt: skip
         else:
             dgrad_tile(
                 grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS,
-                GATE_UP, BLOCK_M, BLOCK_K, STAGES, AHEAD,
+                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
+                SPLITS, GATE_UP, BLOCK_M, BLOCK_K, STAGES, AHEAD,
             )  # fmt: skip
 
 
@@ -102,7 +107,7 @@ def load_words(words, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
 @gluon.jit
 def dgrad_tile(
     grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-    pairs, expert, first, end,
+    pairs, expert, lora_expert, first, end,
     N: gl.constexpr,
     K: gl.constexpr,
     EXPERTS: gl.constexpr,
@@ -154,18 +159,18 @@ def dgrad_tile(
         shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
         if adapter_ids_ptr is None:
             acc = expand(
-                acc, shrunk, shrunk_ptr, lora_a_ptr, pairs, expert.to(gl.int64) * RANK, first, end,
+                acc, shrunk, shrunk_ptr, lora_a_ptr, pairs, lora_expert.to(gl.int64) * RANK, first, end,
                 K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, BLOCK_K, A,
             )  # fmt: skip
         else:
             # Half of the tile at a time: a whole second accumulator does not fit beside the first.
             HALF: gl.constexpr = BLOCK_M // 2
             low = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
                 first, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
             )  # fmt: skip
             high = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
                 first + HALF, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
             )  # fmt: skip
             both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([BLOCK_K, BLOCK_M])
@@ -314,6 +319,7 @@ def plan_packed_dgrad(
     adapters: int,
     rank: int | None,
     adapter_ids: bool,
+    stacked: Stacked,
     routed: ManyRowsTile,
     tile: DgradTile,
 ) -> Plan:
@@ -333,6 +339,8 @@ def plan_packed_dgrad(
             **dgrad_lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
+            **stacked.lora_operand,
         },
         scalars={"pairs": pairs},
         outputs={"out_ptr": Buffer("pair_dx" if gate_up else "down_dgrad", (pairs, k), "bfloat16")},

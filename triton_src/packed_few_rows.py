@@ -17,6 +17,7 @@ from jmoe.triton_src.packed_weight import (
     words_layout,
 )
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked, in_stack
 from jmoe.triton_src.tiles import FewRowsTile
 
 
@@ -81,6 +82,8 @@ def packed_few_rows_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, OUT_WIDTH) bf16 by position, interleaved; down: (P, N) bf16 by pair
     pairs,
     N: gl.constexpr,
@@ -134,7 +137,9 @@ def packed_few_rows_kernel(
         # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
         column_block = gl.minimum(gl.program_id(0) * ROWS // 4, COLUMN_BLOCKS - 1)
         row_of_block = gl.program_id(0) * ROWS % 4
-        block = (expert.to(gl.int64) * COLUMN_BLOCKS + column_block) * BLOCKS
+        matrix = in_stack(expert, layer_ptr, EXPERTS).to(gl.int64)
+        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
+        block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
         warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
         word_part = warp // ROWS
         words = (
@@ -170,7 +175,7 @@ def packed_few_rows_kernel(
         out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
         row_ok = out_position < end
         if bias_ptr is not None:
-            bias = bias_ptr + expert.to(gl.int64) * N + 2 * column
+            bias = bias_ptr + matrix * N + 2 * column
             bias_even = gl.load(bias, mask=column_ok, other=0.0)
             bias_odd = gl.load(bias + 1, mask=column_ok, other=0.0)
         if not GATE_UP:
@@ -182,7 +187,7 @@ def packed_few_rows_kernel(
         if lora_b_ptr is not None:
             if adapter_ids_ptr is None:
                 acc = expand(
-                    acc, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
+                    acc, shrunk_ptr, lora_b_ptr, pairs, lora_expert.to(gl.int64) * N, first, end,
                     N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
                 )  # fmt: skip
             else:
@@ -193,7 +198,7 @@ def packed_few_rows_kernel(
                     if gl.max(mine.to(gl.int32), axis=0) > 0:
                         zero = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
                         expanded = expand(
-                            zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + expert).to(gl.int64) * N,
+                            zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + lora_expert).to(gl.int64) * N,
                             first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
                         )  # fmt: skip
                         acc = gl.where(mine[None, None, :], expanded, acc)
@@ -262,6 +267,7 @@ def plan_packed_few_rows(
     adapters: int,
     rank: int | None,
     adapter_ids: bool,
+    stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: FewRowsTile,
@@ -284,6 +290,8 @@ def plan_packed_few_rows(
             **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
+            **stacked.lora_operand,
         },
         scalars={"pairs": pairs},
         outputs={"out_ptr": out},

@@ -22,6 +22,7 @@ from jmoe.triton_src.packed_weight import (
     words_layout,
 )
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked, in_stack
 from jmoe.triton_src.tiles import ManyRowsTile
 
 
@@ -37,6 +38,8 @@ def packed_many_rows_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
     pre_activations_ptr,  # gate_up: (P, N) bf16 by position, or None unless they are kept for gradients
     pairs,
@@ -67,23 +70,25 @@ def packed_many_rows_kernel(
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
+        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
+        expert = in_stack(expert, layer_ptr, EXPERTS)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
-                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS,
+                RANK, RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
-                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS,
+                RANK, RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES, AHEAD,
             )  # fmt: skip
         else:
             packed_tile(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, pairs, expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK,
-                RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
+                out_ptr, pre_activations_ptr, pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS,
+                RANK, RANK_PADDED, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD,
             )  # fmt: skip
 
 
@@ -103,7 +108,7 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 @gluon.jit
 def packed_tile(
     x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-    out_ptr, pre_activations_ptr, pairs, expert, first, end,
+    out_ptr, pre_activations_ptr, pairs, expert, lora_expert, first, end,
     N: gl.constexpr,
     K: gl.constexpr,
     EXPERTS: gl.constexpr,
@@ -163,18 +168,18 @@ def packed_tile(
         shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
         if adapter_ids_ptr is None:
             acc = expand(
-                acc, shrunk, shrunk_ptr, lora_b_ptr, pairs, expert.to(gl.int64) * N, first, end,
+                acc, shrunk, shrunk_ptr, lora_b_ptr, pairs, lora_expert.to(gl.int64) * N, first, end,
                 N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, A,
             )  # fmt: skip
         else:
             # Half of the tile at a time: a whole second accumulator does not fit beside the first.
             HALF: gl.constexpr = BLOCK_M // 2
             low = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
                 first, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF,
             )  # fmt: skip
             high = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, expert,
+                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
                 first + HALF, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF,
             )  # fmt: skip
             both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([128, BLOCK_M])
@@ -338,6 +343,7 @@ def plan_packed_many_rows(
     adapters: int,
     rank: int | None,
     adapter_ids: bool,
+    stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: ManyRowsTile,
@@ -361,6 +367,8 @@ def plan_packed_many_rows(
             **lora_operands(projection, rank, adapter_ids),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
+            **stacked.lora_operand,
             **({} if keep else {"pre_activations_ptr": None}),
         },
         scalars={"pairs": pairs},

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
+from jmoe.triton_src.stacked import Stacked, in_stack
 
 
 @triton.jit
@@ -16,11 +17,13 @@ def swiglu_backward_kernel(
     gates_ptr,  # (P,) float32, routing weight by pair
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     pre_activations_grad_ptr,  # (P, 2 I) bf16 by position
     weighted_activations_ptr,  # (P, I) bf16 by position: gate weight * activation
     pair_gates_grad_ptr,  # (P,) float32 by pair
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -62,11 +65,12 @@ def swiglu_backward_kernel(
             mask=both < 2 * I,
         )
     if bias_ptr is not None:
+        bias_row = bias_ptr + in_stack(expert, layer_ptr, EXPERTS).to(tl.int64) * H
         dy_row = dy_ptr + (pair // TOP_K).to(tl.int64) * H
         for start in range(0, H, BLOCK):
             column = start + tl.arange(0, BLOCK)
             dy = tl.load(dy_row + column, mask=column < H, other=0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + expert.to(tl.int64) * H + column, mask=column < H, other=0.0).to(tl.float32)
+            bias = tl.load(bias_row + column, mask=column < H, other=0.0).to(tl.float32)
             total += dy * bias
     tl.store(pair_gates_grad_ptr + pair, tl.sum(total, axis=0))
 
@@ -92,7 +96,9 @@ def plan_swiglu_backward(
     slots: int,
     tile_m: int,
     top_k: int,
+    experts: int,
     bias: bool,
+    stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
 ) -> Plan:
@@ -108,6 +114,7 @@ def plan_swiglu_backward(
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
+            **stacked.weights_operand,
         },
         outputs={
             "pre_activations_grad_ptr": Buffer("pre_activations_grad", (pairs, 2 * intermediate), "bfloat16"),
@@ -117,6 +124,7 @@ def plan_swiglu_backward(
         constexprs={
             "H": hidden,
             "I": intermediate,
+            "EXPERTS": experts,
             "TOP_K": top_k,
             "ALPHA": swiglu_alpha,
             "LIMIT": swiglu_limit,

@@ -132,7 +132,7 @@ def time_tile(
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
         options = Options(size.intermediate, size.top_k, 1.702, 7.0, capability, forced=True, recompute=False)
-        buffers = name_buffers(x, logits, experts, None, None, None, 0)
+        buffers = name_buffers(x, logits, experts, None, None, None, 0, None)
         return launch_layer(buffers, options, capability, tables)["y"]
 
     result = jax.jit(step)(x, logits[0], experts)

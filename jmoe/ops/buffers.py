@@ -34,6 +34,7 @@ def name_buffers(
     adapter_ids: jax.Array | None,
     routing: Routing | None,
     expert_offset: jax.Array | int,
+    layer: jax.Array | int | None,
 ) -> Buffers:
     """The call's arrays under the names that launch plans use."""
     buffers: dict[str, Any] = {"x": x, "router_logits": router_logits, "adapter_ids": adapter_ids}
@@ -41,6 +42,8 @@ def name_buffers(
         buffers |= {"experts": routing.experts, "weights": routing.weights}
     if not (isinstance(expert_offset, int) and expert_offset == 0):
         buffers["expert_offset"] = jnp.asarray(expert_offset, jnp.int32).reshape(1)
+    if layer is not None:
+        buffers["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
     for projection in ("gate_up", "down"):
         weight = getattr(experts, projection)
         if isinstance(weight, Mxfp4):
@@ -57,9 +60,28 @@ def name_buffers(
     return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
+def of_one_layer(buffers: Buffers) -> Buffers:
+    """The buffers with the layer that "layer" chooses taken out of those that are of several."""
+    if "layer" not in buffers:
+        return buffers
+    (layer,) = buffers["layer"]
+    chosen = {name: lax.dynamic_index_in_dim(buffers[name], layer, keepdims=False) for name in names_of_stacks(buffers)}
+    return {name: chosen.get(name, array) for name, array in buffers.items() if name != "layer"}
+
+
+def names_of_stacks(buffers: Buffers) -> list[str]:
+    """Buffers that have a leading axis for layers: with "layer" those of the experts, and LoRA's if that has one."""
+    if "layer" not in buffers:
+        return []
+    experts = [f"{p}{part}" for p in ("gate_up", "down") for part in ("", "_scales", "_bias")]
+    lora = [f"{p}_{part}" for p in ("gate_up", "down") for part in ("a", "b", "scale")]
+    scales = [buffers[name] for name in ("gate_up_scale", "down_scale") if name in buffers]
+    return [name for name in (*experts, *(lora if scales and scales[0].ndim == 2 else ())) if name in buffers]
+
+
 def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
     """The layer by plain XLA operations."""
-
+    buffers = of_one_layer(buffers)
     hidden, double = buffers["x"].shape[1], 2 * options.intermediate
 
     def weight(projection: str) -> Mxfp4 | PackedMxfp4 | jax.Array:

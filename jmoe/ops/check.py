@@ -47,6 +47,30 @@ def check_moe(
     check_adapter_ids(adapter_ids, lora, tokens)
 
 
+def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tuple[Experts, Lora | None]:
+    """The shapes and dtypes of one layer of stacked experts, and of LoRA, stacked with them or not.
+
+    Raises:
+      ValueError: there is no such layer, it is no integer, or arrays of the stack differ in their number of layers.
+    """
+    scales = [] if lora is None else [s for s in (lora.gate_up_scale, lora.down_scale) if s is not None]
+    stacked = (experts, lora) if any(scale.ndim == 2 for scale in scales) else (experts, None)
+    leaves = jax.tree.leaves(stacked)
+    counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if len(counts) != 1:
+        raise ValueError(
+            f"with layer, the experts' arrays must have one leading axis of layers, got shapes "
+            f"{[leaf.shape for leaf in leaves]}"
+        )
+    (count,) = counts
+    if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise ValueError(f"layer must be an integer scalar, got {layer!r}")
+    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < count:
+        raise ValueError(f"layer must be in [0, {count}), got {layer}")
+    one, one_lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+    return one, one_lora if stacked[1] is not None else lora
+
+
 def check_float(name: str, array: jax.Array) -> None:
     """Raises ValueError unless the array is bfloat16 or float32."""
     if array.dtype not in FLOATS:

@@ -3,7 +3,6 @@
 Everything that needs Triton, jax-triton or a GPU happens in lowering, so the primitive can be traced on any machine.
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import os
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import mlir, xla
 
-from jmoe.ops.buffers import Buffers, Options
+from jmoe.ops.buffers import Buffers, Options, names_of_stacks, of_one_layer
 from jmoe.ops.gluon import compile_gluon_as_gluon
 from jmoe.ops.packed import unpack_buffers
 
@@ -135,24 +135,36 @@ def launch_gradients(
         tables,
     )
     everything = launch(plans, given | extra, capability)
-    return {name: everything[f"{name}_grad"] for name in wanted}
+    stacks = names_of_stacks(buffers)
+    gradients = {name: everything[f"{name}_grad"] for name in wanted}
+    return {
+        name: in_its_layer(grad, buffers[name], buffers["layer"]) if name in stacks else grad
+        for name, grad in gradients.items()
+    }
+
+
+def in_its_layer(grad: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer's gradient among those of the other layers, which are zero."""
+    return lax.dynamic_update_index_in_dim(jnp.zeros_like(stack), grad, layer[0], axis=0)
 
 
 def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buffers, "MoeProblem"]:
     """The problem that the buffers pose, and they, unpacked if no kernel reads packed weights on that GPU."""
     from jmoe.triton_src.moe import MoeProblem, reads_packed
 
+    packed = [buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")]
+    read_as_packed = all(packed) and reads_packed(capability)
+    if any(packed) and not read_as_packed:
+        buffers = unpack_buffers(of_one_layer(buffers), options.intermediate)
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
         intermediate=options.intermediate,
-        packed=all(buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")),
+        packed=read_as_packed,
         top_k=options.top_k,
         swiglu_alpha=options.swiglu_alpha,
         swiglu_limit=options.swiglu_limit,
     )
-    if problem.packed and reads_packed(capability):
-        return buffers, problem
-    return unpack_buffers(buffers, options.intermediate), dataclasses.replace(problem, packed=False)
+    return buffers, problem
 
 
 def route_and_sort(

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.buffers import Options, moe_xla, name_buffers
-from jmoe.ops.check import check_moe
+from jmoe.ops.check import check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch import check_dtypes
@@ -30,6 +30,7 @@ def moe(
     adapter_ids: Int32[Array, "..."] | None = None,
     routing: Routing | None = None,
     expert_offset: Int32[Array, ""] | int = 0,
+    layer: Int32[Array, ""] | int | None = None,
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     recompute: bool = False,
@@ -48,6 +49,8 @@ def moe(
       routing: a choice of experts to use instead of the logits', which are then ignored and may be None.
       expert_offset: `experts` holds the experts from this one on, of more that the router knows; pairs of others add
         nothing, so that shards sum to the whole. May be traced.
+      layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
+        May be traced. In a lax.scan over layers the kernels read a stack in place, where slices would be copied.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
       swiglu_alpha, swiglu_limit: of gpt-oss's activation; see jmoe.ops.reference.swiglu.
@@ -64,10 +67,11 @@ def moe(
         than bfloat16, a gradient in the experts' weights.
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
     """
-    check_moe(x, router_logits, experts, top_k, lora, adapter_ids, routing)
+    one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)
+    check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing)
     if not (backend in (None, "triton", "xla") or isinstance(backend, Target)):
         raise ValueError(f'backend must be "triton", "xla", a jmoe.Target or None, got {backend!r}')
-    if lora is not None and adapter_count(lora) == 0:
+    if one_lora is not None and adapter_count(one_lora) == 0:
         lora = None
 
     flat = functools.partial(flatten_tokens, axes=x.ndim - 1)
@@ -79,10 +83,11 @@ def moe(
         None if adapter_ids is None else flat(adapter_ids),
         None if routing is None else jax.tree.map(flat, routing),
         expert_offset,
+        layer,
     )
     buffers = vary_alike(named)
     options = Options(
-        experts.down.shape[2],
+        one.down.shape[2],
         top_k,
         float(swiglu_alpha),
         float(swiglu_limit),

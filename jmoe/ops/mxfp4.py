@@ -35,10 +35,10 @@ class Mxfp4:
     scales: UInt8[Array, "E N G"]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(experts, N, K) of the weights that the bytes stand for."""
-        experts, n, groups = self.scales.shape
-        return experts, n, groups * BLOCK
+    def shape(self) -> tuple[int, ...]:
+        """(experts, N, K) of the weights that the bytes stand for, after the layers of a stack of them."""
+        *leading, n, groups = self.scales.shape
+        return *leading, n, groups * BLOCK
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("words", "scales"), meta_fields=("n", "k"))
@@ -61,9 +61,9 @@ class PackedMxfp4:
     k: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(experts, N, K) of the weights that the bytes stand for."""
-        return self.words.shape[0], self.n, self.k
+    def shape(self) -> tuple[int, ...]:
+        """(experts, N, K) of the weights that the bytes stand for, after the layers of a stack of them."""
+        return *self.words.shape[:-3], self.n, self.k
 
 
 def quantize(w: Float[Array, "E N K"]) -> Mxfp4:

@@ -10,6 +10,7 @@ from jmoe.ops.packed import pack_weight
 from jmoe.triton_src.packed_dgrad import plan_packed_dgrad
 from jmoe.triton_src.packed_transposed import transposed_column
 from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.stacked import ONE_LAYER
 from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, PACKED_TILES, ManyRowsTile
 from tests.triton_src.test_packed_registers import assemble
 
@@ -22,7 +23,7 @@ def plan_of(projection: str, block_m: int, rank: int | None = None, adapters: in
     routed = next(tile for tile in PACKED_TILES[90] if isinstance(tile, ManyRowsTile) and tile.block_m == block_m)
     return plan_packed_dgrad(
         projection, n=n, k=k, slots=160, pairs=16384, top_k=4, experts=32,
-        adapters=adapters, rank=rank, adapter_ids=adapters > 1, routed=routed,
+        adapters=adapters, rank=rank, adapter_ids=adapters > 1, stacked=ONE_LAYER, routed=routed,
         tile=PACKED_DGRAD_TILES[90][block_m],
     )  # fmt: skip
 
