@@ -1,17 +1,14 @@
 """Text token by token: the prompt at once, then one step after another against the cache."""
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import attend
-from jmoe.gpt_oss.cache import LayerCache, attend_cached, fill
-from jmoe.gpt_oss.layer import Attention
-from jmoe.gpt_oss.model import GptOss, check_tokens, positions_in_segments
+from jmoe.gpt_oss.cache import LayerCache, attend_cached, empty_cache, fill
+from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions_in_segments
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +16,7 @@ from jmoe.gpt_oss.model import GptOss, check_tokens, positions_in_segments
 class Decoding:
     """Sequences so far; a pytree of static shapes.
 
-    cache: for each layer of a group, with a leading axis for the groups.
+    cache: for each layer of a group, of all groups.
     lengths: int32 [B], tokens of each sequence in the cache.
     adapter_ids: int32 [B], or None.
     """
@@ -51,16 +48,23 @@ def prefill(
     if tokens.shape[1] > capacity:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens do not fit a capacity of {capacity}")
 
-    def attention(window: int | None) -> Attention[LayerCache]:
-        def attend_and_keep(q: Array, k: Array, v: Array, sinks: Array) -> tuple[Array, LayerCache]:
-            return attend(q, k, v, sinks, window=window), fill(k, v, lengths, window, capacity)
+    def attention(window: int | None) -> CarriedAttention:
+        def attend_and_keep(
+            q: Array, k: Array, v: Array, sinks: Array, state: LayerCache, group: Array
+        ) -> tuple[Array, LayerCache]:
+            return attend(q, k, v, sinks, window=window), fill(state, group, k, v, lengths)
 
         return attend_and_keep
 
-    attentions = [(lambda _, window=window: attention(window)) for window in model.config.windows]
     ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
-    positions = positions_in_segments(tokens.shape, None)
-    hidden, cache = model.through_layers(tokens, positions, ids, attentions, None)
+    hidden, cache = model.through_layers(
+        tokens,
+        positions_in_segments(tokens.shape, None),
+        ids,
+        [attention(window) for window in model.config.windows],
+        empty_cache(model.config, model.period, tokens.shape[0], capacity, model.dtype),
+        lora_in_place=True,
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return model.logits(last)[:, 0], Decoding(cache, lengths, adapter_ids)
 
@@ -68,10 +72,13 @@ def prefill(
 def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
     """(float32 logits after each sequence's next token, the sequences with it)."""
 
-    def attention(cache: Any) -> Attention[LayerCache]:
-        return functools.partial(attend_cached, cache=cache, position=state.lengths)
+    def attention(
+        q: Array, k: Array, v: Array, sinks: Array, state: LayerCache, group: Array, position: Array = state.lengths
+    ) -> tuple[Array, LayerCache]:
+        return attend_cached(q, k, v, sinks, state, group, position)
 
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
-    attentions = [attention] * model.period
-    hidden, cache = model.through_layers(tokens[:, None], state.lengths[:, None], ids, attentions, state.cache)
+    hidden, cache = model.through_layers(
+        tokens[:, None], state.lengths[:, None], ids, [attention] * model.period, state.cache, lora_in_place=True
+    )
     return model.logits(hidden)[:, 0], Decoding(cache, state.lengths + 1, state.adapter_ids)

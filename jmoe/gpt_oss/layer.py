@@ -55,10 +55,12 @@ def layer[S](
     attention: Attention[S],
     rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
     adapter_ids: Int32[Array, "B T"] | None,
+    index: Int32[Array, ""],
     recompute: bool,
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and what the attention keeps.
 
+    weights, lora: of this layer, but for the experts, which are of all layers; LoRA on experts is of either.
     attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
     """
     normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
@@ -80,6 +82,7 @@ def layer[S](
         adapter_ids=None if on_experts is None else adapter_ids,
         swiglu_alpha=config.swiglu_alpha,
         swiglu_limit=config.swiglu_limit,
+        layer=index,
         recompute=recompute,
         backend="xla" if x.dtype == jnp.float32 else None,
     )

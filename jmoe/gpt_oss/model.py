@@ -1,5 +1,6 @@
 """gpt-oss as a Flax module."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ from jaxtyping import Array, Float, Int32
 from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import Attention, layer, product
+from jmoe.gpt_oss.layer import layer, product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
+
+type CarriedAttention = Callable[..., tuple[Array, Any]]
+"""(q, k, v, sinks, state, group) -> (attended, state)."""
 
 
 class GptOss(nnx.Module):
@@ -112,61 +116,80 @@ class GptOss(nnx.Module):
         if adapter_ids is not None and adapter_ids.ndim == 1:
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
-        def attention(window: int | None) -> Attention[None]:
-            return lambda q, k, v, sinks: (attend(q, k, v, sinks, window=window, segment_ids=segment_ids), None)
+        def attention(window: int | None) -> CarriedAttention:
+            def attend_within(
+                q: Array, k: Array, v: Array, sinks: Array, state: None, group: Array
+            ) -> tuple[Array, None]:
+                return attend(q, k, v, sinks, window=window, segment_ids=segment_ids), state
 
-        attentions = [(lambda _, window=window: attention(window)) for window in self.config.windows]
-        hidden, _ = self.through_layers(tokens, positions, adapter_ids, attentions, None)
-        return hidden
+            return attend_within
+
+        attentions = [attention(window) for window in self.config.windows]
+        return self.through_layers(tokens, positions, adapter_ids, attentions, [None] * self.period)[0]
 
     def through_layers[S](
         self,
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
         adapter_ids: Int32[Array, "B T"] | None,
-        attentions: Sequence[Callable[[Any], Attention[S]]],
-        states: Any,
-    ) -> tuple[Float[Array, "B T H"], Any]:
-        """(hidden, what each layer's attention keeps): the layers one after another, one group of them compiled.
+        attentions: Sequence[CarriedAttention],
+        states: Sequence[S],
+        *,
+        lora_in_place: bool = False,
+    ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
+        """(hidden, states): the layers one after another, one group of them compiled.
 
-        attentions: of a layer's state, the attention, for each layer of the first group at least.
-        states: one pytree for each layer of a group, its arrays with a leading axis for the groups; or None. What is
-          kept comes in the same form.
+        Experts are read in place, since XLA would copy each layer's out of the stack.
+
+        attentions: of each layer of the first group at least.
+        states: for each layer of a group what its attentions carry from group to group.
+        lora_in_place: read LoRA on experts in place too. A gradient in it would be of all layers, in each.
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
         x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
         period = self.period
         groups = config.num_hidden_layers // period
+        stack, lora = self.layers.get_value(), self.lora
 
-        def group(x: Array, arrays: tuple[LayerWeights, LoraWeights | None, Any]) -> tuple[Array, tuple[S, ...]]:
-            *weights, states = arrays
+        def group(
+            carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, LoraWeights | None]
+        ) -> tuple[tuple[Array, tuple[S, ...]], None]:
+            x, states = carry
+            number, loras = number_and_lora
             kept = []
             for i in range(period):
-                own, lora = jax.tree.map(lambda leaf, i=i: leaf[i], tuple(weights))
-                state = None if states is None else states[i]
+                index = number * period + i
+                if lora is None:
+                    here = None
+                elif lora_in_place:
+                    here = lora.layer(index)
+                else:
+                    here = jax.tree.map(lambda leaf, i=i: leaf[i], loras)
 
                 def one(
-                    x: Array, own: LayerWeights, lora: LoraWeights | None, state: Any, i: int = i
+                    x: Array, own: LayerWeights, lora: LoraWeights | None, state: S, i: int = i, index: Array = index
                 ) -> tuple[Array, S]:
                     return layer(
                         x,
                         own,
                         lora,
                         config,
-                        attention=attentions[i](state),
+                        attention=functools.partial(attentions[i], state=state, group=number),
                         rotary=rotary,
                         adapter_ids=adapter_ids,
+                        index=index,
                         recompute=self.recompute,
                     )
 
-                x, keeps = (jax.checkpoint(one) if self.remat else one)(x, own, lora, state)
-                kept.append(keeps)
-            return x, tuple(kept)
+                x, state = (jax.checkpoint(one) if self.remat else one)(x, stack.layer(index), here, states[i])
+                kept.append(state)
+            return (x, tuple(kept)), None
 
-        weights = slice_layers((self.layers.get_value(), self.lora), groups)
-        x, kept = lax.scan(group, x, (*weights, states))
-        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), kept
+        loras = None if lora_in_place else slice_layers(lora, groups)
+        start = x, tuple(states)
+        (x, carried), _ = lax.scan(group, start, (jnp.arange(groups), loras))
+        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), carried
 
     @property
     def period(self) -> int:

@@ -1,10 +1,13 @@
 """A model's arrays: those of all layers stacked, and LoRA on them."""
 
 import dataclasses
+import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
 from jmoe.ops.experts import Experts, Lora
@@ -39,6 +42,13 @@ class LayerWeights:
     router: Linear
     experts: Experts
 
+    def layer(self, index: Int32[Array, ""] | int) -> Self:
+        """One layer of several, but for the experts, which jmoe.moe reads in place."""
+        others = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "experts"
+        }
+        return type(self)(**jax.tree.map(functools.partial(take, index=index), others), experts=self.experts)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,14 @@ class LoraWeights:
     a: dict[str, Float[Array, "L A *E R K"]]
     b: dict[str, Float[Array, "L A *E N R"]]
     scale: dict[str, Float[Array, "L A"]]
+
+    def layer(self, index: Int32[Array, ""] | int) -> Self:
+        """As LayerWeights.layer."""
+
+        def of(parts: dict[str, Array]) -> dict[str, Array]:
+            return {name: array if name in EXPERTS else take(array, index) for name, array in parts.items()}
+
+        return dataclasses.replace(self, a=of(self.a), b=of(self.b), scale=of(self.scale))
 
     @property
     def on_experts(self) -> Lora | None:
@@ -76,6 +94,11 @@ def sizes(config: Config) -> dict[str, tuple[int, int]]:
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
     }
+
+
+def take(array: Array, index: Int32[Array, ""] | int) -> Array:
+    """array[index], for an index in range."""
+    return lax.dynamic_index_in_dim(array, index, keepdims=False)
 
 
 def slice_layers[T](tree: T, groups: int) -> T:
