@@ -1,5 +1,8 @@
 """MXFP4 mixture-of-experts with LoRA for JAX."""
 
+import importlib
+from types import ModuleType
+
 from jmoe.ops.experts import Experts as Experts
 from jmoe.ops.experts import Lora as Lora
 from jmoe.ops.export import allow_triton_call as allow_triton_call
@@ -29,3 +32,10 @@ __all__ = [
     "route",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """jmoe.nn and jmoe.gpt_oss, imported when first asked for: Flax takes a while."""
+    if name in ("nn", "gpt_oss"):
+        return importlib.import_module(f"jmoe.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,21 +19,22 @@ class LoraConfig:
     """New adapters on a layer's experts.
 
     rank: r.
-    alpha: the delta is scaled by alpha / r, or alpha / sqrt(r) if rank_stabilized (arXiv 2312.03732). None: as much as
-      the rank, so that plain LoRA is not scaled.
-    targets: which products have LoRA: "gate_up", "down", or PEFT's names of their parameters, as
+    alpha: positive; the delta is scaled by alpha / r, or alpha / sqrt(r) if rank_stabilized (arXiv 2312.03732). None:
+      as much as the rank, so that plain LoRA is not scaled.
+    targets: which products have LoRA, a name or several: "gate_up", "down", or PEFT's names of their parameters, as
       "mlp.experts.gate_up_proj".
     adapters: how many stand side by side, for batches that mix them.
     dtype: of A and B. Their products run in x's dtype.
 
     Raises:
-      ValueError: a target is none of the experts' tensors, or there are none; or the rank or adapters are below 1.
+      ValueError: a target is none of the experts' tensors, or there are none; the rank or adapters are below 1; or
+        alpha is not positive and finite: at 0 no gradient would reach A and B.
     """
 
     rank: int
     alpha: float | None = None
     rank_stabilized: bool = False
-    targets: Sequence[str] = PROJECTIONS
+    targets: str | Sequence[str] = PROJECTIONS
     adapters: int = 1
     dtype: DTypeLike = jnp.float32
 
@@ -41,15 +42,17 @@ class LoraConfig:
         for name in ("rank", "adapters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         if not self.targets:
             raise ValueError("targets must name one of the experts' tensors, got none: LoRA would train nothing")
-        for target in self.targets:
-            projection_of(target)
+        _ = self.projections  # refuses names of no expert tensor
 
     @property
     def projections(self) -> tuple[str, ...]:
         """The targets by this package's names, each once."""
-        return tuple(dict.fromkeys(projection_of(target) for target in self.targets))
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return tuple(dict.fromkeys(projection_of(target) for target in targets))
 
     @property
     def scale(self) -> float:
@@ -62,10 +65,11 @@ def projection_of(target: str) -> str:
     """ "gate_up" or "down" for a target's name.
 
     Raises:
-      ValueError: it names neither.
+      ValueError: it names neither, or a tensor of a module that is not `experts`.
     """
-    name = target.removesuffix(".weight").rsplit(".", 1)[-1].removesuffix("_proj")
-    if name not in PROJECTIONS:
+    *modules, tensor = target.removesuffix(".weight").split(".")
+    name = tensor.removesuffix("_proj")
+    if name not in PROJECTIONS or (modules and modules[-1] != "experts"):
         raise ValueError(
             f'LoRA targets must match an expert tensor ("gate_up", "down", "mlp.experts.gate_up_proj" or '
             f'"mlp.experts.down_proj"), got {target!r}'

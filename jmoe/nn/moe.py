@@ -9,13 +9,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jmoe.checkpoint import MoeLayer
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
 from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
+from jmoe.ops.check import check_lora
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
-from jmoe.ops.routing import Routing, route
+from jmoe.ops.routing import Routing, check_top_k, route
 
 
 class MoE(nnx.Module):
@@ -62,8 +64,10 @@ class MoE(nnx.Module):
           swiglu_alpha, swiglu_limit, recompute, backend: as in jmoe.moe.
 
         Raises:
-          ValueError: train_experts with MXFP4 experts, which are constants; sizes that do not fit the weights.
+          ValueError: train_experts with MXFP4 experts, which are constants; sizes, top_k or adapters that do not fit
+            the weights.
         """
+        check_top_k(top_k, num_experts)
         self.top_k = top_k
         self.swiglu_alpha = swiglu_alpha
         self.swiglu_limit = swiglu_limit
@@ -77,6 +81,8 @@ class MoE(nnx.Module):
             router_bias = jnp.zeros(num_experts, jnp.bfloat16) if router_bias is None else router_bias
         if router_kernel.shape != (hidden, num_experts):
             raise ValueError(f"router_kernel must be [H, E] = {(hidden, num_experts)}, got {router_kernel.shape}")
+        if router_bias is not None and router_bias.shape != (num_experts,):
+            raise ValueError(f"router_bias must be [E] = {(num_experts,)}, got {router_bias.shape}")
         kind = nnx.Param if train_router else Frozen
         self.router_kernel = kind(router_kernel)
         self.router_bias = None if router_bias is None else kind(router_bias)
@@ -91,6 +97,7 @@ class MoE(nnx.Module):
             setattr(self, name, None if value is None else nnx.data(kind(value)))
         if isinstance(lora, LoraConfig):
             lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
+        check_lora(lora, experts)
         for projection in PROJECTIONS:
             for part in ("a", "b", "scale"):
                 value = getattr(lora, f"{projection}_{part}", None)
@@ -110,9 +117,12 @@ class MoE(nnx.Module):
     ) -> Self:
         """A layer with these weights; sizes are theirs, options those of the constructor.
 
-        A checkpoint's layer: `layer = jmoe.checkpoint.load_moe_layer(...)`, then
-        `MoE.from_weights(layer.experts, layer.router_weight.T, layer.router_bias, top_k=...)`.
+        Raises:
+          ValueError: `lora` is a LoraConfig and there are no rngs: a seed of our own would give the adapters of every
+            layer the same A. And as the constructor does.
         """
+        if rngs is None and isinstance(options.get("lora"), LoraConfig):
+            raise ValueError("rngs must be given with lora=LoraConfig(...), whose A is random, got None")
         num_experts, hidden, intermediate = experts.down.shape
         return cls(
             hidden,
@@ -123,6 +133,24 @@ class MoE(nnx.Module):
             experts=experts,
             router_kernel=router_kernel,
             router_bias=router_bias,
+            **options,
+        )
+
+    @classmethod
+    def from_checkpoint_layer(cls, layer: MoeLayer, *, rngs: nnx.Rngs | None = None, **options: Any) -> Self:
+        """The layer that jmoe.checkpoint.load_moe_layer read: its weights, top_k and SwiGLU's constants.
+
+        The norm before it (`layer.norm_weight`) is not part of it. Options are the constructor's others, as lora, which
+        may be jmoe.adapters.load_lora's. Raises as from_weights does.
+        """
+        return cls.from_weights(
+            layer.experts,
+            layer.router_weight.T,
+            layer.router_bias,
+            top_k=layer.config.num_experts_per_tok,
+            rngs=rngs,
+            swiglu_alpha=layer.config.swiglu_alpha,
+            swiglu_limit=layer.config.swiglu_limit,
             **options,
         )
 

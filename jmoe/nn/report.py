@@ -1,5 +1,6 @@
 """What of a model is trained, tensor by tensor."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class TrainableReport(NamedTuple):
 def trainable_report(model: nnx.Module, wrt: Any = nnx.Param) -> TrainableReport:
     """Each tensor of the model and whether an optimizer with this `wrt` trains it.
 
+    model: may be abstract, as from nnx.eval_shape.
     wrt: as nnx.Optimizer's: a type of variable, nnx.LoRAParam for example, or any nnx filter.
 
     Raises:
@@ -53,7 +55,8 @@ def trainable_report(model: nnx.Module, wrt: Any = nnx.Param) -> TrainableReport
         trained = is_trained(path, variable)
         for inner, array in jax.tree_util.tree_leaves_with_path(variable.get_value()):
             name = "/".join(map(str, path)) + jax.tree_util.keystr(inner)
-            tensors.append(Tensor(name, array.shape, str(array.dtype), array.nbytes, trained))
+            size = math.prod(array.shape) * array.dtype.itemsize  # an abstract model's arrays have no nbytes
+            tensors.append(Tensor(name, array.shape, str(array.dtype), size, trained))
     if not any(tensor.trainable for tensor in tensors):
         raise ValueError(f"nothing of the model is trainable: none of its {len(tensors)} tensors is of {wrt}")
     return TrainableReport(tuple(sorted(tensors, key=lambda tensor: not tensor.trainable)))

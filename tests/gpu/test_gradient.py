@@ -1,6 +1,10 @@
 """Gradients on a GPU at gpt-oss's sizes: from JAX and from torch, against autograd in float64."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +129,48 @@ def test_scale_bytes_at_the_ends(scale: int) -> None:
     for run in (layer, dataclasses.replace(layer, experts=jmoe.pack(layer.experts))):
         got = gradients(in_torch(run), moe, dy)
         assert torch_layers.relative_error(got["x"], exact["x"]) <= RELATIVE
+
+
+def test_65536_tokens() -> None:
+    """Tokens do not see each other in x's gradient, so some at either end stand for all."""
+    layer = random_layer(LayerShape(65536, adapters=1, rank=8))
+    run = dataclasses.replace(layer, experts=jmoe.pack(layer.experts))
+    dy = jax.random.normal(jax.random.key(7), layer.x.shape, jnp.bfloat16)
+    ours = jax_gradients(run, dy, recompute=True)
+    assert all(bool(jnp.isfinite(grad).all()) for grad in ours.values())
+    for part in (slice(0, 64), slice(32768, 32832), slice(65472, 65536)):
+        few = dataclasses.replace(layer, x=layer.x[part], router_logits=layer.router_logits[part])
+        want = jax_gradients(few, dy[part], backend="xla")
+        for name in ("x", "router_logits"):
+            exact = want[name].astype(jnp.float32)
+            error = jnp.linalg.norm(ours[name][part].astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+            assert float(error) <= RELATIVE, name
+
+
+SANITIZED = """
+import dataclasses, jax, torch, jmoe
+from jmoe.interop.moe import moe
+from jmoe.ops.random_layer import LayerShape, random_layer
+from tests.gpu.test_gradient import in_torch
+from tests.interop.test_gradient import gradients
+from tests.torch_layers import transform
+for tokens, rank, packed in ((5, 0, True), (12, 5, True), (400, 20, True), (150, 5, False)):
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = random_layer(LayerShape(tokens, 160, 96, 6, 4, **adapters))
+    layer = dataclasses.replace(layer, experts=jmoe.pack(layer.experts)) if packed else layer
+    layer = transform(in_torch(layer), lambda tensor: tensor.cuda())
+    for grad in gradients(layer, moe, torch.randn(tokens, 160, device="cuda").bfloat16()).values():
+        assert torch.isfinite(grad).all()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1", JAX_PLATFORMS="cpu")
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-c", SANITIZED]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(f"{tool}: {done.stdout.strip().splitlines()[-1]}")

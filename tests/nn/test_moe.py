@@ -1,6 +1,10 @@
 """The Flax layer: what it computes, what is trained, and under which transformations."""
 
+import dataclasses
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen
 import jax
@@ -12,9 +16,11 @@ import pytest
 from flax import nnx
 
 import jmoe
+from jmoe.checkpoint import Checkpoint, load_moe_layer, router_logits
 from jmoe.nn import Frozen, LoraConfig, MoE, linen_moe, trainable_report
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 96, 4
+TINY = Path(__file__).parents[2] / "examples/tiny_gpt_oss"
 
 
 def new_layer(seed: int = 0, **options: object) -> MoE:
@@ -188,6 +194,8 @@ def test_the_report_tells_trained_from_frozen() -> None:
     [
         ({"targets": ["q_proj"]}, "LoRA targets must match an expert tensor .* got 'q_proj'"),
         ({"targets": ["mlp.experts.gate"]}, "LoRA targets must match an expert tensor"),
+        ({"targets": ["self_attn.down_proj"]}, "LoRA targets must match an expert tensor"),
+        ({"alpha": 0}, "alpha must be positive and finite, got 0"),
         ({"targets": []}, "targets must name one of the experts' tensors"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"adapters": 0}, "adapters must be at least 1, got 0"),
@@ -206,7 +214,47 @@ def test_peft_names_are_targets() -> None:
     assert float(layer.gate_up_scale[...][0]) == 4.0
 
 
+def test_a_target_may_stand_alone() -> None:
+    assert LoraConfig(4, targets="down").projections == ("down",)
+    assert LoraConfig(4, targets="model.layers.3.mlp.experts.gate_up_proj").projections == ("gate_up",)
+
+
+def test_the_report_of_an_abstract_model_is_that_of_the_model() -> None:
+    assert trainable_report(nnx.eval_shape(new_layer)) == trainable_report(new_layer())
+
+
+def test_a_checkpoints_layer_keeps_its_constants() -> None:
+    read = load_moe_layer(Checkpoint(TINY), 0)
+    config = dataclasses.replace(read.config, swiglu_limit=0.5, swiglu_alpha=1.0)
+    read = dataclasses.replace(read, config=config)
+    layer = MoE.from_checkpoint_layer(read)
+    x = jax.random.normal(jax.random.key(0), (20, config.hidden_size), jnp.bfloat16)
+    options = {"top_k": config.num_experts_per_tok, "swiglu_limit": 0.5, "swiglu_alpha": 1.0}
+    assert jnp.array_equal(layer(x), jmoe.moe(x, router_logits(read, x), read.experts, **options))
+    assert not jnp.array_equal(
+        layer(x), MoE.from_weights(read.experts, read.router_weight.T, read.router_bias, top_k=options["top_k"])(x)
+    )
+
+
+def test_new_adapters_on_given_weights_need_rngs() -> None:
+    layer = new_layer(lora=None)
+    with pytest.raises(ValueError, match="rngs must be given with lora=LoraConfig"):
+        MoE.from_weights(layer.experts, layer.router_kernel[...], top_k=2, lora=LoraConfig(3))
+
+
+def test_the_layer_is_found_by_its_name() -> None:
+    program = "import sys, jmoe; assert 'jmoe.nn' not in sys.modules; print(jmoe.nn.MoE.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "MoE\n"
+
+
 def test_weights_of_other_sizes_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"top_k must be between 1 and the number of experts \(4\), got 9"):
+        MoE(HIDDEN, INTERMEDIATE, EXPERTS, top_k=9, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"router_bias must be \[E\] = \(4,\), got \(1,\)"):
+        new_layer(router_bias=jnp.zeros(1))
+    with pytest.raises(ValueError, match=r"lora.gate_up_a must have shape \(1, 4, 3, 64\), got \(1, 4, 3, 32\)"):
+        new_layer(lora=MoE(32, 32, EXPERTS, top_k=2, rngs=nnx.Rngs(0), lora=LoraConfig(3)).lora)
     layer = new_layer()
     with pytest.raises(ValueError, match=r"experts.gate_up must stand for \(4, 192, 32\), got \(4, 192, 64\)"):
         MoE(32, INTERMEDIATE, EXPERTS, top_k=2, rngs=nnx.Rngs(0), experts=layer.experts)
