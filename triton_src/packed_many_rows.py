@@ -319,9 +319,7 @@ def store_tile(
 
 
 @gluon.jit
-def store_columns(
-    out_ptr, even, odd, row, row_ok, column, N: gl.constexpr, BLOCK_M: gl.constexpr, OUT: gl.constexpr
-):  # fmt: skip
+def store_columns(out_ptr, even, odd, row, row_ok, column, N: gl.constexpr, BLOCK_M: gl.constexpr, OUT: gl.constexpr):
     """out[row, column + 2i] = even[i], out[row, column + 2i + 1] = odd[i], in bf16."""
     both = gl.permute(gl.join(even.to(gl.bfloat16), odd.to(gl.bfloat16)), (0, 2, 1))
     out = gl.convert_layout(both.reshape([128, BLOCK_M]), OUT)
