@@ -1,24 +1,18 @@
 """Keys and values of the tokens so far: all of them on full layers, a ring of the window's on sliding ones."""
 
-import dataclasses
-import math
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
+from jmoe.ops.cached_attention import cached_attention
 
+type Cache = tuple[Float[Array, "L B M S 2D"], ...]
+"""For each layer of a group the entries of all groups, a key, rotated, and its value behind it.
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Of layers with the same window, the first axis; a pytree. Token p of a sequence stands at slot p % S."""
-
-    keys: Float[Array, "L B M S D"]
-    values: Float[Array, "L B M S D"]
+Token p of a sequence stands at slot p % S.
+"""
 
 
 def slots(window: int | None, capacity: int) -> int:
@@ -32,33 +26,28 @@ def cache_bytes(config: Config, batch: int, capacity: int) -> int:
     return 2 * 2 * batch * tokens * config.num_key_value_heads * config.head_dim
 
 
-def empty_cache(config: Config, period: int, batch: int, capacity: int, dtype: DTypeLike) -> tuple[LayerCache, ...]:
-    """Zeros for each of the `period` layers of a group, of all groups."""
+def empty_cache(config: Config, period: int, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+    """Zeros for each of the `period` layers of a group."""
     groups = config.num_hidden_layers // period
-
-    def zeros(window: int | None) -> Array:
-        size = slots(window, capacity)
-        return jnp.zeros((groups, batch, config.num_key_value_heads, size, config.head_dim), dtype)
-
-    return tuple(LayerCache(zeros(window), zeros(window)) for window in config.windows[:period])
+    sizes = (slots(window, capacity) for window in config.windows[:period])
+    return tuple(
+        jnp.zeros((groups, batch, config.num_key_value_heads, size, 2 * config.head_dim), dtype) for size in sizes
+    )
 
 
 def fill(
-    cache: LayerCache,
+    entries: Float[Array, "L B M S 2D"],
     layer: Int32[Array, ""],
     keys: Float[Array, "B T M D"],
     values: Float[Array, "B T M D"],
     lengths: Int32[Array, " B"],
-) -> LayerCache:
-    """The cache with one layer's prompts of these lengths, padded at their ends to T."""
-    position = held_positions(lengths - 1, cache.keys.shape[3])
+) -> Float[Array, "L B M S 2D"]:
+    """The entries with one layer's prompts of these lengths, padded at their ends to T."""
+    position = held_positions(lengths - 1, entries.shape[3])
     there = jnp.clip(position, 0, keys.shape[1] - 1)[:, None, :, None]
-
-    def put(stack: Array, array: Array) -> Array:
-        held = jnp.take_along_axis(jnp.swapaxes(array, 1, 2), there, axis=2)
-        return lax.dynamic_update_index_in_dim(stack, held.astype(stack.dtype), layer, axis=0)
-
-    return LayerCache(put(cache.keys, keys), put(cache.values, values))
+    both = jnp.swapaxes(jnp.concatenate([keys, values], axis=-1), 1, 2)
+    held = jnp.take_along_axis(both, there, axis=2).astype(entries.dtype)
+    return lax.dynamic_update_index_in_dim(entries, held, layer, axis=0)
 
 
 def held_positions(last: Int32[Array, " B"], size: int) -> Int32[Array, "B S"]:
@@ -71,35 +60,13 @@ def attend_cached(
     k: Float[Array, "B 1 M D"],
     v: Float[Array, "B 1 M D"],
     sinks: Float[Array, " N"],
-    cache: LayerCache,
+    entries: Float[Array, "L B M S 2D"],
     layer: Int32[Array, ""],
     position: Int32[Array, " B"],
-) -> tuple[Float[Array, "B 1 N D"], LayerCache]:
-    """(attention of each sequence's token at `position` to those before it and itself, the cache with it)."""
-    batch, _, heads, dim = q.shape
-    key_heads, size = cache.keys.shape[2:4]
-    rows = jnp.arange(batch)
-    new = LayerCache(
-        cache.keys.at[layer, rows, :, position % size].set(k[:, 0]),
-        cache.values.at[layer, rows, :, position % size].set(v[:, 0]),
-    )
-    keys, values = (lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (new.keys, new.values))
-    grouped = q.reshape(batch, key_heads, heads // key_heads, dim)
-    scores = jnp.einsum(
-        "bmgd,bmsd->bmgs", grouped, keys, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    ) / math.sqrt(dim)
-    # A ring holds no token that has left the window.
-    seen = held_positions(position, size) >= 0
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    sink = sinks.astype(jnp.float32).reshape(1, key_heads, -1)
-    largest = jnp.maximum(jnp.max(scores, axis=-1), sink)
-    weights = jnp.exp(scores - largest[..., None])
-    weights = weights / (jnp.sum(weights, axis=-1) + jnp.exp(sink - largest))[..., None]
-    out = jnp.einsum(
-        "bmgs,bmsd->bmgd",
-        weights.astype(values.dtype),
-        values,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return out.astype(q.dtype).reshape(q.shape), new
+) -> tuple[Float[Array, "B 1 N D"], Float[Array, "L B M S 2D"]]:
+    """(attention of each sequence's token at `position` to those before it and itself, the entries with it)."""
+    both = jnp.concatenate([k, v], axis=-1)[:, 0].astype(entries.dtype)
+    rows = jnp.arange(q.shape[0])
+    # The layer is an index like the others: a slice of it would be copied out and back.
+    entries = entries.at[layer, rows, :, position % entries.shape[3]].set(both, unique_indices=True)
+    return cached_attention(q[:, 0], entries, sinks, layer, position)[:, None], entries

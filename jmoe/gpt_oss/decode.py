@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import attend
-from jmoe.gpt_oss.cache import LayerCache, attend_cached, empty_cache, fill
+from jmoe.gpt_oss.attention_lora import AttentionLora
+from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
 from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions_in_segments
 
 
@@ -16,14 +17,16 @@ from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions
 class Decoding:
     """Sequences so far; a pytree of static shapes.
 
-    cache: for each layer of a group, of all groups.
+    cache: see jmoe.gpt_oss.cache.
     lengths: int32 [B], tokens of each sequence in the cache.
     adapter_ids: int32 [B], or None.
+    attention_lora: the model's, laid out for the steps.
     """
 
-    cache: tuple[LayerCache, ...]
+    cache: Cache
     lengths: Int32[Array, " B"]
     adapter_ids: Int32[Array, " B"] | None
+    attention_lora: AttentionLora | None = None
 
 
 def prefill(
@@ -50,35 +53,41 @@ def prefill(
 
     def attention(window: int | None) -> CarriedAttention:
         def attend_and_keep(
-            q: Array, k: Array, v: Array, sinks: Array, state: LayerCache, group: Array
-        ) -> tuple[Array, LayerCache]:
+            q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array
+        ) -> tuple[Array, Array]:
             return attend(q, k, v, sinks, window=window), fill(state, group, k, v, lengths)
 
         return attend_and_keep
 
     ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
+    attention_lora = model.attention_lora()
     hidden, cache = model.through_layers(
         tokens,
         positions_in_segments(tokens.shape, None),
         ids,
         [attention(window) for window in model.config.windows],
         empty_cache(model.config, model.period, tokens.shape[0], capacity, model.dtype),
-        lora_in_place=True,
+        attention_lora=attention_lora,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(last)[:, 0], Decoding(cache, lengths, adapter_ids)
+    return model.logits(last)[:, 0], Decoding(cache, lengths, adapter_ids, attention_lora)
 
 
 def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
     """(float32 logits after each sequence's next token, the sequences with it)."""
 
     def attention(
-        q: Array, k: Array, v: Array, sinks: Array, state: LayerCache, group: Array, position: Array = state.lengths
-    ) -> tuple[Array, LayerCache]:
+        q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array, position: Array = state.lengths
+    ) -> tuple[Array, Array]:
         return attend_cached(q, k, v, sinks, state, group, position)
 
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
     hidden, cache = model.through_layers(
-        tokens[:, None], state.lengths[:, None], ids, [attention] * model.period, state.cache, lora_in_place=True
+        tokens[:, None],
+        state.lengths[:, None],
+        ids,
+        [attention] * model.period,
+        state.cache,
+        attention_lora=state.attention_lora,
     )
-    return model.logits(hidden)[:, 0], Decoding(cache, state.lengths + 1, state.adapter_ids)
+    return model.logits(hidden)[:, 0], dataclasses.replace(state, cache=cache, lengths=state.lengths + 1)

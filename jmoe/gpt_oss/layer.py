@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.checkpoint import rms_norm
+from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.rope import rotate
-from jmoe.gpt_oss.weights import LayerWeights, Linear, LoraWeights
+from jmoe.gpt_oss.weights import LayerWeights, Linear
+from jmoe.ops.experts import Lora
 from jmoe.ops.moe import moe
 
 type Attention[S] = Callable[[Array, Array, Array, Array], tuple[Array, S]]
@@ -18,25 +21,38 @@ type Attention[S] = Callable[[Array, Array, Array, Array], tuple[Array, S]]
 def linear(
     x: Float[Array, "B T K"],
     weights: Linear,
-    name: str = "",
-    lora: LoraWeights | None = None,
+    lora: Factors | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N"]:
-    """x weight^T + bias, plus LoRA if there is any on `name`; sums in float32, rounded once to x's dtype."""
+    """x weight^T + bias, plus LoRA; sums in float32, rounded once to x's dtype."""
     y = product("btk,nk->btn", x, weights.weight) + weights.bias.astype(jnp.float32)
-    if lora is not None and name in lora.a:
-        a, b, scale = lora.a[name], lora.b[name], lora.scale[name]
-        shrunk = product("btk,ark->btar", x, a) * scale[:, None]
-        if adapter_ids is not None:
-            mine = adapter_ids[..., None] == jnp.arange(a.shape[0])
-            # Selected, not multiplied by zero: another adapter may hold NaN.
-            shrunk = jnp.where(mine[..., None], shrunk, 0)
-        if a.shape[0] == 1 or adapter_ids is None:
-            y += product("btr,nr->btn", shrunk[:, :, 0].astype(x.dtype), b[0])
-        else:
-            expanded = product("btar,anr->btan", shrunk.astype(x.dtype), b)
-            y += jnp.sum(jnp.where(mine[..., None], expanded, 0), axis=2)
+    if lora is not None:
+        y += delta(x, lora, adapter_ids)
     return y.astype(x.dtype)
+
+
+def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T N"]:
+    """What each token's own adapter adds, in float32."""
+
+    def of_one(a: Array, scale: Array, b: Array) -> Array:
+        shrunk = product("btk,rk->btr", x, a) * scale
+        return product("btr,nr->btn", shrunk.astype(x.dtype), b)
+
+    if adapter_ids is None:
+        return of_one(lora.a[0], lora.scale[0], lora.b[0])
+
+    def add(total: Array, adapter: tuple[Array, Factors]) -> tuple[Array, None]:
+        index, own = adapter
+        # Selected, not multiplied by zero: another adapter may hold NaN.
+        mine = (adapter_ids == index)[..., None]
+        return jnp.where(mine, of_one(own.a, own.scale, own.b), total), None
+
+    # One after another, so that one adapter's [B, T, N] is held at a time.
+    count = lora.a.shape[0]
+    nothing = jnp.zeros((*x.shape[:2], lora.b.shape[1]), jnp.float32)
+    if count == 1:
+        return add(nothing, (jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], lora)))[0]
+    return lax.scan(add, nothing, (jnp.arange(count), lora))[0]
 
 
 def product(equation: str, x: Array, w: Array) -> Array:
@@ -49,7 +65,8 @@ def product(equation: str, x: Array, w: Array) -> Array:
 def layer[S](
     x: Float[Array, "B T H"],
     weights: LayerWeights,
-    lora: LoraWeights | None,
+    lora: AttentionLora | None,
+    on_experts: Lora | None,
     config: Config,
     *,
     attention: Attention[S],
@@ -60,19 +77,18 @@ def layer[S](
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and what the attention keeps.
 
-    weights, lora: of this layer, but for the experts, which are of all layers; LoRA on experts is of either.
+    weights, lora: of this layer, but for the experts, which are of all layers.
+    on_experts: LoRA of this layer or of all.
     attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
     """
     normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
-    heads = {
-        name: linear(normal, getattr(weights, name), name, lora, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
-        for name in ("q", "k", "v")
-    }
-    q, k = (rotate(heads[name], *rotary) for name in ("q", "k"))
-    attended, kept = attention(q, k, heads["v"], weights.sinks)
-    x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, "o", lora, adapter_ids)
+    on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
+    heads = linear(normal, weights.qkv, on_qkv, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
+    queries = config.num_attention_heads
+    q, k, v = jnp.split(heads, (queries, queries + config.num_key_value_heads), axis=2)
+    attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
+    x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids)
     normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
-    on_experts = None if lora is None else lora.on_experts
     y = moe(
         normal,
         linear(normal, weights.router),

@@ -163,12 +163,19 @@ def read_layer(checkpoint: Checkpoint, config: Config, index: int, packed: bool)
     experts = moe.experts
     if packed and isinstance(experts.gate_up, Mxfp4):
         experts = pack(experts)
-    heads = {
-        name: Linear(read(f"self_attn.{name}_proj.weight"), read(f"self_attn.{name}_proj.bias")) for name in ATTENTION
-    }
+
+    def linear(*names: str) -> Linear:
+        """The products of these names as one, their rows behind each other."""
+        weight, bias = (
+            np.concatenate([checkpoint.tensor(f"{prefix}self_attn.{name}_proj.{part}") for name in names])
+            for part in ("weight", "bias")
+        )
+        return Linear(to_device(weight), to_device(bias))
+
     return LayerWeights(
         attention_norm=read("input_layernorm.weight"),
-        **heads,
+        qkv=linear("q", "k", "v"),
+        o=linear("o"),
         sinks=read("self_attn.sinks"),
         moe_norm=moe.norm_weight,
         router=Linear(moe.router_weight, moe.router_bias),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
+from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import layer, product
 from jmoe.gpt_oss.rope import cosine_and_sine
@@ -75,6 +76,10 @@ class GptOss(nnx.Module):
             return None
         return LoraWeights(self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale.get_value())
 
+    def attention_lora(self) -> AttentionLora | None:
+        """The adapters on attention as the layers apply them."""
+        return AttentionLora.of(self.lora, self.config, self.dtype)
+
     def __call__(
         self,
         tokens: Int32[Array, "B T"],
@@ -135,7 +140,7 @@ class GptOss(nnx.Module):
         attentions: Sequence[CarriedAttention],
         states: Sequence[S],
         *,
-        lora_in_place: bool = False,
+        attention_lora: AttentionLora | None = None,
     ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
         """(hidden, states): the layers one after another, one group of them compiled.
 
@@ -143,37 +148,39 @@ class GptOss(nnx.Module):
 
         attentions: of each layer of the first group at least.
         states: for each layer of a group what its attentions carry from group to group.
-        lora_in_place: read LoRA on experts in place too. A gradient in it would be of all layers, in each.
+        attention_lora: as attention_lora() makes it, for many calls. LoRA on experts is then read in place too, which
+          no gradient should be taken of: it would be of all layers, in each.
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
         x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
         period = self.period
         groups = config.num_hidden_layers // period
-        stack, lora = self.layers.get_value(), self.lora
+        stack = self.layers.get_value()
+        on_experts = None if self.lora is None else self.lora.on_experts
 
         def group(
-            carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, LoraWeights | None]
+            carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, Any]
         ) -> tuple[tuple[Array, tuple[S, ...]], None]:
             x, states = carry
             number, loras = number_and_lora
             kept = []
             for i in range(period):
                 index = number * period + i
-                if lora is None:
-                    here = None
-                elif lora_in_place:
-                    here = lora.layer(index)
+                if attention_lora is None:
+                    here = None if loras is None else jax.tree.map(lambda leaf, i=i: leaf[i], loras)
                 else:
-                    here = jax.tree.map(lambda leaf, i=i: leaf[i], loras)
+                    here = attention_lora.layer(index), on_experts
 
                 def one(
-                    x: Array, own: LayerWeights, lora: LoraWeights | None, state: S, i: int = i, index: Array = index
+                    x: Array, own: LayerWeights, lora: Any, state: S, i: int = i, index: Array = index
                 ) -> tuple[Array, S]:
+                    on_attention, on_experts = (None, None) if lora is None else lora
                     return layer(
                         x,
                         own,
-                        lora,
+                        on_attention,
+                        on_experts,
                         config,
                         attention=functools.partial(attentions[i], state=state, group=number),
                         rotary=rotary,
@@ -186,7 +193,9 @@ class GptOss(nnx.Module):
                 kept.append(state)
             return (x, tuple(kept)), None
 
-        loras = None if lora_in_place else slice_layers(lora, groups)
+        loras = None
+        if attention_lora is None and self.lora is not None:
+            loras = slice_layers((self.attention_lora(), on_experts), groups)
         start = x, tuple(states)
         (x, carried), _ = lax.scan(group, start, (jnp.arange(groups), loras))
         return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), carried

@@ -72,11 +72,12 @@ def random_weights(key: jax.Array, config: Config) -> LayerWeights:
         return Linear(normal(next(keys), (n, k), 1 / math.sqrt(k)), normal(next(keys), (n,), 0.1))
 
     hidden = config.hidden_size
-    heads = {name: linear(*sizes(config)[name]) for name in ATTENTION}
+    rows = sum(sizes(config)[name][0] for name in ("q", "k", "v"))
     shape = LayerShape(1, hidden, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok)
     return LayerWeights(
         attention_norm=jnp.ones(hidden, jnp.bfloat16),
-        **heads,
+        qkv=linear(rows, hidden),
+        o=linear(*sizes(config)["o"]),
         sinks=normal(next(keys), (config.num_attention_heads,), 1.0),
         moe_norm=jnp.ones(hidden, jnp.bfloat16),
         router=linear(config.num_local_experts, hidden),

@@ -30,12 +30,10 @@ class Linear:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights, or all layers' with a leading axis; a pytree."""
+    """One layer's weights, or all layers' with a leading axis; a pytree. Of qkv's rows q's come first, v's last."""
 
     attention_norm: Float[Array, "... H"]
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: Linear
     o: Linear
     sinks: Float[Array, "... N"]
     moe_norm: Float[Array, "... H"]
@@ -61,14 +59,6 @@ class LoraWeights:
     a: dict[str, Float[Array, "L A *E R K"]]
     b: dict[str, Float[Array, "L A *E N R"]]
     scale: dict[str, Float[Array, "L A"]]
-
-    def layer(self, index: Int32[Array, ""] | int) -> Self:
-        """As LayerWeights.layer."""
-
-        def of(parts: dict[str, Array]) -> dict[str, Array]:
-            return {name: array if name in EXPERTS else take(array, index) for name, array in parts.items()}
-
-        return dataclasses.replace(self, a=of(self.a), b=of(self.b), scale=of(self.scale))
 
     @property
     def on_experts(self) -> Lora | None:

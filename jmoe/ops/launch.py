@@ -211,16 +211,17 @@ def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     )
 
 
-def _register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
+def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
+    """Lowers the primitive to these launches for CUDA, and to an error elsewhere."""
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     mlir.register_lowering(primitive, _moe_elsewhere)
     lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
     mlir.register_lowering(primitive, lowering, platform="cuda")
 
 
-_register(moe_p, _moe_launches)
-_register(moe_forward_p, _forward_launches)
-_register(moe_backward_p, _backward_launches)
+register(moe_p, _moe_launches)
+register(moe_forward_p, _forward_launches)
+register(moe_backward_p, _backward_launches)
 
 
 def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:

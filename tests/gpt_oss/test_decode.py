@@ -33,7 +33,7 @@ def test_steps_are_the_whole_sequence_for_prompts_of_different_lengths(model: gp
         following = tokens[np.arange(3), lengths + i]
         logits, state = step(model, jnp.asarray(following), state)
     assert state.lengths.tolist() == (lengths + 13).tolist()
-    assert [cache.keys.shape[3] for cache in state.cache] == [8, 40]
+    assert [entries.shape[3] for entries in state.cache] == [8, 40]
 
 
 @pytest.mark.parametrize(("adapter", "name"), [(-1, "gen_tokens"), (0, "gen_tokens_adapter")])
