@@ -67,6 +67,7 @@ def prefill(
         ids,
         [attention(window) for window in model.config.windows],
         empty_cache(model.config, model.period, tokens.shape[0], capacity, model.dtype),
+        inference=True,
         attention_lora=attention_lora,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
@@ -88,6 +89,7 @@ def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[
         ids,
         [attention] * model.period,
         state.cache,
+        inference=True,
         attention_lora=state.attention_lora,
     )
     return model.logits(hidden)[:, 0], dataclasses.replace(state, cache=cache, lengths=state.lengths + 1)

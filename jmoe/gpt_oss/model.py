@@ -19,6 +19,7 @@ from jmoe.gpt_oss.layer import layer, product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
+from jmoe.ops.stacked_linear import MOST_ROWS
 
 type CarriedAttention = Callable[..., tuple[Array, Any]]
 """(q, k, v, sinks, state, group) -> (attended, state)."""
@@ -140,6 +141,7 @@ class GptOss(nnx.Module):
         attentions: Sequence[CarriedAttention],
         states: Sequence[S],
         *,
+        inference: bool = False,
         attention_lora: AttentionLora | None = None,
     ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
         """(hidden, states): the layers one after another, one group of them compiled.
@@ -148,8 +150,9 @@ class GptOss(nnx.Module):
 
         attentions: of each layer of the first group at least.
         states: for each layer of a group what its attentions carry from group to group.
-        attention_lora: as attention_lora() makes it, for many calls. LoRA on experts is then read in place too, which
-          no gradient should be taken of: it would be of all layers, in each.
+        inference: no gradient is taken, and what it would cost is not paid: LoRA on experts is read in place too, and
+          for few tokens so are the weights of attention.
+        attention_lora: with inference the model's, which many calls share.
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
@@ -157,6 +160,8 @@ class GptOss(nnx.Module):
         period = self.period
         groups = config.num_hidden_layers // period
         stack = self.layers.get_value()
+        few = inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16
+        in_place = ("experts", "qkv", "o") if few else ("experts",)
         on_experts = None if self.lora is None else self.lora.on_experts
 
         def group(
@@ -167,10 +172,10 @@ class GptOss(nnx.Module):
             kept = []
             for i in range(period):
                 index = number * period + i
-                if attention_lora is None:
+                if not inference:
                     here = None if loras is None else jax.tree.map(lambda leaf, i=i: leaf[i], loras)
                 else:
-                    here = attention_lora.layer(index), on_experts
+                    here = attention_lora and attention_lora.layer(index), on_experts
 
                 def one(
                     x: Array, own: LayerWeights, lora: Any, state: S, i: int = i, index: Array = index
@@ -189,12 +194,14 @@ class GptOss(nnx.Module):
                         recompute=self.recompute,
                     )
 
-                x, state = (jax.checkpoint(one) if self.remat else one)(x, stack.layer(index), here, states[i])
+                x, state = (jax.checkpoint(one) if self.remat else one)(
+                    x, stack.layer(index, in_place), here, states[i]
+                )
                 kept.append(state)
             return (x, tuple(kept)), None
 
         loras = None
-        if attention_lora is None and self.lora is not None:
+        if not inference and self.lora is not None:
             loras = slice_layers((self.attention_lora(), on_experts), groups)
         start = x, tuple(states)
         (x, carried), _ = lax.scan(group, start, (jnp.arange(groups), loras))

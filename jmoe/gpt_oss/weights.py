@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Self
 
 import jax
@@ -40,12 +41,14 @@ class LayerWeights:
     router: Linear
     experts: Experts
 
-    def layer(self, index: Int32[Array, ""] | int) -> Self:
-        """One layer of several, but for the experts, which jmoe.moe reads in place."""
-        others = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "experts"
+    def layer(self, index: Int32[Array, ""] | int, whole: Collection[str]) -> Self:
+        """One layer of several; the fields named in `whole` remain those of all."""
+        taken = {
+            field.name: jax.tree.map(functools.partial(take, index=index), getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name not in whole
         }
-        return type(self)(**jax.tree.map(functools.partial(take, index=index), others), experts=self.experts)
+        return dataclasses.replace(self, **taken)
 
 
 @jax.tree_util.register_dataclass

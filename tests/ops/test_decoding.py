@@ -1,0 +1,51 @@
+"""Decoding's products and attention: compiled for the architectures they declare, and by XLA where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.ops.cached_attention import cached_attention
+from jmoe.ops.stacked_linear import MOST_ROWS, Expand, stacked_linear
+
+ARCHITECTURES = (80, 90, 100)
+
+
+def launches(function: object, *arguments: object) -> int:
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return program.count("@triton_kernel_call_ffi")
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(("batch", "slots"), [(1, 128), (16, 1088), (3, 100)])
+def test_attention_to_a_cache_compiles(capability: int, batch: int, slots: int) -> None:
+    positions = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    call = lambda *arrays: cached_attention(*arrays, capability=capability)  # noqa: E731
+    assert launches(call, bf16(batch, 64, 64), bf16(12, batch, 8, slots, 128), bf16(64), INDEX, positions) == 2
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("rank", [None, 48])
+@pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
+def test_a_product_of_few_rows_compiles(capability: int, rank: int | None, rows: int) -> None:
+    lora = None if rank is None else Expand(bf16(rows, rank), bf16(5120, rank))
+    call = lambda *arrays: stacked_linear(*arrays, capability=capability)  # noqa: E731
+    assert launches(call, bf16(rows, 2880), bf16(24, 5120, 2880), bf16(24, 5120), INDEX, lora) == 1
+
+
+def test_elsewhere_xla_takes_the_layer_out_of_the_stack() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, weight, bias, shrunk, b = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, [(3, 32), (2, 8, 32), (2, 8), (3, 4), (8, 4)], strict=True)
+    )
+    got = jax.jit(stacked_linear)(x, weight, bias, jnp.int32(1), Expand(shrunk, b)).astype(jnp.float32)
+    wide = [array.astype(jnp.float32) for array in (x, weight, bias, shrunk, b)]
+    want = wide[0] @ wide[1][1].T + wide[2][1] + wide[3] @ wide[4].T
+    assert jnp.allclose(got, want, rtol=1e-2, atol=1e-2)
