@@ -24,6 +24,15 @@ from jmoe.ops.mxfp4 import quantize
 
 ROOT = Path(__file__).parent.parent
 END, PAD = "<|endoftext|>", "<|pad|>"
+CHAT = ["<|start|>", "<|message|>", "<|end|>", "<|return|>"]
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|start|>{{ message.role }}<|message|>{{ message.content }}
+{%- if message.role == "assistant" and loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|start|>assistant<|message|>{%- endif -%}
+"""
+"""The released models' form of a conversation, without its channels and tools."""
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 # The released models' config.json with smaller sizes.
@@ -83,6 +92,9 @@ def main() -> None:
     (directory / "adapter").mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", CONFIG)
     train_tokenizer(ROOT / "LICENSE").save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"eos_token": END, "pad_token": PAD})
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_json(directory / "generation_config.json", {"eos_token_id": [0, 5], "pad_token_id": 1})
     model = random_model()
     save_model(model, directory)
     save_adapter(model, directory / "adapter")
@@ -169,7 +181,7 @@ def train_tokenizer(text: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG["vocab_size"],
-        special_tokens=[END, PAD],  # ids 0 and 1, as in the config
+        special_tokens=[END, PAD, *CHAT],  # ids 0 and 1, as in the config, and 2 to 5
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,0 +1,57 @@
+"""Text to tokens and back, by a checkpoint's own tokenizer and chat template."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+type Message = Mapping[str, Any]
+"""One turn of a conversation: `role` and `content`, and what else the chat template knows."""
+
+MISSING = "text needs the package transformers: pip install transformers"
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a checkpoint's directory, as transformers.AutoTokenizer reads it.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.json.
+      ValueError: it is none.
+      ImportError: transformers is not installed.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(path))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{file} is no tokenizer that transformers can read: {error}") from error
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Message], *, reply: bool) -> str:
+    """The conversation as the checkpoint's chat template writes it.
+
+    Args:
+      reply: end with what begins the assistant's next turn.
+
+    Raises:
+      ValueError: the checkpoint has no chat template, or the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name_or_path} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), which messages need"
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
+    except Exception as error:  # whatever the template raises
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses these messages: {error}") from error
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The text's tokens, and no others; special tokens may be written out in it."""
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,46 @@
+"""Text to tokens: a checkpoint's tokenizer and its chat template."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jmoe.text import chat_text, encode, load_tokenizer
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny_gpt_oss"
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def test_text_survives_its_tokens() -> None:
+    tokenizer = load_tokenizer(TINY)
+    text = "Licensed under π and \n the Apache License"
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_special_tokens_are_tokens() -> None:
+    assert encode(load_tokenizer(TINY), "<|start|>") == [2]
+
+
+def test_a_conversation_ends_where_its_reply_does() -> None:
+    tokenizer = load_tokenizer(TINY)
+    assert chat_text(tokenizer, MESSAGES, reply=False) == (
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>Ho<|return|>"
+    )
+    assert chat_text(tokenizer, MESSAGES[:1], reply=True) == (
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>"
+    )
+
+
+def test_messages_need_a_template(tmp_path: Path) -> None:
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    shutil.copy(TINY / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_text(load_tokenizer(tmp_path), MESSAGES, reply=True)
+
+
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        load_tokenizer(tmp_path)
