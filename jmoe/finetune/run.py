@@ -109,13 +109,27 @@ def read_data(config: FinetuneConfig, directory: Path, console: Console) -> tupl
             too_long=config.too_long,
             bad_rows=config.bad_rows,
         )
-        console.print(f"{file}: {found.summary()}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
         return found
 
     training = read(config.data).examples
     if config.validation is not None:
         return training, read(config.validation).examples
     return split(training, config.validation_fraction, config.seed)
+
+
+def summary(found: Examples) -> str:
+    """What became of a file's rows, in words."""
+    tokens = sum(len(example.tokens) for example in found.examples)
+    trained = sum(int(example.trained.sum()) for example in found.examples)
+    counts = {
+        "bad": found.skipped_bad,
+        "too long": found.skipped_too_long,
+        "without a trained token once cut": found.skipped_untrained,
+    }
+    skipped = "".join(f", {count} skipped as {reason}" for reason, count in counts.items() if count)
+    cut = f", {found.truncated} cut" if found.truncated else ""
+    return f"{found.rows:,} rows, {tokens:,} tokens of which {trained:,} are trained{skipped}{cut}"
 
 
 def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:

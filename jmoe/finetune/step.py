@@ -72,12 +72,12 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
 
 def loss_of(model: GptOss, batch: Batch, chunk: int) -> Float[Array, ""]:
     """The sum of one batch's losses; its arrays are [B, T]."""
-    hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
+    hidden = model.hidden(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids))
     return cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head.get_value(),
-        batch.targets.reshape(-1),
-        batch.weights.reshape(-1),
+        jnp.asarray(batch.targets).reshape(-1),
+        jnp.asarray(batch.weights).reshape(-1),
         chunk,
     )
 
