@@ -92,8 +92,9 @@ def read_examples(
         examples.append(example)
     if not examples:
         raise ValueError(
-            f"{os.fspath(path)} has no row to train on: of {rows} rows, {len(refusals)} are bad, {overlong} longer than "
-            f"{max_length} tokens, {untrained} untrained once cut" + "".join(f"; {first}" for first in refusals[:1])
+            f"{os.fspath(path)} has no row to train on: of {rows} rows, {len(refusals)} are bad, {overlong} longer "
+            f"than {max_length} tokens, {untrained} untrained once cut"
+            + "".join(f"; {first}" for first in refusals[:1])
         )
     return Examples(tuple(examples), rows, len(refusals), overlong, untrained, truncated)
 

@@ -61,6 +61,10 @@ def run_steps(
       OSError: the disk is full.
     """
     rate = learning_rate(run.config, run.steps)
+    if run.validation and standing.step == 0:
+        figures: dict[str, Any] = {"validation_loss": validation_loss(run, state)}
+        metrics.write(0, figures)
+        display.show(0, figures)
     with interrupts() as interrupted:
         while standing.step < run.steps:
             batch = run.batch(standing.step)
@@ -99,14 +103,19 @@ def validate(
     run: Run, state: TrainState, standing: Standing, figures: dict[str, Any]
 ) -> tuple[Standing, dict[str, Any]]:
     """(where the run stands, the figures) with the validation's mean loss a token; a better adapter is saved."""
-    losses = sum(float(run.trainer.loss(state, batch)) for batch in run.validation)
-    loss = losses / sum(float(batch.weights.sum()) for batch in run.validation)
+    loss = validation_loss(run, state)
     if standing.best_loss is None or loss < standing.best_loss:
         run.save_adapter(state)
         standing = dataclasses.replace(standing, best_loss=loss, since_best=0)
     else:
         standing = dataclasses.replace(standing, since_best=standing.since_best + 1)
     return standing, {**figures, "validation_loss": loss}
+
+
+def validation_loss(run: Run, state: TrainState) -> float:
+    """Mean over the validation's trained tokens."""
+    losses = sum(float(run.trainer.loss(state, batch)) for batch in run.validation)
+    return losses / sum(float(batch.weights.sum()) for batch in run.validation)
 
 
 def stop_at(

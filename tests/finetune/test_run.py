@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,6 +29,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions))
     return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runs below are of one size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
@@ -60,14 +70,15 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> None:
     out, printed = finished
     rows = read(out)
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert rows[-1]["validation_loss"] < rows[2]["validation_loss"]
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
     assert "40 rows" in printed
     assert "in the first step" in printed
     assert f"adapter in {out / 'adapter'}" in printed
     assert (out / "loss.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]) -> None:
     import torch
     from peft import PeftModel
@@ -96,7 +107,7 @@ def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple
     assert again.returncode == 0, again.stderr
     assert "going on after step" in again.stderr
     kept = [
-        [{name: row[name] for name in ("step", "loss", "gradient_norm")} for row in read(out)]
+        [{name: row.get(name) for name in ("step", "loss", "gradient_norm", "validation_loss")} for row in read(out)]
         for out in (finished[0], tmp_path)
     ]
     assert kept[0] == kept[1]
