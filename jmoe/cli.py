@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.generate import generate
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -180,6 +181,9 @@ def profile(
     console.print(f"{sum(kernel.microseconds for kernel in kernels):9.1f} us  in all", highlight=False)
 
 
+app.command()(generate)
+
+
 def words(listed: str) -> list[str]:
     """What commas separate."""
     return [word.strip() for word in listed.split(",") if word.strip()]
@@ -244,7 +248,7 @@ def main() -> None:
     """Entry point of the `jmoe` command: what is wrong with the input is one line, not a traceback."""
     try:
         app()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         Console(stderr=True).print(f"jmoe: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 

@@ -1,5 +1,6 @@
 """Text that follows prompts: batches of different lengths, sampled, stopped and streamed."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,11 +18,25 @@ from jmoe.gpt_oss.sample import greedy, sample
 type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
 
 
+class Seconds(NamedTuple):
+    """How long a call took.
+
+    prefill: until the prompts' logits were there, compilation included.
+    steps: all steps, compilation included.
+    step_rate: steps a second in chunks whose program had run before; None if there were none.
+    """
+
+    prefill: float
+    steps: float
+    step_rate: float | None
+
+
 class Generated(NamedTuple):
-    """tokens int32 [B, max_new_tokens], and lengths int32 [B]: how many of them are text, a stop token not counted."""
+    """tokens int32 [B, max_new_tokens]; lengths int32 [B]: how many of them are text, a stop token not counted."""
 
     tokens: Int32[np.ndarray, "B n"]
     lengths: Int32[np.ndarray, " B"]
+    seconds: Seconds
 
 
 class Progress(NamedTuple):
@@ -71,15 +86,20 @@ def generate(
     stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
     capacity = width + -(-max_new_tokens // 64) * 64
-    logits, decoding = start(model, tokens, lengths, ids, capacity)
+    began = time.perf_counter()
+    logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity))
+    prefill_seconds = time.perf_counter() - began
     progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), jax.random.key(seed))
     found: list[np.ndarray] = []
     texts: list[np.ndarray] = []
+    chunks: list[tuple[int, float]] = []
     while sum(part.shape[1] for part in found) < max_new_tokens:
         steps = min(chunk, max_new_tokens - sum(part.shape[1] for part in found))
+        began = time.perf_counter()
         new, text, progress = advance(model, progress, stop, temperature, top_p, steps, temperature == 0)
         found.append(np.asarray(new).T)
         texts.append(np.asarray(text).T)
+        chunks.append((steps, time.perf_counter() - began))
         if callback is not None:
             callback(found[-1], texts[-1])
         if bool(progress.done.all()):
@@ -87,8 +107,16 @@ def generate(
     everything, is_text = np.concatenate(found, axis=1), np.concatenate(texts, axis=1)
     padding = [(0, 0), (0, max_new_tokens - everything.shape[1])]
     return Generated(
-        np.pad(everything, padding, constant_values=model.config.pad_token_id), is_text.sum(axis=1, dtype=np.int32)
+        np.pad(everything, padding, constant_values=model.config.pad_token_id),
+        is_text.sum(axis=1, dtype=np.int32),
+        Seconds(prefill_seconds, sum(seconds for _, seconds in chunks), step_rate(chunks)),
     )
+
+
+def step_rate(chunks: Sequence[tuple[int, float]]) -> float | None:
+    """Steps a second of (steps, seconds), the first of each number of steps left out, as it may have compiled."""
+    warm = [chunk for i, chunk in enumerate(chunks) if chunk[0] in [steps for steps, _ in chunks[:i]]]
+    return sum(steps for steps, _ in warm) / sum(seconds for _, seconds in warm) if warm else None
 
 
 def check_options(

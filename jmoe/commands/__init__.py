@@ -1,0 +1,1 @@
+"""Commands of `jmoe` that have a file of their own; jmoe.cli registers them."""
