@@ -40,14 +40,16 @@ def prefill(
     """(float32 logits of each prompt's last token, what decoding goes on from).
 
     Args:
-      tokens: prompts, padded at their ends with anything.
+      tokens: prompts, padded at their ends with any tokens of the vocabulary.
       lengths: tokens of each prompt, at least 1.
       capacity: tokens that a sequence may come to have, the prompt's among them.
 
     Raises:
-      ValueError: the prompts are longer than the capacity; and as GptOss.hidden.
+      ValueError: the prompts are empty or longer than the capacity; and as GptOss.hidden.
     """
-    check_tokens(tokens, adapter_ids, model.lora)
+    check_tokens(tokens, adapter_ids, model.lora, model.config.vocab_size)
+    if not tokens.size:
+        raise ValueError(f"prompts must be at least one token each, got tokens {tokens.shape}")
     if tokens.shape[1] > capacity:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens do not fit a capacity of {capacity}")
 

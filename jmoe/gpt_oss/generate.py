@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from jmoe.gpt_oss.decode import Decoding, decode, prefill
-from jmoe.gpt_oss.model import GptOss
+from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import greedy, sample
 
 type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
@@ -75,7 +75,7 @@ def generate(
       chunk: steps between looks at what has stopped.
 
     Raises:
-      ValueError: a prompt is empty, or a number is out of range.
+      ValueError: a prompt is empty, or a number or an adapter is out of range.
     """
     check_options(model, prompts, max_new_tokens, temperature, top_p, chunk)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -85,6 +85,7 @@ def generate(
         row[: len(prompt)] = prompt
     stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
+    check_tokens(tokens, ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64
     began = time.perf_counter()
     logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity))
