@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.doctor import doctor
 from jmoe.commands.generate import generate
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def profile(
 
 
 app.command()(generate)
+app.command()(doctor)
 
 
 def words(listed: str) -> list[str]:

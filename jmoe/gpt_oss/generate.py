@@ -85,7 +85,7 @@ def generate(
         row[: len(prompt)] = prompt
     stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
-    check_tokens(tokens, ids, model.lora, model.config.vocab_size)
+    check_tokens(jnp.asarray(tokens), ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64
     began = time.perf_counter()
     logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity))
