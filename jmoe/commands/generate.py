@@ -26,6 +26,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the fewest tokens that have this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     show_special: Annotated[bool, typer.Option("--show-special", help="Print special tokens too.")] = False,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if none.", min=1)
+    ] = None,
 ) -> None:
     """Prints what a model writes after each prompt, which by default is a user's message in its chat template.
 
@@ -65,6 +68,7 @@ def generate(
         adapter_ids=range(len(adapters)) if len(adapters) > 1 else None,
         callback=print_first if len(prompts) == 1 else None,
         chunk=CHUNK,
+        prefill_chunk=prefill_chunk,
     )
     if len(prompts) == 1:
         typer.echo(stream.finish())

@@ -60,6 +60,7 @@ def generate(
     adapter_ids: Sequence[int] | None = None,
     callback: Callback | None = None,
     chunk: int = 16,
+    prefill_chunk: int | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -73,6 +74,7 @@ def generate(
       adapter_ids: each sequence's adapter, -1 for none.
       callback: called after each chunk with its tokens [B, n] and which of them are text.
       chunk: steps between looks at what has stopped.
+      prefill_chunk: as in jmoe.gpt_oss.decode.prefill.
 
     Raises:
       ValueError: a prompt is empty, or a number or an adapter is out of range.
@@ -88,7 +90,7 @@ def generate(
     check_tokens(jnp.asarray(tokens), ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64
     began = time.perf_counter()
-    logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity))
+    logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity, prefill_chunk))
     prefill_seconds = time.perf_counter() - began
     progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), jax.random.key(seed))
     found: list[np.ndarray] = []
@@ -139,10 +141,10 @@ def check_options(
 
 
 def _start(
-    model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int
+    model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int, prefill_chunk: int | None
 ) -> tuple[Float[Array, "B V"], Decoding]:
     """prefill by positions of its arguments."""
-    return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids)
+    return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids, prefill_chunk=prefill_chunk)
 
 
 def _advance(
@@ -162,5 +164,5 @@ def _advance(
     return tokens, text, progress
 
 
-start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=4)
+start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=(4, 5))
 advance: Callable[..., tuple[Array, Array, Progress]] = nnx.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
