@@ -173,6 +173,11 @@ class Checkpoint:
                 )
         return {name: self.path / file for name, file in weight_map.items()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that the checkpoint lists."""
+        return tuple(self._file_of)
+
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint lists a tensor of this name."""
         return name in self._file_of

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
-from jmoe.commands import finetune
+from jmoe.commands.doctor import doctor
+from jmoe.commands.finetune import finetune
+from jmoe.commands.generate import generate
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -181,7 +183,9 @@ def profile(
     console.print(f"{sum(kernel.microseconds for kernel in kernels):9.1f} us  in all", highlight=False)
 
 
-finetune.register(app)
+app.command()(generate)
+app.command()(doctor)
+app.command()(finetune)
 
 
 def words(listed: str) -> list[str]:
@@ -248,7 +252,7 @@ def main() -> None:
     """Entry point of the `jmoe` command: what is wrong with the input is one line, not a traceback."""
     try:
         app()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         Console(stderr=True).print(f"jmoe: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 

@@ -107,11 +107,22 @@ def block_of_queries(
     window: int | None,
 ) -> Float[Array, "B Q M G D"]:
     """The queries from query_start on, with the keys from key_start on; the backward pass computes its scores again."""
+    seen = visible(query_segments, key_segments, query_start, key_start, window)
+    return attend_to_seen(q, k, v, seen, sinks)
+
+
+def attend_to_seen(
+    q: Float[Array, "B Q M G D"],
+    k: Float[Array, "B S M D"],
+    v: Float[Array, "B S M D"],
+    seen: Bool[Array, "B Q S"],
+    sinks: Float[Array, "M G"],
+) -> Float[Array, "B Q M G D"]:
+    """Each query's mean of the values that it sees, all scores at once."""
     scores = jnp.einsum(
         "bqmgd,bsmd->bmgqs", q, k, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     ) / math.sqrt(q.shape[-1])
-    seen = visible(query_segments, key_segments, query_start, key_start, window)[:, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     sink = sinks[None, :, :, None]
     largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1), sink))
     weights = jnp.exp(scores - largest[..., None])

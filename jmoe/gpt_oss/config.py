@@ -97,6 +97,25 @@ class Config(checkpoint.Config):
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
 
+def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]:
+    """The tokens that end a text: eos_token_id of generation_config.json, else the configuration's.
+
+    Raises:
+      ValueError: generation_config.json is no JSON object, or its eos_token_id neither a token id nor a list of them.
+    """
+    file = Path(path) / "generation_config.json"
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    if value is None:
+        return (config.eos_token_id,)
+    tokens = value if isinstance(value, list) else [value]
+    if not all(type(token) is int and 0 <= token < config.vocab_size for token in tokens):
+        raise ValueError(
+            f"{file}: eos_token_id must be a token id below {config.vocab_size} or a list of them, "
+            f"got {json.dumps(value)}"
+        )
+    return tuple(tokens)
+
+
 def alternating(layers: int) -> tuple[LayerType, ...]:
     """What config.json without layer_types means: even layers slide."""
     return tuple("full_attention" if layer % 2 else "sliding_attention" for layer in range(layers))

@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
+from jmoe.gpt_oss.chunked import attend_chunk
 from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions_in_segments
 
 
@@ -36,20 +38,47 @@ def prefill(
     *,
     capacity: int,
     adapter_ids: Int32[Array, " B"] | None = None,
+    prefill_chunk: int | None = None,
 ) -> tuple[Float[Array, "B V"], Decoding]:
     """(float32 logits of each prompt's last token, what decoding goes on from).
 
     Args:
-      tokens: prompts, padded at their ends with anything.
+      tokens: prompts, padded at their ends with any tokens of the vocabulary.
       lengths: tokens of each prompt, at least 1.
       capacity: tokens that a sequence may come to have, the prompt's among them.
+      prefill_chunk: tokens of each prompt at once, which bounds the memory of activations; None: all.
 
     Raises:
-      ValueError: the prompts are longer than the capacity; and as GptOss.hidden.
+      ValueError: the prompts are empty or longer than the capacity, or prefill_chunk is not positive; and as
+        GptOss.hidden.
     """
-    check_tokens(tokens, adapter_ids, model.lora)
+    check_tokens(tokens, adapter_ids, model.lora, model.config.vocab_size)
+    if not tokens.size:
+        raise ValueError(f"prompts must be at least one token each, got tokens {tokens.shape}")
     if tokens.shape[1] > capacity:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens do not fit a capacity of {capacity}")
+
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
+    attention_lora = model.attention_lora()
+    cache = empty_cache(model.config, model.period, tokens.shape[0], capacity, model.dtype)
+    if prefill_chunk is None or prefill_chunk >= tokens.shape[1]:
+        last, cache = at_once(model, tokens, lengths, ids, cache, attention_lora)
+    else:
+        last, cache = in_chunks(model, tokens, lengths, ids, cache, attention_lora, prefill_chunk)
+    return model.logits(last[:, None])[:, 0], Decoding(cache, lengths, adapter_ids, attention_lora)
+
+
+def at_once(
+    model: GptOss,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+    adapter_ids: Int32[Array, "B T"] | None,
+    cache: Cache,
+    attention_lora: AttentionLora | None,
+) -> tuple[Float[Array, "B H"], Cache]:
+    """(what `hidden` has at each prompt's last token, the cache of the prompts)."""
 
     def attention(window: int | None) -> CarriedAttention:
         def attend_and_keep(
@@ -59,19 +88,64 @@ def prefill(
 
         return attend_and_keep
 
-    ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
-    attention_lora = model.attention_lora()
     hidden, cache = model.through_layers(
         tokens,
         positions_in_segments(tokens.shape, None),
-        ids,
+        adapter_ids,
         [attention(window) for window in model.config.windows],
-        empty_cache(model.config, model.period, tokens.shape[0], capacity, model.dtype),
+        cache,
         inference=True,
         attention_lora=attention_lora,
     )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(last)[:, 0], Decoding(cache, lengths, adapter_ids, attention_lora)
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def in_chunks(
+    model: GptOss,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+    adapter_ids: Int32[Array, "B T"] | None,
+    cache: Cache,
+    attention_lora: AttentionLora | None,
+    chunk: int,
+) -> tuple[Float[Array, "B H"], Cache]:
+    """at_once, so many tokens of each prompt after the other."""
+    batch, length = tokens.shape
+    chunks = -(-length // chunk)
+
+    def split(array: Array) -> Array:
+        """[B, T] -> [chunks, B, chunk], zeros at the end."""
+        padded = jnp.pad(array, [(0, 0), (0, chunks * chunk - length)])
+        return jnp.swapaxes(padded.reshape(batch, chunks, chunk), 0, 1)
+
+    def step(carry: tuple[Array, Cache], inputs: tuple[Array, Array, Array | None]) -> tuple[tuple[Array, Cache], None]:
+        last, cache = carry
+        start, tokens, ids = inputs
+
+        def attention(window: int | None) -> CarriedAttention:
+            def attend_and_keep(
+                q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array
+            ) -> tuple[Array, Array]:
+                return attend_chunk(q, k, v, sinks, state, group, start, lengths, window=window)
+
+            return attend_and_keep
+
+        hidden, cache = model.through_layers(
+            tokens,
+            jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape),
+            ids,
+            [attention(window) for window in model.config.windows],
+            cache,
+            inference=True,
+            attention_lora=attention_lora,
+        )
+        place = lengths - 1 - start
+        here = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return (jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache), None
+
+    nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    inputs = jnp.arange(chunks) * chunk, split(tokens), None if adapter_ids is None else split(adapter_ids)
+    return lax.scan(step, (nothing, cache), inputs)[0]
 
 
 def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:

@@ -1,5 +1,6 @@
 """Text that follows prompts: batches of different lengths, sampled, stopped and streamed."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,17 +12,31 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from jmoe.gpt_oss.decode import Decoding, decode, prefill
-from jmoe.gpt_oss.model import GptOss
+from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import greedy, sample
 
 type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
 
 
+class Seconds(NamedTuple):
+    """How long a call took.
+
+    prefill: until the prompts' logits were there, compilation included.
+    steps: all steps, compilation included.
+    step_rate: steps a second in chunks whose program had run before; None if there were none.
+    """
+
+    prefill: float
+    steps: float
+    step_rate: float | None
+
+
 class Generated(NamedTuple):
-    """tokens int32 [B, max_new_tokens], and lengths int32 [B]: how many of them are text, a stop token not counted."""
+    """tokens int32 [B, max_new_tokens]; lengths int32 [B]: how many of them are text, a stop token not counted."""
 
     tokens: Int32[np.ndarray, "B n"]
     lengths: Int32[np.ndarray, " B"]
+    seconds: Seconds
 
 
 class Progress(NamedTuple):
@@ -45,6 +60,7 @@ def generate(
     adapter_ids: Sequence[int] | None = None,
     callback: Callback | None = None,
     chunk: int = 16,
+    prefill_chunk: int | None = None,
 ) -> Generated:
     """The tokens that follow each prompt.
 
@@ -58,9 +74,10 @@ def generate(
       adapter_ids: each sequence's adapter, -1 for none.
       callback: called after each chunk with its tokens [B, n] and which of them are text.
       chunk: steps between looks at what has stopped.
+      prefill_chunk: as in jmoe.gpt_oss.decode.prefill.
 
     Raises:
-      ValueError: a prompt is empty, or a number is out of range.
+      ValueError: a prompt is empty, or a number or an adapter is out of range.
     """
     check_options(model, prompts, max_new_tokens, temperature, top_p, chunk)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -70,16 +87,22 @@ def generate(
         row[: len(prompt)] = prompt
     stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
+    check_tokens(jnp.asarray(tokens), ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64
-    logits, decoding = start(model, tokens, lengths, ids, capacity)
+    began = time.perf_counter()
+    logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity, prefill_chunk))
+    prefill_seconds = time.perf_counter() - began
     progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), jax.random.key(seed))
     found: list[np.ndarray] = []
     texts: list[np.ndarray] = []
+    chunks: list[tuple[int, float]] = []
     while sum(part.shape[1] for part in found) < max_new_tokens:
         steps = min(chunk, max_new_tokens - sum(part.shape[1] for part in found))
+        began = time.perf_counter()
         new, text, progress = advance(model, progress, stop, temperature, top_p, steps, temperature == 0)
         found.append(np.asarray(new).T)
         texts.append(np.asarray(text).T)
+        chunks.append((steps, time.perf_counter() - began))
         if callback is not None:
             callback(found[-1], texts[-1])
         if bool(progress.done.all()):
@@ -87,8 +110,16 @@ def generate(
     everything, is_text = np.concatenate(found, axis=1), np.concatenate(texts, axis=1)
     padding = [(0, 0), (0, max_new_tokens - everything.shape[1])]
     return Generated(
-        np.pad(everything, padding, constant_values=model.config.pad_token_id), is_text.sum(axis=1, dtype=np.int32)
+        np.pad(everything, padding, constant_values=model.config.pad_token_id),
+        is_text.sum(axis=1, dtype=np.int32),
+        Seconds(prefill_seconds, sum(seconds for _, seconds in chunks), step_rate(chunks)),
     )
+
+
+def step_rate(chunks: Sequence[tuple[int, float]]) -> float | None:
+    """Steps a second of (steps, seconds), the first of each number of steps left out, as it may have compiled."""
+    warm = [chunk for i, chunk in enumerate(chunks) if chunk[0] in [steps for steps, _ in chunks[:i]]]
+    return sum(steps for steps, _ in warm) / sum(seconds for _, seconds in warm) if warm else None
 
 
 def check_options(
@@ -110,10 +141,10 @@ def check_options(
 
 
 def _start(
-    model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int
+    model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int, prefill_chunk: int | None
 ) -> tuple[Float[Array, "B V"], Decoding]:
     """prefill by positions of its arguments."""
-    return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids)
+    return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids, prefill_chunk=prefill_chunk)
 
 
 def _advance(
@@ -133,5 +164,5 @@ def _advance(
     return tokens, text, progress
 
 
-start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=4)
+start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=(4, 5))
 advance: Callable[..., tuple[Array, Array, Progress]] = nnx.jit(_advance, static_argnums=(5, 6), donate_argnums=1)

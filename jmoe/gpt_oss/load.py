@@ -21,8 +21,15 @@ from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.packed import pack
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
-FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer*")
-"""What of a repository on the Hub a model needs."""
+FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+)
+"""What of a repository on the Hub a model and its text need."""
 
 
 def load(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -104,7 +105,13 @@ class GptOss(nnx.Module):
         adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
         last_only: bool = False,
     ) -> Float[Array, "B T V"]:
-        """float32 logits [B, T, V], or [B, 1, V] of the last token; arguments as in `hidden`."""
+        """float32 logits [B, T, V], or [B, 1, V] of the last token; arguments and errors as in `hidden`.
+
+        Raises:
+          ValueError: last_only, and there is no token.
+        """
+        if last_only and tokens.ndim == 2 and not tokens.size:
+            raise ValueError(f"last_only needs at least one token in each sequence, got tokens {tokens.shape}")
         hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, adapter_ids=adapter_ids)
         return self.logits(hidden[:, -1:] if last_only else hidden)
 
@@ -123,14 +130,24 @@ class GptOss(nnx.Module):
         """The last layer's results, after the norm, before the head.
 
         Args:
+          tokens: NaN follows from a traced one that is none of the vocabulary's.
           positions: None: 0, 1, ... in each segment.
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
-          adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one.
+          adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
+            from a traced one that there is not.
 
         Raises:
-          ValueError: tokens are not [B, T] integers, or adapter_ids do not go with the model's adapters.
+          ValueError: tokens, positions or segment_ids are not [B, T] integers, tokens are not all in the vocabulary, or
+            adapter_ids do not go with the model's adapters.
         """
-        check_tokens(tokens, adapter_ids, self.lora)
+        check_tokens(tokens, adapter_ids, self.lora, self.config.vocab_size)
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            if array is not None and (array.shape != tokens.shape or not jnp.issubdtype(array.dtype, jnp.integer)):
+                raise ValueError(
+                    f"{name} must be integers like tokens {tokens.shape}, got {array.dtype} with shape {array.shape}"
+                )
+        if not tokens.size:
+            return jnp.zeros((*tokens.shape, self.config.hidden_size), self.dtype)
         if positions is None:
             positions = positions_in_segments(tokens.shape, segment_ids)
         if adapter_ids is not None and adapter_ids.ndim == 1:
@@ -172,7 +189,7 @@ class GptOss(nnx.Module):
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
-        x = jnp.take(self.embedding.get_value(), tokens, axis=0).astype(self.dtype)
+        x = self.embed(tokens, adapter_ids)
         period = self.period
         groups = config.num_hidden_layers // period
         stack = self.layers.get_value()
@@ -224,6 +241,15 @@ class GptOss(nnx.Module):
         (x, carried), _ = lax.scan(group, start, (jnp.arange(groups), loras))
         return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), carried
 
+    def embed(self, tokens: Int32[Array, "B T"], adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T H"]:
+        """What goes into the first layer: NaN for tokens that are not in the vocabulary, and adapters there are not."""
+        embedding = self.embedding.get_value()
+        there = (tokens >= 0) & (tokens < embedding.shape[0])
+        if adapter_ids is not None:
+            there &= (adapter_ids >= -1) & (adapter_ids < adapters_of(self.lora))
+        x = jnp.take(embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        return jnp.where(there[..., None], x, jnp.nan)
+
     @property
     def period(self) -> int:
         """Layers in a group."""
@@ -245,16 +271,36 @@ def positions_in_segments(shape: tuple[int, ...], segment_ids: Int32[Array, "B T
     return index - lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def check_tokens(tokens: Array, adapter_ids: Array | None, lora: LoraWeights | None) -> None:
-    """Raises ValueError unless the call's arguments fit each other and the model."""
+def adapters_of(lora: LoraWeights | None) -> int:
+    """How many adapters there are."""
+    return 0 if lora is None else next(iter(lora.scale.values())).shape[1]
+
+
+def check_tokens(tokens: Array, adapter_ids: Array | None, lora: LoraWeights | None, vocabulary: int) -> None:
+    """Raises ValueError unless arguments fit each other and the model; of values, those that are concrete."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} with shape {tokens.shape}")
-    adapters = 0 if lora is None else next(iter(lora.scale.values())).shape[1]
+    check_range("tokens", tokens, 0, vocabulary)
+    adapters = adapters_of(lora)
     if adapter_ids is None:
         if adapters > 1:
             raise ValueError(f"adapter_ids must be given with {adapters} adapters, got None")
         return
     if not adapters:
         raise ValueError("adapter_ids were given to a model without adapters")
-    if adapter_ids.shape not in (tokens.shape[:1], tokens.shape):
-        raise ValueError(f"adapter_ids must be [B] or [B, T] like tokens {tokens.shape}, got {adapter_ids.shape}")
+    if adapter_ids.shape not in (tokens.shape[:1], tokens.shape) or not jnp.issubdtype(adapter_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"adapter_ids must be integers [B] or [B, T] like tokens {tokens.shape}, "
+            f"got {adapter_ids.dtype} with shape {adapter_ids.shape}"
+        )
+    check_range("adapter_ids", adapter_ids, -1, adapters)
+
+
+def check_range(name: str, values: Array, least: int, end: int) -> None:
+    """Raises ValueError if the values are concrete and one of them is not in [least, end)."""
+    if isinstance(values, jax.core.Tracer) or not values.size:
+        return
+    on_host = np.asarray(values)
+    wrong = on_host[(on_host < least) | (on_host >= end)]
+    if wrong.size:
+        raise ValueError(f"{name} must be in [{least}, {end}), got {wrong[0]}")

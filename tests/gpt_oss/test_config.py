@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.gpt_oss import Config, Rope
+from jmoe.gpt_oss.config import stop_tokens
 from jmoe.gpt_oss.rope import inverse_frequencies, scale
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
@@ -83,3 +84,18 @@ def test_truncation_is_the_default_without_the_key(tmp_path: Path) -> None:
     config = Config.load(written(tmp_path, rope_scaling=rope))
     assert config.rope.truncate
     assert not math.isclose(inverse_frequencies(config.rope, 64)[12], inverse_frequencies(Rope(), 64)[12])
+
+
+@pytest.mark.parametrize(("written", "want"), [("[0, 5]", (0, 5)), ("7", (7,)), ("null", None)])
+def test_stop_tokens_are_those_of_the_generation_config(written: str, want: tuple | None, tmp_path: Path) -> None:
+    config = Config.load(CASE)
+    assert stop_tokens(tmp_path, config) == (config.eos_token_id,)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
+    assert stop_tokens(tmp_path, config) == (want or (config.eos_token_id,))
+
+
+@pytest.mark.parametrize("written", ['"</s>"', "[0, true]", "[128]"])
+def test_stop_tokens_that_are_none(written: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
+    with pytest.raises(ValueError, match="must be a token id below 128 or a list of them"):
+        stop_tokens(tmp_path, Config.load(CASE))

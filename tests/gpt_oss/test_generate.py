@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe import gpt_oss
+from jmoe.gpt_oss.generate import step_rate
 from jmoe.gpt_oss.sample import sample
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
@@ -75,6 +76,11 @@ def test_samples_follow_temperature_and_top_p() -> None:
     np.testing.assert_allclose(draw(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(draw(0.5, 1.0), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.03)
     assert draw(1.0, 1e-6).tolist() == [1, 0, 0, 0]
+
+
+def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
+    assert step_rate([(16, 9.0), (16, 2.0), (16, 2.0), (4, 9.0)]) == 8
+    assert step_rate([(16, 9.0), (4, 9.0)]) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""`jmoe doctor`: what is installed, what will run where, and what a model takes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from jmoe.doctor import Machine, ModelReport
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="A gpt-oss directory: say what it will run by and take.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter directory; more may follow.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
+) -> None:
+    """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and its memory.
+
+    No weights are loaded. Exits with 1 if the model cannot be.
+    """
+    if adapter and model is None:
+        raise typer.BadParameter("--adapter needs --model")
+    from jmoe.doctor import examine_machine, examine_model
+
+    machine = examine_machine()
+    tables = [machine_table(machine)]
+    if model is not None:
+        report = examine_model(model, adapter or [], machine, batch=batch, context=context)
+        tables += [parts_table(report, batch, batch * context), memory_table(report)]
+    console = Console(width=max(120, Console().width))
+    for table in tables:
+        console.print(table)
+    for problem in machine.missing:
+        console.print(f"missing: {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def machine_table(machine: "Machine") -> Table:
+    """Versions, devices and the Triton backend."""
+    table = Table(title="this machine", box=box.SIMPLE_HEAD, show_header=False)
+    for package, version in machine.versions.items():
+        table.add_row(package, version or "not installed")
+    for device in machine.devices:
+        memory = "" if device.memory is None else f", {gigabytes(device.memory)}"
+        table.add_row("device", f"{device.name}{memory}")
+    table.add_row("GPU", "yes" if machine.gpu else "none that JAX sees: everything runs by XLA")
+    table.add_row("Triton backend", "runs" if machine.no_triton is None else f"does not run: {machine.no_triton}")
+    table.add_row("tile table", machine.tiles or "none")
+    return table
+
+
+def parts_table(report: "ModelReport", rows: int, prompt_tokens: int) -> Table:
+    """What runs each part of the layers."""
+    table = Table(title="layers, in bfloat16", box=box.SIMPLE_HEAD)
+    for column in ("part", "layers", f"step of {rows} tokens", f"prompts of {prompt_tokens} tokens in all"):
+        table.add_column(column)
+    for part in report.parts:
+        table.add_row(part.name, str(part.layers), part.decode, part.prefill)
+    return table
+
+
+def memory_table(report: "ModelReport") -> Table:
+    """Bytes by what they are for."""
+    table = Table(title="memory", box=box.SIMPLE_HEAD, show_header=False)
+    for kind, size in report.resident.items():
+        table.add_row(kind, gigabytes(size))
+    table.add_row("in all, without activations", gigabytes(sum(report.resident.values())))
+    return table
+
+
+def gigabytes(size: int) -> str:
+    """Bytes for people; of little the megabytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

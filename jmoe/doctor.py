@@ -1,0 +1,197 @@
+"""What is installed, what will run where, and what a model takes: facts alone, for `jmoe doctor` to print."""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from safetensors import safe_open
+
+from jmoe.adapters import Settings
+from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
+from jmoe.gpt_oss.cache import cache_bytes
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
+from jmoe.ops.launch import INSTALL, kernel_of_experts_here, tiles_here, why_no_triton
+from jmoe.ops.stacked_linear import MOST_ROWS
+
+PACKAGES = (
+    "jmoe", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "transformers", "tokenizers",
+    "safetensors", "torch",
+)  # fmt: skip
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
+"""Of the dtypes that checkpoints and adapters have, as safetensors spells them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device that JAX sees; its memory in bytes, None where JAX does not say."""
+
+    name: str
+    memory: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is here.
+
+    versions: by package, None for one that is not installed.
+    no_triton: why the Triton backend cannot run, None if it can.
+    tiles: whose launch parameters it uses, None without it.
+    missing: what is not there and how to mend it.
+    """
+
+    versions: dict[str, str | None]
+    devices: tuple[Device, ...]
+    gpu: bool
+    no_triton: str | None
+    tiles: str | None
+    missing: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a layer: how many layers have it so, and what runs for few tokens and for many."""
+
+    name: str
+    layers: int
+    decode: str
+    prefill: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """A model on this machine: its layers' parts, and bytes by what they are for."""
+
+    parts: tuple[Part, ...]
+    resident: dict[str, int]
+
+
+def examine_machine() -> Machine:
+    """The facts of this machine."""
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    gpu = jax.default_backend() == "gpu"
+    no_triton = why_no_triton()
+    missing = []
+    if gpu and no_triton is not None:
+        missing.append(f"{no_triton} (until then jmoe's layers raise an error on this GPU)")
+    if not gpu and Path("/dev/nvidia0").exists():
+        missing.append(f"there is an NVIDIA GPU, /dev/nvidia0, that JAX does not see: {INSTALL}")
+    if versions["transformers"] is None:
+        missing.append("text and chat templates need transformers: pip install transformers")
+    devices = tuple(
+        Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
+        for device in jax.local_devices()
+    )
+    return Machine(versions, devices, gpu, no_triton, tiles_here() if no_triton is None else None, tuple(missing))
+
+
+def version(package: str) -> str | None:
+    """An installed package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine_model(
+    path: str | os.PathLike[str],
+    adapters: Sequence[Path],
+    machine: Machine,
+    *,
+    batch: int,
+    context: int,
+) -> ModelReport:
+    """What a checkpoint's layers run by and what it takes, from config.json and headers alone, in bfloat16.
+
+    Args:
+      batch: sequences that are decoded together.
+      context: tokens of each, the prompt's among them.
+
+    Raises:
+      FileNotFoundError: the directory or a file of it is missing.
+      ValueError: a setting or tensor does not fit; the message names it.
+    """
+    directory = local_directory(path)
+    config = Config.load(directory)
+    checkpoint = Checkpoint(directory)
+    check_layers(checkpoint, config)
+    resident: Counter[str] = Counter()
+    for name in checkpoint.names:
+        resident[kind_of(name)] += bytes_of(checkpoint.spec(name))
+    resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
+    for adapter in adapters:
+        Settings.load(adapter / "adapter_config.json")
+        with open_safetensors(adapter / "adapter_model.safetensors") as shard:
+            resident["adapters"] += adapter_bytes(shard)
+    return ModelReport(
+        parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident), dict(resident)
+    )
+
+
+def kind_of(name: str) -> str:
+    """What a tensor's bytes are counted as."""
+    if name in (EMBEDDING, HEAD):
+        return "embedding and head"
+    if name.endswith(("_blocks", "_scales")):
+        return "experts, packed 4-bit"
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return "experts, bf16"
+    return "other weights"
+
+
+def bytes_of(spec: Spec) -> int:
+    """A tensor's bytes.
+
+    Raises:
+      ValueError: a dtype that no gpt-oss checkpoint has.
+    """
+    if spec.dtype not in ITEM_BYTES:
+        raise ValueError(f"a tensor's dtype must be one of {', '.join(ITEM_BYTES)}, got {spec}")
+    return ITEM_BYTES[spec.dtype] * math.prod(spec.shape)
+
+
+def adapter_bytes(shard: safe_open) -> int:
+    """Bytes of an adapter's factors, in their own dtypes."""
+    return sum(bytes_of(tensor_spec(shard, name)) for name in shard.keys())  # noqa: SIM118  no container itself
+
+
+def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *, mxfp4: bool) -> tuple[Part, ...]:
+    """The parts of all layers; `rows` tokens a step of decoding, `prompt_tokens` of all prompts at once."""
+    windows = Counter(config.windows)
+
+    def by(kernel: str) -> str:
+        """What runs a kernel that there is for CUDA."""
+        if machine.no_triton is None:
+            return f"Triton: {kernel}"
+        return f"error: {machine.no_triton}" if machine.gpu else "XLA"
+
+    def experts(tokens: int) -> str:
+        if machine.no_triton is not None or not mxfp4:
+            return by("grouped_matmul")
+        return by(kernel_of_experts_here(tokens, config.num_local_experts, config.num_experts_per_tok))
+
+    def linear(tokens: int) -> str:
+        return by("few_rows_linear") if tokens <= MOST_ROWS else "XLA"
+
+    attention = [
+        Part(
+            "full attention" if window is None else f"attention to the last {window} tokens",
+            layers,
+            by("cached_attention"),
+            "XLA, in blocks",
+        )
+        for window, layers in windows.items()
+    ]
+    layers = config.num_hidden_layers
+    return (
+        *attention,
+        Part("products of q, k, v and o", layers, linear(rows), linear(prompt_tokens)),
+        Part("experts", layers, experts(rows), experts(prompt_tokens)),
+    )

@@ -1,0 +1,67 @@
+"""`jmoe doctor`, here and on machines that are not here."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jmoe import doctor, gpt_oss
+from jmoe.cli import app
+from jmoe.gpt_oss.cache import cache_bytes
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
+MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, missing=())
+
+
+def test_the_machine_and_a_model_are_described() -> None:
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--adapter", str(TINY / "adapter")])
+    assert run.exit_code == 0, run.output
+    assert "does not run: JAX sees no GPU" in run.stdout
+    assert "attention to the last 32 tokens" in run.stdout
+    assert "KV cache of 16 x 1024 tokens" in run.stdout
+
+
+def test_bytes_are_those_of_the_files() -> None:
+    report = doctor.examine_model(TINY, [TINY / "adapter"], MACHINE, batch=2, context=48)
+    shards = [file.read_bytes() for file in TINY.glob("*.safetensors")]
+    data = sum(len(shard) - 8 - int.from_bytes(shard[:8], "little") for shard in shards)
+    weights = ("embedding and head", "experts, packed 4-bit", "other weights")
+    assert sum(report.resident[kind] for kind in weights) == data
+    assert report.resident["embedding and head"] == 2 * 2 * 512 * 128
+    cache = cache_bytes(gpt_oss.Config.load(TINY), 2, 48)
+    assert report.resident["KV cache of 2 x 48 tokens"] == cache == 2 * 2 * 2 * 2 * 32 * (32 + 48)
+    assert report.resident["adapters"] > 0
+
+
+def test_a_gpu_without_triton_is_an_error_and_not_xla() -> None:
+    machine = dataclasses.replace(MACHINE, gpu=True, no_triton="jax-triton is not installed")
+    parts = doctor.examine_model(TINY, [], machine, batch=2, context=48).parts
+    assert [part.decode for part in parts] == ["error: jax-triton is not installed"] * 4
+    assert {part.name: part.prefill for part in parts}["products of q, k, v and o"] == "XLA"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "want"),
+    [(90, 1, "packed_few_rows"), (90, 100000, "packed_many_rows"), (80, 1, "grouped_matmul")],
+)
+def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jmoe.ops.launch.local_capability", lambda: capability)
+    monkeypatch.setattr("jmoe.ops.launch.local_tables", lambda: None)
+    machine = dataclasses.replace(MACHINE, gpu=True, no_triton=None)
+    parts = {part.name: part for part in doctor.examine_model(TINY, [], machine, batch=tokens, context=48).parts}
+    assert parts["experts"].decode == f"Triton: {want}"
+    assert parts["full attention"].decode == "Triton: cached_attention"
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(content))
+    run = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "model")])
+    assert run.exit_code == 1
+    assert "lm_head.weight" in str(run.exception)
