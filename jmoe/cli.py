@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.evaluate import evaluate
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=max(150, Console().width))
+
+
+app.command("eval")(evaluate)
 
 
 @app.callback()
