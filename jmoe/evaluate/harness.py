@@ -173,8 +173,9 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(spans)), key=lambda i: (-len(spans[i].tokens), spans[i].tokens, adapters[i]))
         answers: dict[int, Score] = {}
         with tqdm(total=len(spans), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            for batch in batches(order, [(tuple(span.tokens), own) for span, own in zip(spans, adapters, strict=True)],
-                                 self.batch_size):
+            for batch in batches(
+                order, [(tuple(span.tokens), own) for span, own in zip(spans, adapters, strict=True)], self.batch_size
+            ):
                 ids = [adapters[i] for i in batch] if self.adapters else None
                 answers |= zip(batch, score(self.model, [spans[i] for i in batch], ids, self.batch_size), strict=True)
                 bar.update(len(batch))

@@ -59,14 +59,11 @@ def evaluate(options: Options) -> list[list[Metric]]:
     """The metrics of the checkpoint, and with an adapter those of the checkpoint with it.
 
     Raises:
-      FileNotFoundError: the checkpoint or adapter, or a file of theirs, does not exist.
+      FileNotFoundError: the checkpoint, the adapter, a file of theirs or include_path does not exist.
       ValueError: a task that the harness does not know, or a file that does not fit.
     """
-    manager = TaskManager(include_path=None if options.include_path is None else str(options.include_path))
-    if unknown := [task for task in options.tasks if task not in manager.all_tasks]:
-        raise ValueError(f"the harness knows no tasks {unknown}; --include-path is a directory with more")
-    if not options.tasks:
-        raise ValueError("tasks must be at least one, got none")
+    manager = TaskManager(include_path=include_path(options))
+    check_tasks(options, manager)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(options.model)
@@ -83,6 +80,27 @@ def evaluate(options: Options) -> list[list[Metric]]:
         )
         for adapter in ([-1] if options.adapter is None else [-1, 0])
     ]
+
+
+def include_path(options: Options) -> str | None:
+    """The directory of more task files.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if options.include_path is None:
+        return None
+    if not options.include_path.is_dir():
+        raise FileNotFoundError(f"the directory of tasks {options.include_path} does not exist")
+    return str(options.include_path)
+
+
+def check_tasks(options: Options, manager: TaskManager) -> None:
+    """Raises ValueError unless there are tasks and the harness knows each."""
+    if not options.tasks:
+        raise ValueError("tasks must be at least one, got none")
+    if unknown := [task for task in options.tasks if task not in manager.all_tasks]:
+        raise ValueError(f"the harness knows no tasks {unknown}; --include-path names a directory of more")
 
 
 def run(model: HarnessModel, manager: TaskManager, options: Options) -> dict[str, Any]:

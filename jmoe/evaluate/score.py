@@ -52,7 +52,9 @@ def score(model: GptOss, spans: Sequence[Span], adapter_ids: Sequence[int] | Non
         ids[: len(different)] = [adapter for _, adapter in different]
     row_of = {key: row for row, key in enumerate(different)}
     lengths = [len(span.targets) for span in spans]
-    places = np.zeros((3, power_of_two(sum(lengths))), np.int32)  # row, position and target; what is past them is unused
+    places = np.zeros(
+        (3, power_of_two(sum(lengths))), np.int32
+    )  # row, position and target; what is past them is unused
     places[:, : sum(lengths)] = np.concatenate(
         [
             [
