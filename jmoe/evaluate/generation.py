@@ -1,5 +1,6 @@
 """Text that ends at any of some strings."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,6 @@ def generate_texts(
       options: of jmoe.gpt_oss.generate.
     """
     texts = Texts(tokenizer, until, len(prompts))
-    try:
+    with contextlib.suppress(Finished):
         generate(model, prompts, callback=texts.add, **options)
-    except Finished:
-        pass
     return texts.texts

@@ -62,11 +62,13 @@ def evaluate(options: Options) -> list[list[Metric]]:
       FileNotFoundError: the checkpoint, the adapter, a file of theirs or include_path does not exist.
       ValueError: a task that the harness does not know, or a file that does not fit.
     """
+    if not options.tasks:
+        raise ValueError("tasks must be at least one, got none")
+    tokenizer = load_tokenizer(options.model)
     manager = TaskManager(include_path=include_path(options))
     check_tasks(options, manager)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(options.model)
     model = gpt_oss.load(options.model, adapter=options.adapter)
     return [
         metrics_of(
@@ -96,9 +98,7 @@ def include_path(options: Options) -> str | None:
 
 
 def check_tasks(options: Options, manager: TaskManager) -> None:
-    """Raises ValueError unless there are tasks and the harness knows each."""
-    if not options.tasks:
-        raise ValueError("tasks must be at least one, got none")
+    """Raises ValueError unless the harness knows each task."""
     if unknown := [task for task in options.tasks if task not in manager.all_tasks]:
         raise ValueError(f"the harness knows no tasks {unknown}; --include-path names a directory of more")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 CHOICES = [
     {"question": "The licence is", "choices": ["Apache", "a door", "x"], "answer": 0},
     {"question": "You may", "choices": ["reproduce the Work", "not"], "answer": 0},
-    {"question": "A much longer question, so that batches mix lengths: " + "the License " * 12, "choices": ["A", "B"],
+    {"question": "A much longer question, so that batches mix lengths: " + "the License " * 3, "choices": ["A", "B"],
      "answer": 1},
 ]  # fmt: skip
 TEXTS = [
     {"text": "Licensed under the Apache License, Version 2.0"},
-    {"text": "You may obtain a copy of the License at any time. " * 3},
+    {"text": "You may obtain a copy of the License at any time. "},
 ]
 
 TASK = """\
@@ -39,7 +39,7 @@ doc_to_text: "{{question}}"
 doc_to_target: "{{choices[answer]}}"
 generation_kwargs:
   until: ["License"]
-  max_gen_toks: 24
+  max_gen_toks: 16
   do_sample: false
 metric_list:
   - metric: exact_match

@@ -1,5 +1,6 @@
 """Requests of the lm-evaluation-harness, answered as transformers and the model itself answer them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from jmoe import gpt_oss
 from jmoe.evaluate.harness import HarnessModel
 from jmoe.evaluate.score import Span, power_of_two, score, static_width
 from jmoe.text import encode, load_tokenizer
+from tests.evaluate.tasks import TEXTS, write_tasks
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 END_OF_TEXT = 0
@@ -24,7 +29,7 @@ PAIRS = [
     ("", "You may obtain a copy"),
     ("You may ", "not"),
     ("You may ", "reproduce"),
-    ("The License. " * 8 + "See", " the License for the specific language"),
+    ("The License. " * 3 + "See", " the License for the specific language"),
 ]
 
 # transformers 5.23 asks torch modules for an attribute that it has deprecated itself.
@@ -56,13 +61,16 @@ def loglikelihood(model: HarnessModel, pairs: list[tuple[str, str]]) -> list[tup
 
 def direct(model: gpt_oss.GptOss, tokens: list[int], adapter: int = -1) -> np.ndarray:
     """Log-probabilities [T, V] of what follows each token, by the model's own call."""
-    padded = np.zeros((1, 128), np.int32)
+    padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(jax.nn.log_softmax(whole(model, padded, np.array([adapter])), axis=-1))[0, : len(tokens)]
+    return np.asarray(jax.nn.log_softmax(whole(model, padded, np.array([adapter], np.int32)), axis=-1))[
+        0, : len(tokens)
+    ]
 
 
-def whole(model: gpt_oss.GptOss, tokens: np.ndarray, adapters: np.ndarray) -> jax.Array:
-    return jax.jit(lambda: model(tokens, adapter_ids=adapters))()
+@nnx.jit
+def whole(model: gpt_oss.GptOss, tokens: jax.Array, adapters: jax.Array) -> jax.Array:
+    return model(tokens, adapter_ids=adapters)
 
 
 def tokens_of(tokenizer: Any, pair: tuple[str, str]) -> tuple[list[int], int]:
@@ -118,11 +126,11 @@ def test_questions_with_answers_of_one_token_are_one_row(model: gpt_oss.GptOss) 
 
 
 def test_contexts_are_cut_from_the_left(model: gpt_oss.GptOss, tokenizer: Any) -> None:
-    short = HarnessModel(model, tokenizer, adapter=-1, max_length=12)
+    short = HarnessModel(model, tokenizer, adapter=-1, max_length=24)
     tokens, count = tokens_of(tokenizer, PAIRS[4])
     (found,) = loglikelihood(short, PAIRS[4:5])
-    assert count < 12 < len(tokens)
-    assert found[0] == pytest.approx(by(direct(model, tokens[-13:]), tokens[-13:], count)[0], rel=1e-4)
+    assert count < 24 < len(tokens)
+    assert found[0] == pytest.approx(by(direct(model, tokens[-25:]), tokens[-25:], count)[0], rel=1e-4)
 
 
 def test_rolling_windows_predict_every_token_once(model: gpt_oss.GptOss, tokenizer: Any) -> None:
@@ -140,13 +148,13 @@ def test_rolling_windows_predict_every_token_once(model: gpt_oss.GptOss, tokeniz
 def test_generated_text_is_cut_at_its_stop_string(base: HarnessModel, model: gpt_oss.GptOss, tokenizer: Any) -> None:
     prompts = ["You may obtain", "", "The Apache License, Version 2.0 is"]
     ids = [encode(tokenizer, prompt) or [END_OF_TEXT] for prompt in prompts]
-    greedy = gpt_oss.generate(model, ids, max_new_tokens=32, stop_tokens=[END_OF_TEXT], adapter_ids=[-1] * 3)
+    greedy = gpt_oss.generate(model, ids, max_new_tokens=16, stop_tokens=[END_OF_TEXT], adapter_ids=[-1] * 3)
     whole_texts = [
         tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(greedy.tokens, greedy.lengths, strict=True)
     ]
     stop = whole_texts[0][5:8]
-    options = {"until": [stop], "max_gen_toks": 32, "do_sample": False}
+    options = {"until": [stop], "max_gen_toks": 16, "do_sample": False}
     found = base.generate_until(requests("generate_until", [(prompt, options) for prompt in prompts]), True)
     assert found == [text.split(stop)[0] for text in whole_texts]
     assert len(found[0]) <= 5
@@ -169,6 +177,30 @@ def test_few_sizes_are_compiled() -> None:
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
     assert [static_width(n) for n in (1, 64, 65, 500, 513, 1025, 4000)] == [64, 64, 128, 512, 640, 1280, 4096]
     assert len({static_width(n) for n in range(1, 8193)}) <= 8 + 4 * 4
+
+
+def test_the_harness_computes_from_what_the_model_answers(base: HarnessModel, tokenizer: Any, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = simple_evaluate(base, tasks=tasks, task_manager=manager, bootstrap_iters=10)
+    assert results is not None
+    total = 0.0
+    for line in TEXTS:
+        tokens = [END_OF_TEXT, *encode(tokenizer, line["text"])]
+        (answer,) = base._loglikelihood_tokens([(("", ""), tokens[:1], tokens[1:])], disable_tqdm=True)
+        total += answer[0]
+    size = sum(len(line["text"].encode()) for line in TEXTS)
+    bits = results["results"]["tiny_perplexity"]["bits_per_byte,none"]
+    assert bits == pytest.approx(-total / size / math.log(2), rel=1e-4)
+    best = [
+        max(range(len(sample["resps"])), key=lambda i, sample=sample: sample["resps"][i][0][0])
+        for sample in results["samples"]["tiny_choice"]
+    ]
+    right = [choice == sample["doc"]["answer"] for choice, sample in
+             zip(best, results["samples"]["tiny_choice"], strict=True)]  # fmt: skip
+    assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    for sample in results["samples"]["tiny_generation"]:
+        assert "License" not in sample["resps"][0][0]
 
 
 @pytest.mark.parametrize(
