@@ -15,6 +15,7 @@ from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.doctor import doctor
+from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
 from jmoe.commands.generate import generate
 
@@ -186,6 +187,7 @@ def profile(
 app.command()(generate)
 app.command()(doctor)
 app.command()(finetune)
+app.command("eval")(evaluate)
 
 
 def words(listed: str) -> list[str]:

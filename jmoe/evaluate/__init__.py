@@ -1,0 +1,1 @@
+"""A model on the tasks of the lm-evaluation-harness."""

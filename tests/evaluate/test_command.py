@@ -1,0 +1,53 @@
+"""`jmoe eval`: the harness itself on task files of each kind."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
+
+from jmoe.cli import app
+from jmoe.evaluate.run import Options, evaluate
+from jmoe.text import load_tokenizer
+from tests.evaluate.tasks import write_tasks
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the harness's own tasks, whose thousands of files take long to list."""
+    monkeypatch.setattr("jmoe.evaluate.run.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
+def test_a_checkpoint_and_its_adapter_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tasks(tmp_path)
+    arguments = ["eval", "--model", str(TINY), "--adapter", str(TINY / "adapter"), "--tasks", "tiny_choice"]
+    arguments += ["--include-path", str(tmp_path), "--apply-chat-template", "--limit", "2", "--batch-size", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    for word in ("base", "adapter", "difference", "tiny_choice", "acc"):
+        assert word in done.output
+    results = [json.loads(file.read_text()) for file in sorted((tmp_path / "out").rglob("results_*.json"))]
+    assert [each["config"]["adapter"] for each in results] == [-1, 0]
+    assert results[0]["chat_template"] == load_tokenizer(TINY).chat_template
+    samples = [file.read_text() for file in sorted((tmp_path / "out").rglob("samples_tiny_choice_*.jsonl"))]
+    first, second = (json.loads(text.splitlines()[0])["resps"] for text in samples)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tasks": ["no_such_task"]}, ValueError, r"the harness knows no tasks \['no_such_task'\]"),
+        ({"tasks": []}, ValueError, "tasks must be at least one, got none"),
+        ({"tasks": ["gsm8k"], "include_path": Path("nowhere")}, FileNotFoundError, "nowhere does not exist"),
+        ({"tasks": ["gsm8k"], "model": Path("nowhere")}, FileNotFoundError, r"tokenizer\.json does not exist"),
+    ],
+)
+def test_what_is_not_there_is_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(Options(**({"model": TINY} | options)))
