@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands import merge
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -178,6 +179,9 @@ def profile(
     for kernel in kernels:
         console.print(f"{kernel.microseconds:9.1f} us  {kernel.name}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{sum(kernel.microseconds for kernel in kernels):9.1f} us  in all", highlight=False)
+
+
+merge.register(app)
 
 
 def words(listed: str) -> list[str]:

@@ -11,6 +11,8 @@ from jmoe.gpt_oss.delta import delta_report as delta_report
 from jmoe.gpt_oss.generate import Generated as Generated
 from jmoe.gpt_oss.generate import generate as generate
 from jmoe.gpt_oss.load import load as load
+from jmoe.gpt_oss.merge import MergeReport as MergeReport
+from jmoe.gpt_oss.merge import merge as merge
 from jmoe.gpt_oss.model import GptOss as GptOss
 from jmoe.gpt_oss.save import save_adapter as save_adapter
 from jmoe.gpt_oss.weights import LayerWeights as LayerWeights
@@ -26,12 +28,14 @@ __all__ = [
     "LayerWeights",
     "Linear",
     "LoraWeights",
+    "MergeReport",
     "Rope",
     "attend",
     "delta_report",
     "generate",
     "load",
     "load_adapter",
+    "merge",
     "save_adapter",
     "stack_adapters",
 ]

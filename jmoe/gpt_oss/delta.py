@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.gpt_oss.weights import EXPERTS, LoraWeights
+from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights
 
 
 class AdapterWarning(UserWarning):
@@ -73,7 +73,8 @@ def delta_report(lora: LoraWeights, *, adapter: int = 0) -> DeltaReport:
     if not 0 <= adapter < adapters:
         raise ValueError(f"adapter must be in [0, {adapters}), got {adapter}")
     own = jax.tree.map(lambda leaf: leaf[:, adapter], lora)
-    norms = {target: np.asarray(delta_norms(own.a[target], own.b[target], own.scale[target])) for target in own.a}
+    targets = [target for target in TARGETS if target in own.a]
+    norms = {target: np.asarray(delta_norms(own.a[target], own.b[target], own.scale[target])) for target in targets}
     gate, up = (
         np.asarray(delta_norms(own.a["gate_up"], own.b["gate_up"][..., half::2, :], own.scale["gate_up"]))
         if "gate_up" in own.a
