@@ -18,6 +18,7 @@ from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
 from jmoe.commands.generate import generate
+from jmoe.commands.merge import merge
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -188,6 +189,7 @@ app.command()(generate)
 app.command()(doctor)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(merge)
 
 
 def words(listed: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from jmoe.adapters import Settings, load_lora, suffixes_by_layer
 from jmoe.checkpoint import open_safetensors, tensor_spec
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.delta import AdapterWarning, delta_report, findings
 from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights, sizes
 
 _ATTENTION_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.lora_([AB])\.weight")
@@ -34,9 +36,14 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
     A layer without LoRA on a target that others have gets zeros, which change nothing, and ranks that differ between
     layers are padded with zeros to the largest.
 
+    Warns:
+      AdapterWarning: LoRA that the file has changes only part: gate's rows or up's alone, gate_up without down or down
+        without gate_up, nothing in some layers or experts.
+
     Raises:
       FileNotFoundError: adapter_config.json or adapter_model.safetensors does not exist.
       ValueError: a tensor or setting that this model does not know, is missing or does not fit; the message names it.
+        Factors that are not finite, or that change nothing, as those of an adapter that was never trained.
     """
     settings = Settings.load(Path(path) / "adapter_config.json")
     file = Path(path) / "adapter_model.safetensors"
@@ -56,12 +63,27 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
                 elif key.replace("lora_B", "lora_A") not in keys:
                     raise ValueError(f"{file} has no tensor {key.replace('lora_B', 'lora_A')}, though it has {key}")
     for layer in suffixes_by_layer(keys):
-        lora = load_lora(path, config, layer)
+        on_experts = load_lora(path, config, layer)
         for target in EXPERTS:
-            a, b, scale = (getattr(lora, f"{target}_{part}") for part in ("a", "b", "scale"))
+            a, b, scale = (getattr(on_experts, f"{target}_{part}") for part in ("a", "b", "scale"))
             if a is not None and b is not None and scale is not None:
                 found[target][layer] = Factors(a, b, scale)
-    return stack_factors(found, config)
+    lora = stack_factors(found, config)
+    check_change(file, lora)
+    return lora
+
+
+def check_change(file: Path, lora: LoraWeights) -> None:
+    """Raises or warns as load_adapter does for an adapter that changes nothing, or only part."""
+    report = delta_report(lora)
+    for target, norms in report.norms.items():
+        for layer in np.argwhere(~np.isfinite(norms))[:1, 0].tolist():
+            raise ValueError(f"{file}: LoRA on {target} of layer {layer} is not finite")
+    if report.is_zero:
+        raise ValueError(f"{file} changes nothing: its products B A are all zero, as before training")
+    if odd := findings(report):
+        lines = "\n  ".join(map(str, odd))
+        warnings.warn(f"{file} changes only part of what it has LoRA on:\n  {lines}", AdapterWarning, stacklevel=3)
 
 
 def attention_factors(file: Path, shard: safe_open, settings: Settings, config: Config, key_a: str) -> Factors:

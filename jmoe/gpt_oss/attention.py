@@ -1,13 +1,21 @@
-"""Causal attention with learned sinks and sliding windows, in memory linear in the sequence, by plain XLA."""
+"""Causal attention with learned sinks and sliding windows, in memory linear in the sequence.
+
+By FlashAttention where it can run, and else by plain XLA, which is here.
+"""
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
+
+from jmoe.gpt_oss.flash_attention import fit_segments, flash_attend, why_not
+
+type Implementation = Literal["xla", "flash"] | None
 
 BLOCK = 256
 """Queries whose scores are held at once."""
@@ -24,6 +32,7 @@ def attend(
     *,
     window: int | None,
     segment_ids: Int32[Array, "B T"] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B T N D"]:
     """Each query's mean of the values up to its own, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum.
 
@@ -32,8 +41,54 @@ def attend(
     Args:
       sinks: a logit for each query head, of a key without value.
       window: keys that a query sees, its own among them; None: all.
-      segment_ids: of sequences packed in a row; a query sees its own segment alone. None: one segment.
+      segment_ids: of sequences packed in a row, one after another; a query sees its own segment alone. None: one
+        segment.
+      implementation: "xla"; "flash", which takes bfloat16 on a Hopper GPU, and gives NaN for more segments than
+        jmoe.gpt_oss.flash_attention.SEGMENTS a row; or None: "flash" where it can run and this is lowered for CUDA,
+        but for batches of more segments, "xla" elsewhere.
+
+    Raises:
+      NotImplementedError: "flash" cannot run on these arrays or on this machine; the message says what is missing.
+      ValueError: another implementation.
     """
+    if implementation not in (None, "xla", "flash"):
+        raise ValueError(f'implementation must be "xla", "flash" or None, got {implementation!r}')
+    by_xla = functools.partial(attend_by_xla, window=window)
+    by_flash = functools.partial(flash_attend, window=window)
+    reason = None if implementation == "xla" else why_not(q, k, v)
+    if implementation == "xla" or (implementation is None and reason is not None):
+        return by_xla(q, k, v, sinks, segment_ids=segment_ids)
+    if implementation == "flash":
+        if reason is not None:
+            raise NotImplementedError(f'implementation "flash" of attention cannot run: {reason}')
+        return by_flash(q, k, v, sinks, segment_ids=segment_ids)
+
+    def flash_if_segments_fit(*arrays: Array, segment_ids: Array | None) -> Array:
+        if segment_ids is None:
+            return by_flash(*arrays)
+        choices = (functools.partial(by, segment_ids=segment_ids) for by in (by_flash, by_xla))
+        return lax.cond(fit_segments(segment_ids), *choices, *arrays)
+
+    return lax.platform_dependent(
+        q,
+        k,
+        v,
+        sinks,
+        cuda=functools.partial(flash_if_segments_fit, segment_ids=segment_ids),
+        default=functools.partial(by_xla, segment_ids=segment_ids),
+    )
+
+
+def attend_by_xla(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T M D"],
+    v: Float[Array, "B T M D"],
+    sinks: Float[Array, " N"],
+    *,
+    window: int | None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+) -> Float[Array, "B T N D"]:
+    """attend in blocks of queries."""
     batch, length, heads, dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     if segment_ids is None:

@@ -38,6 +38,7 @@ def test_a_round_trip(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore::jmoe.gpt_oss.AdapterWarning")
 @pytest.mark.parametrize("targets", [["q", "down"], ["gate_up"], ["down"], ["v"]])
 def test_some_targets_of_several_ranks_and_scales(
     targets: list[str], adapter: gpt_oss.LoraWeights, tmp_path: Path

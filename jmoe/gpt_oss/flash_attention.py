@@ -1,0 +1,90 @@
+"""Attention by FlashAttention-3, from the package dew-flash-attn-cu13: the one door to it.
+
+The package asks JAX for the GPU while a program is traced, so it can be used only on the machine that runs the program.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+WIDEST = 256
+"""Of heads that the kernels take."""
+
+SEGMENTS = 32
+"""Packed sequences that the rows of a batch may hold, a row, on average. The kernels' backward pass starts blocks for
+each that there may be, and those of the others end at once."""
+
+
+def available() -> str | None:
+    """Why FlashAttention cannot run on this machine; None: it can."""
+    try:
+        import dew_flash_attn  # noqa: F401
+    except ImportError:
+        return 'it needs the package dew-flash-attn-cu13: pip install "jmoe[flash]"'
+    except OSError as error:  # its libraries load CUDA's
+        return f"the package dew-flash-attn-cu13 does not load: {error}"
+    found = capabilities()
+    if not found:
+        return "it needs a Hopper GPU, and JAX sees no CUDA GPU"
+    if any(capability != "9.0" for capability in found):
+        return f"it needs Hopper GPUs, of compute capability 9.0, and JAX sees {', '.join(sorted(set(found)))}"
+    return None
+
+
+def capabilities() -> list[str]:
+    """The compute capability of each GPU that JAX sees."""
+    try:
+        return [device.compute_capability for device in jax.local_devices(backend="cuda")]
+    except RuntimeError:  # JAX has no CUDA here
+        return []
+
+
+def why_not(q: Array, k: Array, v: Array) -> str | None:
+    """Why FlashAttention cannot run on these arrays here; None: it can."""
+    if dtypes := sorted({str(array.dtype) for array in (q, k, v)} - {"bfloat16"}):
+        return f"it takes bfloat16 alone, got {', '.join(dtypes)}"
+    if q.shape[-1] > WIDEST:
+        return f"it takes heads of at most {WIDEST} wide, got {q.shape[-1]}"
+    return available()
+
+
+def flash_attend(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T M D"],
+    v: Float[Array, "B T M D"],
+    sinks: Float[Array, " N"],
+    *,
+    window: int | None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+) -> Float[Array, "B T N D"]:
+    """As jmoe.gpt_oss.attend, for segments that follow each other; NaN if there are more than fit_segments allows."""
+    import dew_flash_attn
+
+    # Keys to the left and to the right of a query, without its own; -1 is all.
+    sizes = (-1, -1) if window is None else (window - 1, 0)
+    if segment_ids is None:
+        return dew_flash_attn.flash_mha(q, k, v, is_causal=True, window_size=sizes, sinks=sinks)
+    batch, length = segment_ids.shape
+    packed = (array.reshape(batch * length, *array.shape[2:]) for array in (q, k, v))
+    offsets = segment_offsets(segment_ids)
+    out = dew_flash_attn.flash_mha_varlen(*packed, offsets, length, is_causal=True, window_size=sizes, sinks=sinks)
+    return jnp.where(fit_segments(segment_ids), out.reshape(q.shape), jnp.nan)
+
+
+def segment_offsets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, " S"]:
+    """Where each segment begins in the rows behind each other, then their length as often as segments are missing."""
+    batch, length = segment_ids.shape
+    begins = segment_begins(segment_ids).reshape(-1)
+    room = batch * min(SEGMENTS, length)
+    offsets = jnp.nonzero(begins, size=room, fill_value=batch * length)[0]
+    return jnp.append(offsets, batch * length).astype(jnp.int32)
+
+
+def fit_segments(segment_ids: Int32[Array, "B T"]) -> Bool[Array, ""]:
+    """Whether there are at most SEGMENTS segments a row, on average."""
+    return jnp.sum(segment_begins(segment_ids)) <= SEGMENTS * segment_ids.shape[0]
+
+
+def segment_begins(segment_ids: Int32[Array, "B T"]) -> Bool[Array, "B T"]:
+    """The first token of each segment; a row's first is one."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
