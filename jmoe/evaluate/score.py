@@ -49,7 +49,7 @@ def score(model: GptOss, spans: Sequence[Span], adapter_ids: Sequence[int] | Non
     ids = None
     if adapter_ids is not None:
         ids = np.full(height, -1, np.int32)
-        ids[: len(different)] = [adapter for _, adapter in different]
+        ids[: len(different)] = [adapter for _, adapter in different if adapter is not None]
     row_of = {key: row for row, key in enumerate(different)}
     lengths = [len(span.targets) for span in spans]
     places = np.zeros(
