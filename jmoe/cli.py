@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands import finetune
 from jmoe.commands.doctor import doctor
 from jmoe.commands.generate import generate
 
@@ -184,6 +185,7 @@ def profile(
 
 app.command()(generate)
 app.command()(doctor)
+finetune.register(app)
 
 
 def words(listed: str) -> list[str]:

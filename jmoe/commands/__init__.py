@@ -1,1 +1,1 @@
-"""Commands of `jmoe` that have a file of their own; jmoe.cli registers them."""
+"""The commands of `jmoe`, one a file."""

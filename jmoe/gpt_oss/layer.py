@@ -97,6 +97,7 @@ def layer[S](
     adapter_ids: Int32[Array, "B T"] | None,
     index: Int32[Array, ""],
     recompute: bool,
+    observe: Callable[[Array, S], S] | None = None,
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and what the attention keeps.
 
@@ -104,6 +105,7 @@ def layer[S](
       read in place.
     on_experts: LoRA of this layer or of all.
     attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
+    observe: (router logits [B, T, E], what attention keeps) -> what is kept instead.
     """
 
     def multiply(x: Array, linears: Linear, lora: Factors | None) -> Array:
@@ -119,9 +121,12 @@ def layer[S](
     attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
     x = x + multiply(attended.reshape(*x.shape[:2], -1), weights.o, on_o)
     normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
+    router_logits = linear(normal, weights.router)
+    if observe is not None:
+        kept = observe(router_logits, kept)
     y = moe(
         normal,
-        linear(normal, weights.router),
+        router_logits,
         weights.experts,
         top_k=config.num_experts_per_tok,
         lora=on_experts,

@@ -78,6 +78,20 @@ class GptOss(nnx.Module):
             return None
         return LoraWeights(self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale.get_value())
 
+    def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
+        """The same weights with these adapters instead of its own."""
+        return GptOss(
+            self.config,
+            embedding=self.embedding.get_value(),
+            layers=self.layers.get_value(),
+            norm=self.norm.get_value(),
+            head=self.head.get_value(),
+            lora=lora,
+            dtype=self.dtype,
+            recompute=self.recompute,
+            remat=self.remat,
+        )
+
     def attention_lora(self) -> AttentionLora | None:
         """The adapters on attention as the layers apply them."""
         return AttentionLora.of(self.lora, self.config, self.dtype)
@@ -160,6 +174,7 @@ class GptOss(nnx.Module):
         *,
         inference: bool = False,
         attention_lora: AttentionLora | None = None,
+        observe: Callable[..., S] | None = None,
     ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
         """(hidden, states): the layers one after another, one group of them compiled.
 
@@ -170,6 +185,7 @@ class GptOss(nnx.Module):
         inference: no gradient is taken, and what it would cost is not paid: LoRA on experts is read in place too, and
           for few tokens so are the weights of attention.
         attention_lora: with inference the model's, which many calls share.
+        observe: (router logits [B, T, E], state, group=) -> state, in each layer.
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
@@ -205,6 +221,7 @@ class GptOss(nnx.Module):
                         on_experts,
                         config,
                         attention=functools.partial(attentions[i], state=state, group=number),
+                        observe=None if observe is None else functools.partial(observe, group=number),
                         rotary=rotary,
                         adapter_ids=adapter_ids,
                         index=index,

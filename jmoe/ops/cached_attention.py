@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch import check_installed, launch, local_capability, register
+from jmoe.ops.launch import cached_attention_plans, launch, local_capability, register
 
 cached_attention_p = jex.core.Primitive("jmoe_cached_attention")
 """Operands as cached_attention's. Result: like q."""
@@ -72,14 +72,11 @@ def attend_by_xla(q: Array, cache: Array, sinks: Array, layer: Array, position: 
 
 
 def _launches(*operands: Array, capability: int | None) -> Array:
-    from jmoe.triton_src.cached_attention import plan_cached_attention
-
-    check_installed()
     names = ("q", "cache", "sinks", "layer", "position")
     buffers: dict[str, Any] = dict(zip(names, operands, strict=True))
     batch, heads, dim = buffers["q"].shape
     key_heads, slots = buffers["cache"].shape[2:4]
-    plans = plan_cached_attention(batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
+    plans = cached_attention_plans(batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
     capability = local_capability() if capability is None else capability
     return launch(plans, buffers, capability)["attended"]
 

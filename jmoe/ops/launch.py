@@ -203,6 +203,22 @@ def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables
     return plan_routing(problem)
 
 
+def cached_attention_plans(**sizes: int) -> list["Plan"]:
+    """See plan_cached_attention for the sizes."""
+    from jmoe.triton_src.cached_attention import plan_cached_attention
+
+    check_installed()
+    return plan_cached_attention(**sizes)
+
+
+def few_rows_linear_plans(rows: int, n: int, k: int, rank: int | None) -> list["Plan"]:
+    """See plan_few_rows_linear."""
+    from jmoe.triton_src.few_rows_linear import plan_few_rows_linear
+
+    check_installed()
+    return [plan_few_rows_linear(rows=rows, n=n, k=k, rank=rank)]
+
+
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     platforms = ctx.platforms or ctx.module_context.platforms
     raise NotImplementedError(
@@ -359,11 +375,7 @@ def why_no_triton() -> str | None:
 
 
 def tiles_here() -> str:
-    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on.
-
-    Raises:
-      ValueError: the user's file is no such table.
-    """
+    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on."""
     from jmoe.triton_src.tile_tables import user_table
     from jmoe.triton_src.tiles import PACKED_TILES
 

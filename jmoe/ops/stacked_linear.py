@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch import check_installed, launch, local_capability, register
+from jmoe.ops.launch import few_rows_linear_plans, launch, local_capability, register
 
 MOST_ROWS = 64
 """Rows of stacked_linear at most. For more a product is no longer bound by reading the weights."""
@@ -66,14 +66,11 @@ def linear_by_xla(x: Array, weight: Array, bias: Array, layer: Array, *lora: Arr
 
 
 def _launches(*operands: Array, names: tuple[str, ...], capability: int | None) -> Array:
-    from jmoe.triton_src.few_rows_linear import plan_few_rows_linear
-
-    check_installed()
     buffers: dict[str, jax.Array] = dict(zip(names, operands, strict=True))
     rows, k = buffers["x"].shape
     rank = buffers["shrunk"].shape[1] if "shrunk" in buffers else None
-    plan = plan_few_rows_linear(rows=rows, n=buffers["weight"].shape[1], k=k, rank=rank)
-    return launch([plan], buffers, local_capability() if capability is None else capability)["linear"]
+    plans = few_rows_linear_plans(rows, buffers["weight"].shape[1], k, rank)
+    return launch(plans, buffers, local_capability() if capability is None else capability)["linear"]
 
 
 register(stacked_linear_p, _launches)

@@ -1,0 +1,62 @@
+"""`jmoe finetune`: LoRA on a gpt-oss checkpoint."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+
+def finetune(config: Path | None, **flags: Any) -> None:
+    """Trains LoRA on a gpt-oss checkpoint's experts and attention, from JSONL to an adapter in PEFT's format.
+
+    Options come from --config, a TOML or JSON file of the same names, and from flags, which win. Run again with the
+    same options, it goes on where it stopped.
+    """
+    from jmoe.finetune.config import FinetuneConfig, read_file
+    from jmoe.finetune.run import finetune as run
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    entries = ({} if config is None else read_file(config)) | given
+    if run(FinetuneConfig.create(entries)).ending == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def as_command(function: Callable[..., None], options: type) -> Callable[..., None]:
+    """The function with a flag for each field of the dataclass, None where it is not given."""
+    hints = get_type_hints(options)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    config = typer.Option(help="TOML or JSON file of these options.")
+    parameters = [inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config])]
+    for field in dataclasses.fields(options):
+        text = field.metadata["help"]
+        if field.default not in (dataclasses.MISSING, None):
+            text += f" [default: {field.default}]"
+        kind: Any = plain(hints[field.name])
+        flag = f"--{field.name.replace('_', '-')}"
+        names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
+        annotation: Any = Annotated[kind | None, typer.Option(*names, help=text, show_default=False)]
+        parameters.append(inspect.Parameter(field.name, keyword, default=None, annotation=annotation))
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def plain(hint: Any) -> type:
+    """The class of a flag's value."""
+    from jmoe.finetune.config import plain_types
+
+    kinds = [kind for kind in plain_types(hint) if kind is not type(None)]
+    return str if isinstance(kinds[0], str) else kinds[0]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    from jmoe.finetune.config import FinetuneConfig
+
+    app.command(name="finetune")(as_command(finetune, FinetuneConfig))

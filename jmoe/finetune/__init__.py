@@ -1,0 +1,1 @@
+"""Fine-tuning gpt-oss with LoRA."""

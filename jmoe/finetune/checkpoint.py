@@ -1,0 +1,93 @@
+"""Checkpoints of a run: what a step changes and where the run stands, whole or not at all, by orbax."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a run stands beside its arrays. Batches follow from seed and step, so the step is the data's position.
+
+    best_loss: lowest validation loss so far, or None.
+    since_best: validations since then.
+    """
+
+    step: int = 0
+    best_loss: float | None = None
+    since_best: int = 0
+
+
+class Checkpoints:
+    """The checkpoints in a directory; closed at the end of a `with`."""
+
+    def __init__(self, directory: Path, config: FinetuneConfig) -> None:
+        """Opens the directory, which is made if it is not there."""
+        self.directory = directory.absolute()
+        self.config = dataclasses.asdict(config)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.manager.close()
+
+    def save(self, state: TrainState, standing: Standing) -> None:
+        """Writes a checkpoint of this step, unless it is there.
+
+        Raises:
+          OSError: the disk has no room for it; those before it stay.
+        """
+        if standing.step in self.manager.all_steps():
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < 1.1 * needed:
+            raise OSError(f"no room for a checkpoint of {needed:,} bytes in {self.directory}: {free:,} are free")
+        self.manager.save(
+            standing.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+                run=ocp.args.JsonSave({"standing": dataclasses.asdict(standing), "config": self.config}),  # type: ignore[call-arg]
+            ),
+        )
+        self.manager.wait_until_finished()
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Standing]:
+        """The newest checkpoint, or (state, a beginning) if there is none.
+
+        Args:
+          state: of the same shapes, which says where the arrays go.
+
+        Raises:
+          ValueError: the checkpoint is of a run with other options, which are named.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return state, Standing()
+        run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]  # type: ignore[call-arg]
+        self._check_config(run["config"])
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(state))  # type: ignore[call-arg]
+        return self.manager.restore(step, args=args)["state"], Standing(**run["standing"])
+
+    def _check_config(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError unless the options that decide what is computed are the same."""
+        free = {"out", "keep", "checkpoint_every"}
+        names = sorted({*saved, *self.config} - free)
+        changed = [name for name in names if saved.get(name) != self.config.get(name)]
+        if changed:
+            listed = ", ".join(f"{name} was {saved.get(name)!r}, is {self.config.get(name)!r}" for name in changed)
+            raise ValueError(f"{self.directory} holds a run with other options ({listed}): choose another --out")

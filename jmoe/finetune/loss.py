@@ -1,0 +1,77 @@
+"""Cross-entropy of the next token, without the logits of all tokens at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden: Float[Array, "P H"],
+    head: Float[Array, "V H"],
+    targets: Int32[Array, " P"],
+    weights: Float[Array, " P"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """The sum over positions of weight * -log softmax(hidden head^T)[target], in float32.
+
+    The logits of `chunk` positions are held at a time. The head is a constant. When differentiated, the gradient in
+    `hidden` is taken along with the loss, so that no logits are computed twice, as Liger (arXiv 2410.10989) does.
+
+    Args:
+      hidden: after the norm; the products with the head are of its dtype, summed in float32.
+      targets: in [0, V).
+      weights: 0 leaves a position out.
+    """
+    return _sum(hidden, head, targets, weights, chunk, with_gradient=False)[0]
+
+
+def _sum(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, *, with_gradient: bool
+) -> tuple[Array, Array | None]:
+    """(the loss, its gradient in hidden or None)."""
+    positions, width = hidden.shape
+    chunks = -(-positions // chunk)
+    padding = chunks * chunk - positions
+
+    def in_chunks(array: Array) -> Array:
+        padded = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(chunks, chunk, *array.shape[1:])
+
+    def one(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        x, target, weight = part
+        logits = _product("ph,vh->pv", x, head)
+        largest = jax.nn.logsumexp(logits, axis=-1)
+        of_target = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        # Selected, as a position that is left out may hold NaN.
+        losses = jnp.where(weight > 0, (largest - of_target) * weight, 0)
+        if not with_gradient:
+            return total + losses.sum(), None
+        there = jnp.arange(head.shape[0]) == target[:, None]
+        gradient = (jnp.exp(logits - largest[:, None]) - there) * weight[:, None]
+        gradient = jnp.where(weight[:, None] > 0, gradient, 0).astype(x.dtype)
+        return total + losses.sum(), _product("pv,vh->ph", gradient, head).astype(x.dtype)
+
+    total, gradients = lax.scan(one, jnp.float32(0), (in_chunks(hidden), in_chunks(targets), in_chunks(weights)))
+    return total, None if gradients is None else gradients.reshape(-1, width)[:positions]
+
+
+def _product(equation: str, x: Array, head: Array) -> Array:
+    """An einsum in x's dtype, summed in float32."""
+    precision = lax.Precision.HIGHEST
+    return jnp.einsum(equation, x, head.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array | None]:
+    return _sum(hidden, head, targets, weights, chunk, with_gradient=True)
+
+
+def _backward(chunk: int, gradient: Array, scale: Array) -> tuple[Array, None, None, None]:
+    # The head is frozen, targets are integers, and weights are given.
+    return (gradient * scale).astype(gradient.dtype), None, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

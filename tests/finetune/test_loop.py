@@ -1,0 +1,147 @@
+"""The steps of a run: going on after a stop, early stop, faults."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jmoe.finetune import checkpoint as saving
+from jmoe.finetune.batches import Batch
+from jmoe.finetune.checkpoint import Checkpoints, Standing
+from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.display import Display
+from jmoe.finetune.loop import NonFiniteLossError, Run, run_steps
+from jmoe.finetune.metrics import Metrics, plot, read
+from jmoe.finetune.step import Trainer, TrainState, make_optimizer
+from jmoe.gpt_oss import load
+from jmoe.gpt_oss.new_adapter import new_adapter
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
+STEPS = 5
+CONFIG = FinetuneConfig(
+    model="m", data="d", out="o", learning_rate=1e-2, validate_every=2, checkpoint_every=2, steps=STEPS
+)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    base = load(TINY, dtype=jnp.float32, progress=False)
+    model = base.with_adapters(new_adapter(base.config, rank=2, scale=2.0, targets=("o", "down")))
+    return Trainer(model, make_optimizer(CONFIG, STEPS), loss_chunk=16)
+
+
+def batch_of(step: int) -> Batch:
+    rng = np.random.default_rng(step)
+    tokens, targets = rng.integers(0, 512, (2, 1, 1, 8)).astype(np.int32)
+    return Batch(tokens, targets, np.ones((1, 1, 8), np.float32), np.ones((1, 1, 8), np.int32))
+
+
+@contextlib.contextmanager
+def a_run(trainer: Trainer, out: Path, config: FinetuneConfig = CONFIG, **changes: Any) -> Iterator[tuple]:
+    """(the run, its state and standing as restored, and what else run_steps takes)."""
+    out.mkdir(exist_ok=True)
+    validation = [Batch(*(array[0] for array in batch_of(100)))]
+    nothing = lambda *_: None  # noqa: E731
+    run = Run(config, trainer, batch_of, validation, STEPS, out, nothing, nothing)
+    with Checkpoints(out / "checkpoints", config) as checkpoints:
+        state, standing = checkpoints.restore(jax.tree.map(jnp.array, trainer.start))
+        display = Display(STEPS, standing.step, Console(quiet=True))
+        with Metrics(out, standing.step) as metrics, display:
+            yield dataclasses.replace(run, **changes), state, standing, checkpoints, metrics, display
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read(out) if "loss" in row]
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path / "whole") as run:
+        whole, standing, ending = run_steps(*run)
+    assert (standing.step, ending) == (STEPS, "finished")
+
+    def cut_off(step: int) -> Batch:
+        if step == 3:
+            raise RuntimeError("cut off")
+        return batch_of(step)
+
+    with a_run(trainer, tmp_path / "cut", batch=cut_off) as run, pytest.raises(RuntimeError):
+        run_steps(*run)
+    assert len(losses(tmp_path / "cut")) == 3
+    with a_run(trainer, tmp_path / "cut") as run:
+        assert run[2].step == 2  # the newest checkpoint
+        resumed, standing, _ = run_steps(*run)
+    assert standing.step == STEPS
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(trainer: Trainer, tmp_path: Path) -> None:
+    def interrupted(step: int) -> Batch:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch_of(step)
+
+    with a_run(trainer, tmp_path, batch=interrupted) as run:
+        _, standing, ending = run_steps(*run)
+    assert (standing.step, ending) == (3, "interrupted")
+    with a_run(trainer, tmp_path) as run:
+        assert run[2].step == 3
+
+
+def test_a_run_without_progress_stops_early(trainer: Trainer, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, patience=2, validate_every=1)
+    saved: list[TrainState] = []
+    with a_run(trainer, tmp_path, config, save_adapter=saved.append) as (run, state, _, *rest):
+        # No loss is below this one.
+        _, standing, ending = run_steps(run, state, Standing(best_loss=0.0), *rest)
+    assert (standing.step, ending, saved) == (2, "early stop", [])
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(trainer: Trainer, tmp_path: Path) -> None:
+    def faulty(step: int) -> Batch:
+        batch = batch_of(step)
+        return batch._replace(weights=batch.weights * np.inf) if step == 2 else batch
+
+    with a_run(trainer, tmp_path, batch=faulty) as run, pytest.raises(NonFiniteLossError, match="step 3: loss"):
+        run_steps(*run)
+    with np.load(tmp_path / "nonfinite_step_3.npz") as saved:
+        np.testing.assert_array_equal(saved["tokens"], batch_of(2).tokens)
+    with a_run(trainer, tmp_path) as run:
+        assert run[2].step == 2
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run[1].factors))
+
+
+def test_a_full_disk_is_said_before_writing(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 10})
+    with a_run(trainer, tmp_path) as run, monkeypatch.context() as patch:
+        patch.setattr(saving.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OSError, match=r"no room for a checkpoint of [\d,]+ bytes .*: 10 are free"):
+            run_steps(*run)
+
+
+def test_another_configuration_does_not_go_on(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path) as run:
+        run_steps(*run)
+    other = dataclasses.replace(CONFIG, rank=3, keep=5)
+    with pytest.raises(ValueError, match=r"other options \(rank was 16, is 3\)"), a_run(trainer, tmp_path, other):
+        pass
+
+
+def test_figures_and_their_curve(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path) as run:
+        run_steps(*run)
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4, 5]
+    assert {"loss", "gradient_norm", "learning_rate", "tokens", "tokens_per_second"} <= set(rows[1])
+    assert plot(tmp_path).read_bytes().startswith(b"\x89PNG")

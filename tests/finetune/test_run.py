@@ -1,0 +1,122 @@
+"""`jmoe finetune` from JSONL to an adapter that PEFT loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.finetune.metrics import read
+from jmoe.gpt_oss import load
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny_gpt_oss"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    questions = [
+        [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": "no" if n % 2 else "yes"}]
+        for n in range(40)
+    ]
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions))
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runs below are of one size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    options = {
+        "model": TINY,
+        "data": data,
+        "out": out,
+        "length": 64,
+        "rank": 2,
+        "alpha": 4,
+        "steps": 6,
+        "learning-rate": 0.01,
+        "validate-every": 3,
+        "checkpoint-every": 2,
+        "dtype": "float32",
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "jmoe.cli", "finetune", *flags, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(the directory of a run that went through, what it printed)."""
+    out = tmp_path_factory.mktemp("finished")
+    run = subprocess.run(command(data, out), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return out, run.stderr
+
+
+def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    rows = read(out)
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+    assert "40 rows" in printed
+    assert "in the first step" in printed
+    assert f"adapter in {out / 'adapter'}" in printed
+    assert (out / "loss.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
+def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    base = GptOssForCausalLM.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="eager", quantization_config=Mxfp4Config(dequantize=True)
+    )
+    adapted = PeftModel.from_pretrained(base, finished[0] / "adapter").eval()
+    tokens = np.arange(2, 22, dtype=np.int32).reshape(2, 10)
+    with torch.no_grad():
+        wanted = adapted(torch.from_numpy(tokens).long()).logits.numpy()
+    ours = load(TINY, adapter=finished[0] / "adapter", dtype=jnp.float32, progress=False)(jnp.asarray(tokens))
+    assert np.linalg.norm(ours - wanted) <= 1e-3 * np.linalg.norm(wanted)
+
+
+def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    with subprocess.Popen(command(data, tmp_path), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        deadline = time.monotonic() + 300
+        while len(read(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    again = subprocess.run(command(data, tmp_path), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stderr
+    kept = [
+        [{name: row.get(name) for name in ("step", "loss", "gradient_norm", "validation_loss")} for row in read(out)]
+        for out in (finished[0], tmp_path)
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_wrong_input_is_one_line(data: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"words": 3}\n')
+    run = subprocess.run(command(bad, tmp_path / "out"), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 1
+    assert "bad.jsonl" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr

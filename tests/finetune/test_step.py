@@ -1,0 +1,112 @@
+"""One step of the optimizer on the tiny model."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jmoe.finetune.batches import Batch
+from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.step import Trainer, TrainState, learning_rate, make_optimizer
+from jmoe.gpt_oss import GptOss, load
+from jmoe.gpt_oss.new_adapter import new_adapter
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
+CONFIG = FinetuneConfig(model="m", data="d", out="o", learning_rate=1e-2, warmup=0.0, schedule="constant")
+
+
+def model(scale: float = 2.0) -> GptOss:
+    base = load(TINY, dtype=jnp.float32, progress=False)
+    return base.with_adapters(new_adapter(base.config, rank=2, scale=scale))
+
+
+def random_batch(micro_batches: int, rows: int = 2, length: int = 12, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    shape = (micro_batches, rows, length)
+    segments = np.repeat([1, 2], length // 2) * np.ones(shape, np.int32)
+    weights = (rng.random(shape) < 0.8).astype(np.float32)
+    return Batch(
+        rng.integers(0, 512, shape).astype(np.int32), rng.integers(0, 512, shape).astype(np.int32), weights, segments
+    )
+
+
+def trainer() -> Trainer:
+    return Trainer(model(), make_optimizer(CONFIG, 10), loss_chunk=16)
+
+
+def copy(state: TrainState) -> TrainState:
+    """A step uses its state up."""
+    return jax.tree.map(jnp.array, state)
+
+
+def test_the_loss_is_the_mean_over_trained_tokens() -> None:
+    one, batch = trainer(), random_batch(1)
+    logits = one.model(one.start)(batch.tokens[0], segment_ids=batch.segment_ids[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets[0])
+    wanted = float((losses * batch.weights[0]).sum() / batch.weights.sum())
+    _, outcome = one.step(copy(one.start), batch)
+    assert float(outcome.loss) == pytest.approx(wanted, rel=1e-5)
+    assert float(outcome.tokens) == batch.weights.sum()
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    one, batch = trainer(), random_batch(3)
+    together = Batch(*(array.reshape(1, -1, array.shape[-1]) for array in batch))
+    apart, outcome_apart = one.step(copy(one.start), batch)
+    whole, outcome_whole = one.step(copy(one.start), together)
+    assert float(outcome_apart.loss) == pytest.approx(float(outcome_whole.loss), rel=1e-5)
+    assert float(outcome_apart.gradient_norm) == pytest.approx(float(outcome_whole.gradient_norm), rel=1e-4)
+    assert jax.tree.structure(apart) == jax.tree.structure(whole)
+
+
+def test_steps_lower_the_loss_and_change_factors_alone() -> None:
+    one, batch = trainer(), random_batch(1)
+    frozen = jax.tree.map(np.asarray, jax.tree.leaves(one.frozen))
+    state, first = one.step(copy(one.start), batch)
+    for _ in range(5):
+        state, last = one.step(state, batch)
+    assert float(last.loss) < float(first.loss) - 0.1
+    assert all(map(np.array_equal, frozen, jax.tree.leaves(one.frozen)))
+    assert all(variable.dtype == jnp.float32 for variable in jax.tree.leaves(state.factors))
+
+
+def test_experts_with_trained_tokens_have_gradients_in_b_and_not_yet_in_a() -> None:
+    one = trainer()
+    state, first = one.step(copy(one.start), random_batch(1))
+    _, second = one.step(state, random_batch(1))
+    assert set(first.expert_gradients) == {"gate_up_a", "gate_up_b", "down_a", "down_b"}
+    assert first.expert_gradients["down_b"].shape == (2, 8)
+    assert not first.expert_gradients["gate_up_a"].any()
+    assert jnp.array_equal(second.expert_gradients["gate_up_a"], second.expert_gradients["gate_up_b"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    one, batch = Trainer(model(float("nan")), make_optimizer(CONFIG, 10), loss_chunk=16), random_batch(1)
+    state, outcome = one.step(copy(one.start), batch)
+    assert not bool(outcome.finite)
+    assert all(map(np.array_equal, jax.tree.leaves(one.start), jax.tree.leaves(state)))
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        Trainer(load(TINY, progress=False), make_optimizer(CONFIG, 10), loss_chunk=16)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rate_rises_falls_and_is_never_zero(schedule: str) -> None:
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup=0.2)
+    rates = [float(learning_rate(config, 20)(step)) for step in range(20)]
+    assert rates[0] > 0
+    assert rates[:4] == sorted(rates[:4])
+    assert max(rates) == pytest.approx(config.learning_rate)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_factors_are_variables_of_flax() -> None:
+    assert len(jax.tree.leaves(nnx.state(model(), nnx.LoRAParam))) == 12
