@@ -375,11 +375,7 @@ def why_no_triton() -> str | None:
 
 
 def tiles_here() -> str:
-    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on.
-
-    Raises:
-      ValueError: the user's file is no such table.
-    """
+    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on."""
     from jmoe.triton_src.tile_tables import user_table
     from jmoe.triton_src.tiles import PACKED_TILES
 
