@@ -179,7 +179,7 @@ class HarnessModel(TemplateLM):
                 ids = [adapters[i] for i in batch] if self.adapters else None
                 answers |= zip(batch, score(self.model, [spans[i] for i in batch], ids, self.batch_size), strict=True)
                 bar.update(len(batch))
-        return [tuple(answers[i]) for i in range(len(spans))]
+        return [(answers[i].log_probability, answers[i].greedy) for i in range(len(spans))]
 
     def span(self, context: list[int], continuation: list[int]) -> Span:
         """What the model reads and should predict, the context cut from the left to fit in max_length.
