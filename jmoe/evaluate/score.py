@@ -39,7 +39,8 @@ def score(model: GptOss, spans: Sequence[Span], adapter_ids: Sequence[int] | Non
     Args:
       adapter_ids: each span's adapter, -1 for none; None for a model without adapters.
     """
-    inputs = [(tuple(span.tokens), None if adapter_ids is None else adapter_ids[i]) for i, span in enumerate(spans)]
+    adapters = [-1] * len(spans) if adapter_ids is None else adapter_ids
+    inputs = [(tuple(span.tokens), adapter) for span, adapter in zip(spans, adapters, strict=True)]
     different = list(dict.fromkeys(inputs))
     height = min(rows, power_of_two(len(different)))
     width = static_width(max(len(tokens) for tokens, _ in different))
