@@ -19,6 +19,7 @@ demo: $(READY)
 
 example: $(READY)
 	@$(BIN)/python examples/finetune_layer.py
+	@$(BIN)/python examples/finetune_gpt_oss.py
 
 test: $(READY)
 	@echo "== kernels in Triton's interpreter (about 3 minutes on 2 cores)"

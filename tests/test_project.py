@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -236,6 +237,17 @@ def test_readme_example_runs() -> None:
     for example in examples:
         run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
         assert run.returncode == 0, run.stderr
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tool = Path(sys.executable).with_name("jmoe")
+    for command in commands.splitlines():
+        words = shlex.split(command)
+        assert words[0] == "jmoe"
+        run = subprocess.run([tool, *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
 
 
 def test_readme_tables_are_those_of_the_committed_figures() -> None:
