@@ -1,0 +1,1 @@
+"""LoRA on a checkpoint's experts and attention, trained on a file of text."""
