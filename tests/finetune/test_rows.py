@@ -32,7 +32,7 @@ def test_a_tool_call_needs_no_content() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": ', r"must be JSON .* got '\{\"text\": '"),
+        ('{"text": ', r"must be JSON .* got '\{\"text\":'"),
         ("[1]", r"must be a JSON object.* got \[1\]"),
         ("{}", r"no other keys, got keys \[\]"),
         ('{"text": "a", "messages": []}', r"got keys \['messages', 'text'\]"),
