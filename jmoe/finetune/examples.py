@@ -92,8 +92,9 @@ def read_examples(
         examples.append(example)
     if not examples:
         raise ValueError(
-            f"{os.fspath(path)} has no row to train on: of {rows} rows, {len(refusals)} are bad, {overlong} longer than "
-            f"{max_length} tokens, {untrained} untrained once cut" + "".join(f"; {first}" for first in refusals[:1])
+            f"{os.fspath(path)} has no row to train on: of {rows} rows, {len(refusals)} are bad, {overlong} longer "
+            f"than {max_length} tokens, {untrained} untrained once cut"
+            + "".join(f"; {first}" for first in refusals[:1])
         )
     return Examples(tuple(examples), rows, len(refusals), overlong, untrained, truncated)
 
@@ -102,7 +103,7 @@ def make_example(row: Row, tokenizer: Any) -> Example:
     """A row's tokens.
 
     A conversation is its chat template's text, in which the assistant's turns are trained: what follows the header that
-    begins a reply, with the token that ends the turn. A prompt and its completion, or a text, stand as they are, and end
+    begins a reply, with the token that ends the turn. A prompt and its completion, or a text, stand as they are and end
     with the tokenizer's eos_token_id; all but the prompt is trained.
 
     What generation is given, a prompt or a reply's header, is encoded apart from what it is to write, so that training
@@ -165,7 +166,7 @@ def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: 
     text = chat_text(tokenizer, messages, reply=True)
     if not text.endswith(header):
         raise ValueError(
-            f"the chat template must begin a reply after messages[:{len(messages)}] with {header!r}, as it does the first, "
+            f"the chat template must begin a reply after messages[:{len(messages)}] with {header!r}, as the first, "
             f"got {text[-40:]!r}"
         )
     beginning = text.removesuffix(header)
@@ -175,7 +176,7 @@ def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: 
 
 def _check_prefix(beginning: str, whole: str, rule: str) -> None:
     if not whole.startswith(beginning):
-        same = len(os.path.commonprefix([beginning, whole]))
+        same = next((i for i, (a, b) in enumerate(zip(beginning, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
             f"the chat template does not let replies be told from the rest: {rule}, expected "
             f"{beginning[same : same + 40]!r} at character {same}, got {whole[same : same + 40]!r}"

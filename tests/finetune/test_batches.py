@@ -58,8 +58,10 @@ def test_batches_out_of_range_are_refused() -> None:
 def test_a_split_loses_nothing_and_is_repeated() -> None:
     examples = list(range(100))
     train, validation = split(examples, 0.1, seed=3)
-    assert len(validation) == 10 and sorted(train + validation) == examples
-    assert list(train) == sorted(train) and list(validation) == sorted(validation)
+    assert len(validation) == 10
+    assert sorted(train + validation) == examples
+    assert list(train) == sorted(train)
+    assert list(validation) == sorted(validation)
     assert split(examples, 0.1, seed=3) == (train, validation)
     assert split(examples, 0.1, seed=4) != (train, validation)
     assert split(examples, 0, seed=3) == (tuple(examples), ())

@@ -83,7 +83,8 @@ def test_a_conversations_tokens_are_those_of_its_whole_text(tokenizer: Any, temp
     assert example.tokens.tolist() == encode(tokenizer, chat_text(tokenizer, messages, reply=False))
     prompt = encode(tokenizer, chat_text(tokenizer, messages[:-1], reply=True))
     assert example.tokens[: len(prompt)].tolist() == prompt
-    assert example.trained[len(prompt) :].all() and not example.trained[len(prompt) - 1]
+    assert example.trained[len(prompt) :].all()
+    assert not example.trained[len(prompt) - 1]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_a_template_in_which_replies_cannot_be_told_is_refused(tokenizer: Any, t
 
 def test_a_completion_is_trained_after_its_prompt(tokenizer: Any) -> None:
     example = make_example(Completion("Lic", "ense"), tokenizer)
-    assert example.tokens.dtype == np.int32 and example.trained.dtype == bool
+    assert example.tokens.dtype == np.int32
+    assert example.trained.dtype == bool
     assert example.tokens[~example.trained].tolist() == encode(tokenizer, "Lic")
     assert trained_text(tokenizer, example) == "ense<|endoftext|>"
 
@@ -110,7 +112,8 @@ def test_a_completion_is_trained_after_its_prompt(tokenizer: Any) -> None:
 def test_all_of_a_text_is_trained_but_the_first_token(tokenizer: Any) -> None:
     example = make_example(Text("Apache License"), tokenizer)
     assert example.tokens.tolist() == [*encode(tokenizer, "Apache License"), tokenizer.eos_token_id]
-    assert not example.trained[0] and example.trained[1:].all()
+    assert not example.trained[0]
+    assert example.trained[1:].all()
 
 
 LONG = {"prompt": "π" * 30, "completion": "a"}
@@ -145,7 +148,7 @@ def test_options_out_of_range_are_refused(tokenizer: Any, tmp_path: Path) -> Non
     file = write(tmp_path, {"text": "abc"})
     with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
         read_examples(file, tokenizer, max_length=1)
-    with pytest.raises(ValueError, match="too_long must be one of .* got 'cut'"):
+    with pytest.raises(ValueError, match=r"too_long must be one of .* got 'cut'"):
         read_examples(file, tokenizer, max_length=4, too_long="cut")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="must have an eos_token"):

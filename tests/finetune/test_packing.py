@@ -30,12 +30,15 @@ def test_every_trained_target_appears_once_with_its_own_past(rows: list[Example]
     assert {array.shape for array in packed} == {(len(packed.tokens), LENGTH)}
     seen = []
     for tokens, targets, weights, segments in zip(*packed, strict=True):
-        assert segments[0] == 1 and set(np.diff(segments)) <= {0, 1}
+        assert segments[0] == 1
+        assert set(np.diff(segments)) <= {0, 1}
         for segment in range(1, segments[-1] + 1):
             here = segments == segment
             if tokens[here][0] == 0:  # padding
                 assert segment == segments[-1]
-                assert not tokens[here].any() and not targets[here].any() and not weights[here].any()
+                assert not tokens[here].any()
+                assert not targets[here].any()
+                assert not weights[here].any()
                 continue
             seen.append((*tokens[here], targets[here][-1]))
             (example,) = (row for row in rows if row.tokens[0] == tokens[here][0])
