@@ -1,1 +1,1 @@
-"""Fine-tuning gpt-oss with LoRA."""
+"""LoRA on a checkpoint's experts and attention, trained on a file of text."""

@@ -103,8 +103,8 @@ def make_example(row: Row, tokenizer: Any) -> Example:
     """A row's tokens.
 
     A conversation is its chat template's text, in which the assistant's turns are trained: what follows the header that
-    begins a reply, with the token that ends the turn. A prompt and its completion, or a text, stand as they are, and
-    end with the tokenizer's eos_token_id; all but the prompt is trained.
+    begins a reply, with the token that ends the turn. A prompt and its completion, or a text, stand as they are and end
+    with the tokenizer's eos_token_id; all but the prompt is trained.
 
     What generation is given, a prompt or a reply's header, is encoded apart from what it is to write, so that training
     sees the tokens that generation does.
@@ -125,75 +125,81 @@ def make_example(row: Row, tokenizer: Any) -> Example:
 def conversation_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
     """The conversation as the chat template writes it, cut where each of the assistant's turns begins and ends.
 
-    A turn begins behind the header of a reply to the turns before it, and ends where the header of another reply would
-    begin. The last one ends with the text: gpt-oss's template ends it with another token than those before.
+    A turn begins where the turns before it end, followed by the header of a reply. It ends where another reply's header
+    would begin, or with the text. gpt-oss ends the last turn with another token than the ones before, whose thinking it
+    leaves out; so each is found in the text as a turn with others to come.
 
     Raises:
       ValueError: the template refuses the messages, or does not write the turns up to some point as the beginning of
         the whole.
     """
     whole = chat_text(tokenizer, messages, reply=False)
+    header = _reply_header(tokenizer, messages)
     pieces: list[Piece] = []
     end = 0
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        begin = len(_beginning(tokenizer, whole, messages[:turn]))
+        begin = len(_beginning(tokenizer, whole, messages[:turn], header)) + len(header)
         pieces.append(Piece(whole[end:begin], trained=False))
-        if turn == len(messages) - 1:
-            end = len(whole)
-        else:
-            header = _reply_header(tokenizer, messages[:turn])
-            end = len(_beginning(tokenizer, whole, messages[: turn + 1], without=header))
+        last = turn == len(messages) - 1
+        end = len(whole) if last else len(_beginning(tokenizer, whole, messages[: turn + 1], header))
+        if not whole.startswith(header, begin - len(header)) or end <= begin:
+            raise ValueError(
+                f"the chat template must write messages[{turn}] behind a reply's header {header!r}, got "
+                f"{whole[begin - len(header) : end][:40]!r}"
+            )
         pieces.append(Piece(whole[begin:end], trained=True))
     return [*pieces, Piece(whole[end:], trained=False)]
 
 
-def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], *, without: str = "") -> str:
-    """The messages with the header of a reply, or without it, which must be how the whole text begins."""
-    text = chat_text(tokenizer, messages, reply=True).removesuffix(without)
-    if not whole.startswith(text):
-        same = next((i for i, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), len(whole))
-        raise ValueError(
-            f"replies cannot be told from the rest, as the chat template writes the first {len(messages)} messages "
-            f"otherwise when more follow: expected {text[same : same + 40]!r} at character {same}, got "
-            f"{whole[same : same + 40]!r}"
-        )
-    return text
-
-
 def _reply_header(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """What the template writes at the beginning of a reply to these messages."""
-    return chat_text(tokenizer, messages, reply=True).removeprefix(chat_text(tokenizer, messages, reply=False))
+    """What the template writes for a reply to begin, by the messages before the assistant's first."""
+    before = messages[: [message["role"] for message in messages].index("assistant")]
+    without, text = (chat_text(tokenizer, before, reply=reply) for reply in (False, True))
+    _check_prefix(without, text, "a reply's header must follow the messages")
+    return text.removeprefix(without)
 
 
-def _join(tokenizer: Any, pieces: Sequence[Piece], after: Sequence[int]) -> Example:
-    """The pieces' tokens one after another, and what comes after the last, which is trained.
+def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: str) -> str:
+    """The first messages as the template writes them before a reply, the reply's header left out."""
+    text = chat_text(tokenizer, messages, reply=True)
+    if not text.endswith(header):
+        raise ValueError(
+            f"the chat template must begin a reply after messages[:{len(messages)}] with {header!r}, as the first, "
+            f"got {text[-40:]!r}"
+        )
+    beginning = text.removesuffix(header)
+    _check_prefix(beginning, whole, f"the text of messages[:{len(messages)}] must stay when more follow")
+    return beginning
 
-    Raises:
-      ValueError: there are fewer than 2 tokens, or none is trained.
-    """
-    tokens: list[int] = []
-    trained: list[bool] = []
-    for piece in pieces:
-        new = encode(tokenizer, piece.text)
-        tokens += new
-        trained += [piece.trained] * len(new)
-    tokens += after
-    trained += [True] * len(after)
-    if len(tokens) < 2 or not any(trained[1:]):
-        raise ValueError(f"a row must have a token to learn after another, got {len(tokens)} tokens")
-    # Nothing comes before the first token, so that it is no target.
-    return Example(np.array(tokens, np.int32), np.array([False, *trained[1:]]))
+
+def _check_prefix(beginning: str, whole: str, rule: str) -> None:
+    if not whole.startswith(beginning):
+        same = next((i for i, (a, b) in enumerate(zip(beginning, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            f"the chat template does not let replies be told from the rest: {rule}, expected "
+            f"{beginning[same : same + 40]!r} at character {same}, got {whole[same : same + 40]!r}"
+        )
+
+
+def _join(tokenizer: Any, pieces: Sequence[Piece], end: Sequence[int]) -> Example:
+    """The pieces' tokens one after the other, then trained tokens that no text stands for."""
+    parts = [(encode(tokenizer, piece.text), piece.trained) for piece in pieces] + [(list(end), True)]
+    tokens = np.concatenate([np.array(part, np.int32) for part, _ in parts])
+    trained = np.repeat([trained for _, trained in parts], [len(part) for part, _ in parts])
+    trained[:1] = False
+    return Example(tokens, trained)
 
 
 def _check_options(tokenizer: Any, max_length: int, too_long: str, bad_rows: str) -> None:
-    """Raises ValueError for an argument that read_examples does not take."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path} must have an eos_token, which ends texts and completions, got none")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    if too_long not in ("error", "skip", "truncate"):
-        raise ValueError(f'too_long must be "error", "skip" or "truncate", got {too_long!r}')
-    if bad_rows not in ("error", "skip"):
-        raise ValueError(f'bad_rows must be "error" or "skip", got {bad_rows!r}')
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token)")
+    for name, value, choices in (
+        ("too_long", too_long, ("error", "skip", "truncate")),
+        ("bad_rows", bad_rows, ("error", "skip")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
