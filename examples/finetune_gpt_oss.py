@@ -2,77 +2,65 @@
 
     python examples/finetune_gpt_oss.py [directory]
 
-The rows are pages of Python's manual. The tiny model's weights are random, so that its text stays nonsense; what counts
-is that the adapter makes the manual's words likelier. For a real checkpoint, see docs/finetune.md.
+The task is to say whether a number is even. The tiny model's weights are random and know nothing of it; LoRA on its
+4-bit experts and its attention learns it from 160 questions, and the harness asks 40 others. docs/finetune.md does the
+same by commands, as for a real checkpoint.
 """
 
-import json
-import pydoc_data.topics
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from jmoe import gpt_oss
+from jmoe.commands.evaluate import table
+from jmoe.evaluate.run import Options, evaluate
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.metrics import read
 from jmoe.finetune.run import finetune
 from jmoe.text import chat_text, encode, load_tokenizer
 
-TINY = Path(__file__).parent / "tiny_gpt_oss"
-
-
-def write_rows(file: Path) -> None:
-    """A conversation for each paragraph of the manual: the topic asked for, and the paragraph in reply."""
-    rows = []
-    for topic, text in sorted(pydoc_data.topics.topics.items()):
-        for paragraph in text.split("\n\n"):
-            if 80 <= len(paragraph) <= 300:
-                question = {"role": "user", "content": f"What does Python's manual say of {topic}?"}
-                rows.append({"messages": [question, {"role": "assistant", "content": paragraph}]})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:600]))
+EXAMPLES = Path(__file__).parent
+TINY = EXAMPLES / "tiny_gpt_oss"
 
 
 def main() -> None:
-    """Trains, and shows the loss before and after."""
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
-    out.mkdir(parents=True, exist_ok=True)
+    """Trains, evaluates without and with the adapter, and asks a question."""
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).absolute()
+    os.chdir(EXAMPLES.parent)  # where the task's file says its questions are
     console = Console()
-    write_rows(out / "manual.jsonl")
     config = FinetuneConfig(
         model=str(TINY),
-        data=str(out / "manual.jsonl"),
-        out=str(out / "run"),
-        length=256,
-        batch_size=2,
-        rank=8,
-        alpha=16.0,
-        steps=60,
-        learning_rate=1e-2,
-        validate_every=15,
+        data="examples/even/train.jsonl",
+        out=str(out),
+        length=128,
+        batch_size=8,
+        steps=120,
+        learning_rate=4e-3,
+        validate_every=30,
         dtype="float32",
         remat="nothing",
     )
-    result = finetune(config, console)
+    adapter = finetune(config, console).adapter
 
-    table = Table("step", "nats a token on held-out paragraphs")
-    for row in read(out / "run"):
-        if "validation_loss" in row:
-            table.add_row(str(row["step"]), f"{row['validation_loss']:.3f}")
-    console.print(table)
+    options = Options(
+        model=TINY,
+        adapter=adapter,
+        tasks=["even"],
+        include_path=EXAMPLES / "even",
+        apply_chat_template=True,
+    )
+    base, adapted = evaluate(options)
+    console.print(table([base, adapted]))
 
     tokenizer = load_tokenizer(TINY)
-    prompt = chat_text(tokenizer, [{"role": "user", "content": "What does Python's manual say of if?"}], reply=True)
-    model = gpt_oss.load(TINY, adapter=result.adapter, progress=False)
-    prompts = [encode(tokenizer, prompt)] * 2
-    text = gpt_oss.generate(model, prompts, max_new_tokens=20, adapter_ids=[-1, 0])
-    for name, tokens in zip(("without", "with"), text.tokens, strict=True):
-        console.print(f"{name} the adapter: {tokenizer.decode(tokens)!r}", markup=False, highlight=False)
-    before, after = (read(out / "run")[place]["validation_loss"] for place in (0, -1))
-    if after > before - 1:
-        raise SystemExit(f"the loss went from {before:.3f} to {after:.3f} only")
+    question = chat_text(tokenizer, [{"role": "user", "content": "Is 5 even?"}], reply=True)
+    model = gpt_oss.load(TINY, adapter=adapter, progress=False)
+    text = gpt_oss.generate(model, [encode(tokenizer, question)], max_new_tokens=8, stop_tokens=[0, 5])
+    console.print(f"Is 5 even? {tokenizer.decode(text.tokens[0, : text.lengths[0]])}")
+    if adapted[0].value < 0.9:
+        raise SystemExit(f"with the adapter only {adapted[0].value:.0%} of the answers are right")
 
 
 if __name__ == "__main__":
