@@ -65,8 +65,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     if not options.tasks:
         raise ValueError("tasks must be at least one, got none")
     tokenizer = load_tokenizer(options.model)
-    manager = TaskManager(include_path=include_path(options))
-    check_tasks(options, manager)
+    manager = task_manager(options)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     model = gpt_oss.load(options.model, adapter=options.adapter)
@@ -97,10 +96,22 @@ def include_path(options: Options) -> str | None:
     return str(options.include_path)
 
 
-def check_tasks(options: Options, manager: TaskManager) -> None:
-    """Raises ValueError unless the harness knows each task."""
+def task_manager(options: Options) -> TaskManager:
+    """What knows the tasks. The harness's own are listed only if include_path does not have them all: it takes long.
+
+    Raises:
+      FileNotFoundError: include_path does not exist.
+      ValueError: a task is nowhere.
+    """
+    folder = include_path(options)
+    if folder is not None:
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(options.tasks) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=folder)
     if unknown := [task for task in options.tasks if task not in manager.all_tasks]:
         raise ValueError(f"the harness knows no tasks {unknown}; --include-path names a directory of more")
+    return manager
 
 
 def run(model: HarnessModel, manager: TaskManager, options: Options) -> dict[str, Any]:
