@@ -98,7 +98,8 @@ def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]
 def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     with subprocess.Popen(command(data, tmp_path), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         deadline = time.monotonic() + 300
-        while len(read(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        checkpoint = tmp_path / "checkpoints" / "2"
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
