@@ -65,6 +65,8 @@ def run_steps(
         figures: dict[str, Any] = {"validation_loss": validation_loss(run, state)}
         metrics.write(0, figures)
         display.show(0, figures)
+    if stops_early(run, standing) and standing.step < run.steps:  # it did before
+        return state, standing, "early stop"
     with interrupts() as interrupted:
         while standing.step < run.steps:
             batch = run.batch(standing.step)
@@ -89,7 +91,7 @@ def run_steps(
                 standing, figures = validate(run, state, standing, figures)
             metrics.write(standing.step, figures)
             display.show(standing.step, figures)
-            early = run.config.patience and standing.since_best >= run.config.patience
+            early = stops_early(run, standing)
             if last or early or interrupted() or standing.step % run.config.checkpoint_every == 0:
                 checkpoints.save(state, standing)
             if early and not last:
@@ -97,6 +99,11 @@ def run_steps(
             if interrupted() and not last:
                 return state, standing, "interrupted"
     return state, standing, "finished"
+
+
+def stops_early(run: Run, standing: Standing) -> bool:
+    """Whether so many validations as the run's patience were no better."""
+    return 0 < run.config.patience <= standing.since_best
 
 
 def validate(

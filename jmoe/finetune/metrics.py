@@ -15,7 +15,8 @@ class Metrics:
     def __init__(self, directory: Path, step: int) -> None:
         """Goes on after this step: what a run that was cut off wrote of later ones is taken out."""
         file = directory / FILE
-        kept = [row for row in read(directory) if row["step"] <= step]
+        # A run that begins again writes its loss before the first step again.
+        kept = [row for row in read(directory) if row["step"] <= step] if step else []
         fresh = file.with_suffix(".new")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(file)

@@ -105,6 +105,22 @@ def test_a_run_without_progress_stops_early(trainer: Trainer, tmp_path: Path) ->
         # No loss is below this one.
         _, standing, ending = run_steps(run, state, Standing(best_loss=0.0), *rest)
     assert (standing.step, ending, saved) == (2, "early stop", [])
+    with a_run(trainer, tmp_path, config) as run:
+        _, standing, ending = run_steps(*run)
+    assert (standing.step, ending) == (2, "early stop")  # run again, it takes no step more
+
+
+def test_a_run_cut_off_before_a_checkpoint_begins_its_metrics_again(trainer: Trainer, tmp_path: Path) -> None:
+    def cut_off(step: int) -> Batch:
+        if step == 1:
+            raise RuntimeError("cut off")
+        return batch_of(step)
+
+    with a_run(trainer, tmp_path, batch=cut_off) as run, pytest.raises(RuntimeError):
+        run_steps(*run)
+    with a_run(trainer, tmp_path) as run:
+        run_steps(*run)
+    assert [row["step"] for row in read(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch(trainer: Trainer, tmp_path: Path) -> None:
