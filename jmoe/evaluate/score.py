@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -104,4 +103,5 @@ def _score_places(
     return jax.tree.map(jnp.ravel, lax.map(of_chunk, chunks))
 
 
-score_places: Callable[..., tuple[Array, Array]] = nnx.jit(_score_places)
+# By jax.jit: nnx.jit returns every variable from the program, for which XLA copies the whole model at each call.
+score_places: Callable[..., tuple[Array, Array]] = jax.jit(_score_places)

@@ -20,7 +20,7 @@ type Implementation = Literal["xla", "flash"] | None
 BLOCK = 256
 """Queries whose scores are held at once."""
 
-GROUPS = 16
+GROUPS = 8
 """Of queries at most, in full attention. Each is compiled for the keys up to its end; later ones are skipped."""
 
 
@@ -66,7 +66,9 @@ def attend(
     def flash_if_segments_fit(*arrays: Array, segment_ids: Array | None) -> Array:
         if segment_ids is None:
             return by_flash(*arrays)
-        choices = (functools.partial(by, segment_ids=segment_ids) for by in (by_flash, by_xla))
+        # Rare, and so not worth the compilation of many groups.
+        by_one_group = functools.partial(by_xla, groups=1)
+        choices = (functools.partial(by, segment_ids=segment_ids) for by in (by_flash, by_one_group))
         return lax.cond(fit_segments(segment_ids), *choices, *arrays)
 
     return lax.platform_dependent(
@@ -87,8 +89,9 @@ def attend_by_xla(
     *,
     window: int | None,
     segment_ids: Int32[Array, "B T"] | None = None,
+    groups: int = GROUPS,
 ) -> Float[Array, "B T N D"]:
-    """attend in blocks of queries."""
+    """attend in blocks of queries, of which full attention makes so many groups."""
     batch, length, heads, dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     if segment_ids is None:
@@ -103,7 +106,7 @@ def attend_by_xla(
     if window is not None and window - 1 + BLOCK < blocks * BLOCK:
         out = windowed(through, grouped, k, v, segment_ids, window, blocks)
     else:
-        out = full(through, grouped, k, v, segment_ids, blocks)
+        out = full(through, grouped, k, v, segment_ids, blocks, groups)
     return out.reshape(batch, blocks * BLOCK, heads, dim)[:, :length]
 
 
@@ -130,11 +133,13 @@ def windowed(
     return jnp.moveaxis(out, 0, 1)
 
 
-def full(through: Callable[..., Array], q: Array, k: Array, v: Array, segment_ids: Array, blocks: int) -> Array:
+def full(
+    through: Callable[..., Array], q: Array, k: Array, v: Array, segment_ids: Array, blocks: int, groups: int
+) -> Array:
     """Groups of blocks of queries, each with the keys up to its end."""
     outs = []
     # XLA inlines a map of one step, and would then hold the scores of all groups at once.
-    size = max(2, -(-blocks // GROUPS))
+    size = max(2, -(-blocks // groups))
     for first in range(0, blocks, size):
         last = min(first + size, blocks)
         end = last * BLOCK

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
@@ -164,5 +163,6 @@ def _advance(
     return tokens, text, progress
 
 
-start: Callable[..., tuple[Array, Decoding]] = nnx.jit(_start, static_argnums=(4, 5))
-advance: Callable[..., tuple[Array, Array, Progress]] = nnx.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
+# By jax.jit: nnx.jit returns every variable from the program, for which XLA copies the whole model at each call.
+start: Callable[..., tuple[Array, Decoding]] = jax.jit(_start, static_argnums=(4, 5))
+advance: Callable[..., tuple[Array, Array, Progress]] = jax.jit(_advance, static_argnums=(5, 6), donate_argnums=1)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import rotate
 from jmoe.gpt_oss.weights import LayerWeights, Linear
 from jmoe.ops.experts import Lora
@@ -26,6 +27,9 @@ def linear(
     adapter_ids: Int32[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N"]:
     """x weight^T + bias, plus LoRA; sums in float32, rounded once to x's dtype."""
+    if lora is not None and adapter_ids is None:
+        shrunk = shrink(x, lora.a[0], lora.scale[0])
+        return linear_and_expand(x, weights.weight, weights.bias, shrunk, lora.b[0])
     y = product("btk,nk->btn", x, weights.weight) + weights.bias.astype(jnp.float32)
     if lora is not None:
         y += delta(x, lora, adapter_ids)
@@ -76,13 +80,6 @@ def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B 
     if count == 1:
         return add(nothing, (jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], lora)))[0]
     return lax.scan(add, nothing, (jnp.arange(count), lora))[0]
-
-
-def product(equation: str, x: Array, w: Array) -> Array:
-    """An einsum in x's dtype, summed in float32."""
-    return jnp.einsum(
-        equation, x, w.astype(x.dtype), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
 
 
 def layer[S](

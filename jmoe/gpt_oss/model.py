@@ -16,7 +16,8 @@ from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import layer, product
+from jmoe.gpt_oss.layer import layer
+from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
