@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.bench_model import bench_model
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
@@ -185,6 +186,7 @@ def profile(
     console.print(f"{sum(kernel.microseconds for kernel in kernels):9.1f} us  in all", highlight=False)
 
 
+app.command()(bench_model)
 app.command()(generate)
 app.command()(doctor)
 app.command()(finetune)

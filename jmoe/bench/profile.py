@@ -12,10 +12,11 @@ import jax
 
 
 class Kernel(NamedTuple):
-    """One of a call's kernels: the median of its durations."""
+    """One of a call's kernels: the median of its durations, and the operation of XLA's program that it belongs to."""
 
     name: str
     microseconds: float
+    operation: str = ""
 
 
 def kernels_of(call: Callable[[], jax.Array], calls: int = 20) -> list[Kernel]:
@@ -31,9 +32,14 @@ def kernels_of(call: Callable[[], jax.Array], calls: int = 20) -> list[Kernel]:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 call().block_until_ready()
-        (file,) = Path(folder).rglob("*.trace.json.gz")
-        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        events = read_trace(folder)
     return median_of_calls(on_gpu_streams(events), calls)
+
+
+def read_trace(folder: str) -> list[dict[str, Any]]:
+    """The events of the one trace that the profiler wrote there."""
+    (file,) = Path(folder).rglob("*.trace.json.gz")
+    return json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]  # type: ignore[no-any-return]
 
 
 def on_gpu_streams(events: Iterable[dict[str, Any]]) -> list[Kernel]:
@@ -53,7 +59,10 @@ def on_gpu_streams(events: Iterable[dict[str, Any]]) -> list[Kernel]:
         for event in events
         if event.get("ph") == "X" and event["pid"] in gpus and (event["pid"], event["tid"]) in streams
     ]
-    return [Kernel(event["name"], event["dur"]) for event in sorted(ran, key=lambda event: event["ts"])]
+    return [
+        Kernel(event["name"], event["dur"], event.get("args", {}).get("hlo_op", ""))
+        for event in sorted(ran, key=lambda event: event["ts"])
+    ]
 
 
 def median_of_calls(ran: list[Kernel], calls: int) -> list[Kernel]:
@@ -67,4 +76,7 @@ def median_of_calls(ran: list[Kernel], calls: int) -> list[Kernel]:
     names = [kernel.name for kernel in rounds[0]]
     if not ran or each * calls != len(ran) or any([kernel.name for kernel in one] != names for one in rounds):
         raise RuntimeError(f"{calls} calls alike ran {len(ran)} kernels: {sorted({kernel.name for kernel in ran})}")
-    return [Kernel(name, statistics.median(one[i].microseconds for one in rounds)) for i, name in enumerate(names)]
+    return [
+        Kernel(name, statistics.median(one[i].microseconds for one in rounds), rounds[0][i].operation)
+        for i, name in enumerate(names)
+    ]

@@ -110,28 +110,31 @@ def layer[S](
             return linear_of_stack(x, linears, index, lora, adapter_ids)
         return linear(x, linears, lora, adapter_ids)
 
-    normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
-    on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
-    heads = multiply(normal, weights.qkv, on_qkv).reshape(*x.shape[:2], -1, config.head_dim)
-    queries = config.num_attention_heads
-    q, k, v = jnp.split(heads, (queries, queries + config.num_key_value_heads), axis=2)
-    attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
-    x = x + multiply(attended.reshape(*x.shape[:2], -1), weights.o, on_o)
-    normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
-    router_logits = linear(normal, weights.router)
+    with jax.named_scope("attention"):
+        normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
+        on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
+        heads = multiply(normal, weights.qkv, on_qkv).reshape(*x.shape[:2], -1, config.head_dim)
+        queries = config.num_attention_heads
+        q, k, v = jnp.split(heads, (queries, queries + config.num_key_value_heads), axis=2)
+        attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
+        x = x + multiply(attended.reshape(*x.shape[:2], -1), weights.o, on_o)
+    with jax.named_scope("router"):
+        normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
+        router_logits = linear(normal, weights.router)
     if observe is not None:
         kept = observe(router_logits, kept)
-    y = moe(
-        normal,
-        router_logits,
-        weights.experts,
-        top_k=config.num_experts_per_tok,
-        lora=on_experts,
-        adapter_ids=None if on_experts is None else adapter_ids,
-        swiglu_alpha=config.swiglu_alpha,
-        swiglu_limit=config.swiglu_limit,
-        layer=index,
-        recompute=recompute,
-        backend="xla" if x.dtype == jnp.float32 else None,
-    )
+    with jax.named_scope("experts"):
+        y = moe(
+            normal,
+            router_logits,
+            weights.experts,
+            top_k=config.num_experts_per_tok,
+            lora=on_experts,
+            adapter_ids=None if on_experts is None else adapter_ids,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            layer=index,
+            recompute=recompute,
+            backend="xla" if x.dtype == jnp.float32 else None,
+        )
     return x + y, kept

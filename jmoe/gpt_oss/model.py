@@ -118,7 +118,8 @@ class GptOss(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
         """float32 logits of what `hidden` returns."""
-        return product("bth,vh->btv", hidden, self.head.get_value())
+        with jax.named_scope("head"):
+            return product("bth,vh->btv", hidden, self.head.get_value())
 
     def hidden(
         self,

@@ -1,0 +1,74 @@
+"""`jmoe bench-model`: a whole gpt-oss generates, is fine-tuned and loaded."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from jmoe.bench.model.case import Figures
+
+
+def bench_model(
+    kinds: Annotated[
+        str, typer.Option(help="Only these, with commas between: generate, parts, finetune, transformers, load.")
+    ] = "",
+    sizes: Annotated[str, typer.Option(help="Only these: 20b, 120b.")] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions, after each case."),
+    ] = None,
+) -> None:
+    """Times a whole gpt-oss with random weights: prefill, decoding, a step of fine-tuning beside transformers and PEFT.
+
+    Each case runs in a process of its own. On a machine without a GPU a tiny model is measured. Exits with 1 if a case
+    of jmoe's own fails.
+    """
+    import json
+
+    import jax
+
+    from jmoe.bench.model.case import CPU_CASES, GPU_CASES
+    from jmoe.bench.model.run import MODULES, run
+    from jmoe.bench.record import birth_certificate, write
+
+    every = GPU_CASES if jax.default_backend() == "gpu" else CPU_CASES
+    wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
+    cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
+    console = Console(width=max(150, Console().width))
+    results: dict[str, Any] = {**birth_certificate(), "rows": []}
+    failed = False
+    for case, figures in run(cases):
+        results["rows"].append({**dataclasses.asdict(case), **figures})
+        console.print(f"{case}: {json.dumps(rounded(figures))}", markup=False, highlight=False, soft_wrap=True)
+        failed |= "error" in figures and case.kind != "transformers"
+        if out is not None:
+            write(out, results)
+    if failed:
+        raise typer.Exit(1)
+
+
+def words(option: str, listed: str, known: Any) -> list[str]:
+    """What commas separate; all that is known if there is nothing.
+
+    Raises:
+      typer.BadParameter: one of them is not known.
+    """
+    found = [word.strip() for word in listed.split(",") if word.strip()]
+    if unknown := [word for word in found if word not in known]:
+        raise typer.BadParameter(f"{option} takes {', '.join(known)}, got {', '.join(unknown)}")
+    return found or list(known)
+
+
+def rounded(figures: "Figures") -> "Figures":
+    """The figures with four digits that count."""
+    return {
+        name: rounded(value)
+        if isinstance(value, dict)
+        else float(f"{value:.4g}")
+        if isinstance(value, float)
+        else value
+        for name, value in figures.items()
+    }
