@@ -12,15 +12,16 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.few_tokens import through_layers_of_few
 from jmoe.gpt_oss.layer import layer
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
+from jmoe.ops.norm import rms_norm
 from jmoe.ops.stacked_linear import MOST_ROWS
 
 type CarriedAttention = Callable[..., tuple[Array, Any]]
@@ -185,7 +186,7 @@ class GptOss(nnx.Module):
         attentions: of each layer of the first group at least.
         states: for each layer of a group what its attentions carry from group to group.
         inference: no gradient is taken, and what it would cost is not paid: LoRA on experts is read in place too, and
-          for few tokens so are the weights of attention.
+          for few tokens so are all weights.
         attention_lora: with inference the model's, which many calls share.
         observe: (router logits [B, T, E], state, group=) -> state, in each layer.
         """
@@ -195,9 +196,20 @@ class GptOss(nnx.Module):
         period = self.period
         groups = config.num_hidden_layers // period
         stack = self.layers.get_value()
-        few = inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16
-        in_place = ("experts", "qkv", "o") if few else ("experts",)
         on_experts = None if self.lora is None else self.lora.on_experts
+        if inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16 and observe is None:
+            return through_layers_of_few(
+                x,
+                stack,
+                self.norm.get_value(),
+                attention_lora,
+                on_experts,
+                config,
+                attentions=attentions[:period],
+                states=states,
+                rotary=rotary,
+                adapter_ids=adapter_ids,
+            )
 
         def group(
             carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, Any]
@@ -231,7 +243,7 @@ class GptOss(nnx.Module):
                     )
 
                 x, state = (jax.checkpoint(one) if self.remat else one)(
-                    x, stack.layer(index, in_place), here, states[i]
+                    x, stack.layer(index, ("experts",)), here, states[i]
                 )
                 kept.append(state)
             return (x, tuple(kept)), None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch import cached_attention_plans, launch, local_capability, register
+from jmoe.ops.launch import decoding_plans, launch, local_capability, register
 
 cached_attention_p = jex.core.Primitive("jmoe_cached_attention")
 """Operands as cached_attention's. Result: like q."""
@@ -76,7 +76,7 @@ def _launches(*operands: Array, capability: int | None) -> Array:
     buffers: dict[str, Any] = dict(zip(names, operands, strict=True))
     batch, heads, dim = buffers["q"].shape
     key_heads, slots = buffers["cache"].shape[2:4]
-    plans = cached_attention_plans(batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
+    plans = decoding_plans("cached_attention", batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
     capability = local_capability() if capability is None else capability
     return launch(plans, buffers, capability)["attended"]
 

@@ -203,20 +203,12 @@ def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables
     return plan_routing(problem)
 
 
-def cached_attention_plans(**sizes: int) -> list["Plan"]:
-    """See plan_cached_attention for the sizes."""
-    from jmoe.triton_src.cached_attention import plan_cached_attention
-
+def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
+    """Of one of jmoe.triton_src.decoding's operations; for the sizes see its plan."""
     check_installed()
-    return plan_cached_attention(**sizes)
+    from jmoe.triton_src.decoding import PLANS
 
-
-def few_rows_linear_plans(rows: int, n: int, k: int, rank: int | None) -> list["Plan"]:
-    """See plan_few_rows_linear."""
-    from jmoe.triton_src.few_rows_linear import plan_few_rows_linear
-
-    check_installed()
-    return [plan_few_rows_linear(rows=rows, n=n, k=k, rank=rank)]
+    return PLANS[operation](**sizes)
 
 
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops.cached_attention import cached_attention
+from jmoe.ops.norm_linear import Narrow, norm_linear
 from jmoe.ops.stacked_linear import MOST_ROWS, Expand, stacked_linear
 
 ARCHITECTURES = (80, 90, 100)
@@ -34,18 +35,53 @@ def test_attention_to_a_cache_compiles(capability: int, batch: int, slots: int) 
 @pytest.mark.parametrize("rank", [None, 48])
 @pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
 def test_a_product_of_few_rows_compiles(capability: int, rank: int | None, rows: int) -> None:
-    lora = None if rank is None else Expand(bf16(rows, rank), bf16(5120, rank))
+    lora = None if rank is None else Expand(bf16(rows, rank), bf16(24, 5120, rank))
     call = lambda *arrays: stacked_linear(*arrays, capability=capability)  # noqa: E731
     assert launches(call, bf16(rows, 2880), bf16(24, 5120, 2880), bf16(24, 5120), INDEX, lora) == 1
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
+def test_a_norm_and_what_is_made_of_it_compile(capability: int, rows: int) -> None:
+    x, norm, weight, bias = bf16(rows, 2880), bf16(24, 2880), bf16(24, 2 * 48, 2880), bf16(24, 2 * 48)
+    scale = jax.ShapeDtypeStruct(bias.shape, jnp.float32)
+
+    def route(x: jax.Array, addend: jax.Array, *stacks: jax.Array) -> tuple:
+        norm, weight, bias, index = stacks
+        narrow = Narrow(weight, 96, bias=bias)
+        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, capability=capability)
+
+    def shrink(x: jax.Array, weight: jax.Array, scale: jax.Array, index: jax.Array) -> tuple:
+        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), capability=capability)
+
+    def alone(x: jax.Array, norm: jax.Array, index: jax.Array) -> tuple:
+        return norm_linear(x, index, norm=norm, eps=1e-5, capability=capability)
+
+    assert launches(route, x, x, norm, weight, bias, INDEX) == 1
+    assert launches(shrink, x, weight, scale, INDEX) == 1
+    assert launches(alone, x, norm, INDEX) == 1
+
+
+def test_elsewhere_xla_makes_the_norm_and_its_product() -> None:
+    keys = jax.random.split(jax.random.key(1), 6)
+    shapes = [(3, 32), (3, 32), (2, 32), (2, 10, 32), (2, 10), (2, 10)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    x, addend, norm, weight, scale, bias = arrays
+    got = norm_linear(x, jnp.int32(1), addend=addend, norm=norm, eps=1e-5, narrow=Narrow(weight, 4, scale, bias))
+    want = x + addend
+    assert jnp.allclose(got.sum, want)
+    want = norm[1] * want / jnp.sqrt(jnp.mean(want**2, axis=1, keepdims=True) + 1e-5)
+    assert jnp.allclose(got.normal, want, atol=1e-5)
+    assert jnp.allclose(got.product, want @ weight[1, :4].T * scale[1, :4] + bias[1, :4], atol=1e-4)
 
 
 def test_elsewhere_xla_takes_the_layer_out_of_the_stack() -> None:
     keys = jax.random.split(jax.random.key(0), 5)
     x, weight, bias, shrunk, b = (
         jax.random.normal(key, shape, jnp.bfloat16)
-        for key, shape in zip(keys, [(3, 32), (2, 8, 32), (2, 8), (3, 4), (8, 4)], strict=True)
+        for key, shape in zip(keys, [(3, 32), (2, 8, 32), (2, 8), (3, 4), (2, 16, 4)], strict=True)
     )
     got = jax.jit(stacked_linear)(x, weight, bias, jnp.int32(1), Expand(shrunk, b)).astype(jnp.float32)
     wide = [array.astype(jnp.float32) for array in (x, weight, bias, shrunk, b)]
-    want = wide[0] @ wide[1][1].T + wide[2][1] + wide[3] @ wide[4].T
+    want = wide[0] @ wide[1][1].T + wide[2][1] + wide[3] @ wide[4][1, :8].T
     assert jnp.allclose(got, want, rtol=1e-2, atol=1e-2)
