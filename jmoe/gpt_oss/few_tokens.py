@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import Attention, delta
-from jmoe.gpt_oss.rope import rotate
+from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
 from jmoe.ops.experts import Lora
 from jmoe.ops.moe import moe
@@ -103,13 +103,9 @@ def layer_of_few[S](
             rows_of(x), index, addend=rows_of(addend), norm=stack.attention_norm, eps=eps, narrow=narrow
         )
         heads = multiply(before.normal, before.product, stack.qkv, on_qkv)
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
-        q, k, v = (
-            heads.reshape(*shape, -1, config.head_dim)[:, :, start:end]
-            for start, end in ((0, queries), (queries, queries + keys), (queries + keys, queries + 2 * keys))
-        )
-        attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, take(stack.sinks, index))
-        attended = attended.reshape(-1, queries * config.head_dim)
+        heads = heads.reshape(*shape, -1, config.head_dim)
+        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), take(stack.sinks, index))
+        attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
         narrow = shrinking(on_o, adapter_ids)
         shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow).product
         addend = multiply(attended, shrunk, stack.o, on_o)

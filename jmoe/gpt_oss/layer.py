@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, Int32
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.products import linear_and_expand, product
-from jmoe.gpt_oss.rope import rotate
+from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear
 from jmoe.ops.experts import Lora
 from jmoe.ops.moe import moe
 from jmoe.ops.norm import rms_norm
 
-type Attention[S] = Callable[[Array, Array, Array, Array], tuple[Array, S]]
+type Attention[S] = Callable[[Heads, Array], tuple[Array, S]]
 
 
 def linear(
@@ -81,16 +81,14 @@ def layer[S](
 
     weights, lora: of this layer, but for the experts, which are of all layers.
     on_experts: LoRA of this layer or of all.
-    attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
+    attention: (heads, sinks) -> (each query's values, what is kept of keys and values).
     observe: (router logits [B, T, E], what attention keeps) -> what is kept instead.
     """
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
         heads = linear(normal, weights.qkv, on_qkv, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
-        queries = config.num_attention_heads
-        q, k, v = jnp.split(heads, (queries, queries + config.num_key_value_heads), axis=2)
-        attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
+        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), weights.sinks)
         x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)

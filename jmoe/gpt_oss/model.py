@@ -18,14 +18,14 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.few_tokens import through_layers_of_few
 from jmoe.gpt_oss.layer import layer
 from jmoe.gpt_oss.products import product
-from jmoe.gpt_oss.rope import cosine_and_sine
+from jmoe.gpt_oss.rope import Heads, cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
 from jmoe.ops.norm import rms_norm
 from jmoe.ops.stacked_linear import MOST_ROWS
 
 type CarriedAttention = Callable[..., tuple[Array, Any]]
-"""(q, k, v, sinks, state, group) -> (attended, state)."""
+"""(heads, sinks, state, group) -> (attended, state)."""
 
 
 class GptOss(nnx.Module):
@@ -157,10 +157,8 @@ class GptOss(nnx.Module):
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
         def attention(window: int | None) -> CarriedAttention:
-            def attend_within(
-                q: Array, k: Array, v: Array, sinks: Array, state: None, group: Array
-            ) -> tuple[Array, None]:
-                return attend(q, k, v, sinks, window=window, segment_ids=segment_ids), state
+            def attend_within(heads: Heads, sinks: Array, state: None, group: Array) -> tuple[Array, None]:
+                return attend(*heads.rotated(), sinks, window=window, segment_ids=segment_ids), state
 
             return attend_within
 
