@@ -33,9 +33,12 @@ def cached_attention_kernel(
     cache_ptr,  # (L, B, M, S, 2 D) bf16: a key and its value behind it; the latest token's are written
     layer_ptr,  # (1,) int32
     position_ptr,  # (B,) int32, of the latest token
-    partial_ptr,  # (B, N, SPLITS, D) float32: sum of exp(score - largest) * value
-    largest_ptr,  # (B, N, SPLITS) float32: the largest score, -inf of none
-    total_ptr,  # (B, N, SPLITS) float32: sum of exp(score - largest)
+    sinks_ptr,  # (layers, N) bf16 or float32; None with several splits
+    sinks_layer_ptr,  # (1,) int32, or None
+    out_ptr,  # (B, N, D) bf16, or None
+    partial_ptr,  # (B, N, SPLITS, D) float32: sum of exp(score - largest) * value; None with one split
+    largest_ptr,  # (B, N, SPLITS) float32: the largest score, -inf of none; or None
+    total_ptr,  # (B, N, SPLITS) float32: sum of exp(score - largest); or None
     BATCH: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -46,7 +49,9 @@ def cached_attention_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Parts, over the slots in use, of the N / M query heads that share a key head. Grid: (B * M, SPLITS).
+    """Of the N / M query heads that share a key head, the parts over the slots in use, or with one split the mean.
+
+    Grid: (B * M, SPLITS).
 
     Slot j holds a token if j <= position, and all do once a ring has gone round. The latest token's slot is never read:
     the program in whose part it lies has the key and the value from `heads`, and writes them.
@@ -94,9 +99,17 @@ def cached_attention_kernel(
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
         largest = new_largest
     out = (sequence * N + head * GROUP + group) * SPLITS + split
-    tl.store(partial_ptr + out[:, None] * D + dims[None, :], acc, mask=group_ok[:, None])
-    tl.store(largest_ptr + out, largest, mask=group_ok)
-    tl.store(total_ptr + out, total, mask=group_ok)
+    if SPLITS == 1:
+        sinks = sinks_ptr + tl.load(sinks_layer_ptr) * N + head * GROUP + group
+        sink = tl.load(sinks, mask=group_ok, other=0.0).to(tl.float32)
+        whole = tl.maximum(largest, sink)
+        weight = tl.exp(largest - whole)
+        mean = acc * (weight / (total * weight + tl.exp(sink - whole)))[:, None]
+        tl.store(out_ptr + out[:, None] * D + dims[None, :], mean.to(out_ptr.dtype.element_ty), mask=group_ok[:, None])
+    else:
+        tl.store(partial_ptr + out[:, None] * D + dims[None, :], acc, mask=group_ok[:, None])
+        tl.store(largest_ptr + out, largest, mask=group_ok)
+        tl.store(total_ptr + out, total, mask=group_ok)
 
 
 @triton.jit
@@ -132,17 +145,24 @@ def plan_cached_attention(*, batch: int, heads: int, key_heads: int, slots: int,
     wanted = min(cdiv(PROGRAMS, batch * key_heads), cdiv(slots, 2 * BLOCK_S))
     splits = next_power_of_2(max(wanted, 1))
     sizes = {"N": heads, "D": head_dim, "SPLITS": splits}
+    attended = {"out_ptr": Buffer("attended", (batch, heads, head_dim), "bfloat16")}
+    sinks = {"sinks_ptr": "sinks", "sinks_layer_ptr": "sinks_layer"}
     parts = {
         "partial_ptr": Buffer("attention_partial", (batch, heads, splits, head_dim), "float32"),
         "largest_ptr": Buffer("attention_largest", (batch, heads, splits), "float32"),
         "total_ptr": Buffer("attention_total", (batch, heads, splits), "float32"),
     }
-    return [
+    outputs, absent = (attended, parts) if splits == 1 else (parts, {**attended, **sinks})
+    plans = [
         Plan(
             kernel=cached_attention_kernel,
             grid=(batch * key_heads, splits),
-            operands={f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
-            outputs=parts,
+            operands={
+                **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
+                **sinks,
+                **dict.fromkeys(absent),
+            },
+            outputs=outputs,
             updates=("cache_ptr",),
             constexprs={
                 **sizes,
@@ -157,16 +177,17 @@ def plan_cached_attention(*, batch: int, heads: int, key_heads: int, slots: int,
             num_stages=3,
             flops=4 * batch * heads * slots * head_dim,
             bytes_accessed=4 * batch * key_heads * slots * head_dim,
-        ),
+        )
+    ]
+    if splits == 1:
+        return plans
+    return [
+        *plans,
         Plan(
             kernel=merge_attention_kernel,
             grid=(batch * heads,),
-            operands={
-                **{parameter: part.name for parameter, part in parts.items()},
-                "sinks_ptr": "sinks",
-                "sinks_layer_ptr": "sinks_layer",
-            },
-            outputs={"out_ptr": Buffer("attended", (batch, heads, head_dim), "bfloat16")},
+            operands={**{parameter: part.name for parameter, part in parts.items()}, **sinks},
+            outputs=attended,
             constexprs=sizes,
             num_warps=1,
             num_stages=1,

@@ -1,5 +1,6 @@
 """Decoding against the cache, beside the whole sequence at once and transformers' greedy text."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -9,8 +10,10 @@ import pytest
 from flax import nnx
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.cache import held_positions
-from jmoe.gpt_oss.decode import decode, prefill
+from jmoe.bench.model.case import sizes
+from jmoe.gpt_oss.cache import empty_cache, held_positions
+from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.random_model import random_model
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -78,6 +81,29 @@ def test_bfloat16_steps_round_no_more_than_the_whole_sequence(adapter: Path | No
         return float(np.median(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
 
     assert median_error(in_steps(narrow)) <= 1.1 * median_error(np.asarray(whole(narrow)))
+
+
+def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation in ("launch", "norm_linear", "stacked_linear", "cached_attention"):
+        monkeypatch.setattr(f"jmoe.ops.{operation}.local_capability", lambda: 90)
+    monkeypatch.setattr("jmoe.ops.launch.local_tables", lambda: None)
+    config = sizes()["tiny"]
+
+    def start() -> tuple[gpt_oss.GptOss, Decoding]:
+        model = random_model(config, rank=16, packed=True)
+        cache = empty_cache(config, model.period, 2, 1088, model.dtype)
+        return model, Decoding(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
+
+    model, state = jax.eval_shape(start)
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    program = jax.jit(decode).trace(model, tokens, state).lower(lowering_platforms=("cuda",)).as_text()
+    # Norm, product and attention with q, k and v; LoRA on o, product; norm with the router; six of the experts. On the
+    # full layer attention is split. The last norm.
+    assert program.count("@triton_kernel_call_ffi") == 12 + 13 + 1
+    assert program.count("output_operand_alias<") == 2
+    sliced = re.findall(r"stablehlo\.dynamic_(?:update_)?slice .*: \(tensor<([^>]*)>", program)
+    assert sliced
+    assert all(operand.endswith("xi32") for operand in sliced)
 
 
 def test_slots_hold_the_latest_tokens() -> None:
