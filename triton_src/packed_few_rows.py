@@ -40,33 +40,50 @@ def load_tokens(pointers, block, BLOCKS: gl.constexpr, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def expand(
-    acc, shrunk_ptr, lora_b_ptr, pairs, rows, first, end,
-    N: gl.constexpr,
-    RANK: gl.constexpr,
+def load_shrunk_blocks(
+    shrunk_ptr, pairs, first, end,
     RANK_PADDED: gl.constexpr,
     BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
-    A: gl.constexpr,
     B: gl.constexpr,
+):  # fmt: skip
+    """(x A^T)^T of the tile's rows, each by its own adapter, as the products take it: a block for each BLOCK_R ranks.
+
+    Of the parts of K the first has it and the others zeros.
+    """
+    blocks = ()
+    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
+        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, PARTS * ROWS)
+        shrunk = shrunk.permute((1, 0)).reshape([1, BLOCK_R, BLOCK_M])
+        zeros = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
+        part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
+        blocks = blocks + (gl.convert_layout(gl.where(part == 0, shrunk, zeros), B),)
+    return blocks
+
+
+@gluon.jit
+def expand(
+    acc, shrunk, lora_b_ptr, rows,
+    N: gl.constexpr,
+    RANK: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    A: gl.constexpr,
 ):  # fmt: skip
     """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`: the first part's work."""
     part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
     fragment_row = gl.arange(0, 16 * ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
     column = gl.program_id(0) * (16 * ROWS) + packed_column(fragment_row)
     ranks = gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
-    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
-        at = lora_b_ptr + (rows + column) * RANK + rank + ranks
-        b = gl.load(at, mask=(part == 0) & (column < N) & (rank + ranks < RANK), other=0.0).to(gl.bfloat16)
-        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, PARTS * ROWS)
-        shrunk = shrunk.permute((1, 0)).reshape([1, BLOCK_R, BLOCK_M])
-        zeros = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
-        b_part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
-        shrunk = gl.where(b_part == 0, shrunk, zeros)
-        acc = mma_v2(b, gl.convert_layout(shrunk, B), acc)
+    for i in gl.static_range(len(shrunk)):
+        rank = i * BLOCK_R + ranks
+        at = lora_b_ptr + (rows + column) * RANK + rank
+        b = gl.load(at, mask=(part == 0) & (column < N) & (rank < RANK), other=0.0).to(gl.bfloat16)
+        acc = mma_v2(b, shrunk[i], acc)
     return acc
 
 
@@ -185,11 +202,11 @@ def packed_few_rows_kernel(
         acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
         nan = gl.zeros([WARPS, 8], gl.int32, S)
         if lora_b_ptr is not None:
+            shrunk = load_shrunk_blocks(
+                shrunk_ptr, pairs, first, end, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, B
+            )
             if adapter_ids_ptr is None:
-                acc = expand(
-                    acc, shrunk_ptr, lora_b_ptr, pairs, lora_expert.to(gl.int64) * N, first, end,
-                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
-                )  # fmt: skip
+                acc = expand(acc, shrunk, lora_b_ptr, lora_expert.to(gl.int64) * N, N, RANK, BLOCK_R, PARTS, ROWS, A)
             else:
                 COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, C))
                 used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, COLUMN)
@@ -197,10 +214,8 @@ def packed_few_rows_kernel(
                     mine = used == adapter
                     if gl.max(mine.to(gl.int32), axis=0) > 0:
                         zero = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
-                        expanded = expand(
-                            zero, shrunk_ptr, lora_b_ptr, pairs, (adapter * EXPERTS + lora_expert).to(gl.int64) * N,
-                            first, end, N, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, A, B,
-                        )  # fmt: skip
+                        own = (adapter * EXPERTS + lora_expert).to(gl.int64) * N
+                        expanded = expand(zero, shrunk, lora_b_ptr, own, N, RANK, BLOCK_R, PARTS, ROWS, A)
                         acc = gl.where(mine[None, None, :], expanded, acc)
 
         xs = ()

@@ -104,8 +104,9 @@ def sort_kernel(
     expert = tl.load(experts_ptr + pair, mask=pair < end, other=0) - offset
     place = tl.load(places_ptr + pair, mask=pair < end, other=0)
 
-    total = tl.zeros((EXPERTS_PADDED,), tl.int32)
-    before = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    # Added up within each thread first: a sum over threads is a barrier.
+    totals = tl.zeros((BLOCK_COUNTS, EXPERTS_PADDED), tl.int32)
+    befores = tl.zeros((BLOCK_COUNTS, EXPERTS_PADDED), tl.int32)
     for block in tl.static_range(COUNT_BLOCKS):
         other = block * BLOCK_COUNTS + tl.arange(0, BLOCK_COUNTS)[:, None]
         counts = tl.load(
@@ -113,8 +114,10 @@ def sort_kernel(
             mask=(other < programs) & (bins < EXPERTS)[None, :],
             other=0,
         )
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where(other < program, counts, 0), axis=0)
+        totals += counts
+        befores += tl.where(other < program, counts, 0)
+    total = tl.sum(totals, axis=0)
+    before = tl.sum(befores, axis=0)
     begin = tl.cumsum(total, axis=0) - total
 
     first = begin + before
@@ -143,8 +146,8 @@ LARGEST_BLOCK = 8192
 MOST_PROGRAMS = 128
 """Every program of sort reads every program's counts, so their number is bounded and each takes more rows instead."""
 
-BLOCK_COUNTS = 32
-"""Programs whose counts are read at once."""
+COUNTS_AT_ONCE = 4096
+"""Counts that a program of sort reads at once, as far as there are so many: those of 128 programs of 32 experts."""
 
 
 def plan_route_many(problem: RouteProblem) -> list[Plan]:
@@ -159,6 +162,7 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
         "counts_ptr": Buffer("counts", (programs, p.experts), "int32"),
     }
     run = block_rows * steps * p.pairs // p.rows
+    block_counts = min(MOST_PROGRAMS, max(8, COUNTS_AT_ONCE // padded_experts(p.experts)), next_power_of_2(programs))
     count = Plan(
         kernel=count_kernel,
         grid=(programs + p.interleave_programs,),
@@ -199,8 +203,8 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "EXPERTS_PADDED": padded_experts(p.experts),
             "RUN": run,
             "BLOCK_P": min(512, next_power_of_2(run)),
-            "COUNT_BLOCKS": cdiv(programs, BLOCK_COUNTS),
-            "BLOCK_COUNTS": BLOCK_COUNTS,
+            "COUNT_BLOCKS": cdiv(programs, block_counts),
+            "BLOCK_COUNTS": block_counts,
             "BLOCK_M": p.block_m,
             "BLOCK_TILES": BLOCK_TILES,
             "BLOCK_SLOTS": BLOCK_SLOTS,

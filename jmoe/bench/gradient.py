@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmoe.bench.case import FULL, SMALL, Case, Matrix, Size, calls_for
+from jmoe.bench.case import FULL, SMALL, Case, Matrix, Size, calls_for, steps_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
-from jmoe.bench.jax_timing import scan_microseconds
+from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
 from jmoe.bench.ours import PACKED
 from jmoe.bench.torch_timing import graph_microseconds
 from jmoe.bench.weights import Weights, random_input
@@ -48,12 +48,15 @@ def layer(name: str, recompute: bool, weights: Weights) -> Measure:
         return y, dx.at[0, 0].add(one_of_each.astype(dx.dtype))
 
     def measure(case: Case) -> Figures:
-        x, logits = random_input(case, weights.size, calls_for(case.tokens))
+        x, logits = random_input(case, weights.size, UNROLLED)
         arrays = experts, weights.lora(case.rank, case.adapters)
         memory = jax.jit(step).lower((x, x), logits[0], arrays).compile().memory_analysis()
         assert memory is not None
         held = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        return {name: scan_microseconds(step, (x, x), logits, arrays), MEMORY.format(name): held / 2**20}
+        return {
+            name: scan_microseconds(step, (x, x), logits, arrays, steps_for(case.tokens)),
+            MEMORY.format(name): held / 2**20,
+        }
 
     return measure
 

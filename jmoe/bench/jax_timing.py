@@ -14,16 +14,17 @@ UNROLLED = 8
 
 
 def scan_microseconds[C, W](
-    step: Callable[[C, jax.Array, W], C], start: C, router_logits: jax.Array, weights: W
+    step: Callable[[C, jax.Array, W], C], start: C, router_logits: jax.Array, weights: W, steps: int
 ) -> float:
     """Median time of one step(carry, router_logits[i], weights), which returns the next step's carry.
+
+    The logits are of at most UNROLLED steps and serve in turn, in as many rounds as make `steps`.
 
     Since a step reads what the last one wrote, or replaces it, nothing is added to the step. The weights are an
     argument: as constants XLA would copy and fold over a gigabyte while it compiles.
     """
-    steps = router_logits.shape[0]
-    different = tuple(router_logits[: min(UNROLLED, steps)])
-    rounds = steps // len(different)
+    different = tuple(router_logits)
+    rounds = max(1, steps // len(different))
 
     @jax.jit
     def sample(start: C, different: tuple[jax.Array, ...], weights: W) -> C:

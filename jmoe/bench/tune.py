@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.bench.case import Case, Size, calls_for
-from jmoe.bench.jax_timing import scan_microseconds
+from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
 from jmoe.bench.run import attempt
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.buffers import Options, name_buffers
@@ -127,7 +127,7 @@ def time_tile(
       ValueError: the result is not the wanted one.
     """
     size = Size()
-    x, logits = random_input(Case(EXPERTS, tokens), size, calls_for(tokens))
+    x, logits = random_input(Case(EXPERTS, tokens), size, UNROLLED)
     tables = single(table, tile)
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
@@ -138,7 +138,7 @@ def time_tile(
     result = jax.jit(step)(x, logits[0], experts)
     if wanted is not None and not relative_difference(result, wanted) <= TOLERANCE:
         raise ValueError("a wrong result")
-    return scan_microseconds(step, x, logits, experts), result
+    return scan_microseconds(step, x, logits, experts, calls_for(tokens)), result
 
 
 def single(table: str, tile: Any) -> "TileTables":

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.device_memory import allow_whole_gpu
+
 if TYPE_CHECKING:
     from jmoe.evaluate.run import Metric
 
@@ -32,6 +34,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write results and samples here, in the harness's format.")] = None,
 ) -> None:
     """Evaluates a checkpoint, and an adapter beside it, on tasks of the lm-evaluation-harness."""
+    allow_whole_gpu()
     from jmoe.evaluate.run import Options
     from jmoe.evaluate.run import evaluate as run
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from jmoe.device_memory import allow_whole_gpu
 from jmoe.finetune.config import FinetuneConfig, plain_types, read_file
 
 INTERRUPTED = 130
@@ -47,6 +48,7 @@ def finetune(config: Path | None, **flags: Any) -> None:
     Options come from --config, a TOML or JSON file of the same names, and from flags, which win. Run again with the
     same options, it goes on where it stopped.
     """
+    allow_whole_gpu()
     from jmoe.finetune.run import finetune as run
 
     given = {name: value for name, value in flags.items() if value is not None}

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jmoe.device_memory import allow_whole_gpu
+
 if TYPE_CHECKING:
     from jmoe.gpt_oss.generate import Generated
 
@@ -42,6 +44,7 @@ def generate(
         raise typer.BadParameter(
             f"several --adapter need as many prompts, one for each: got {len(adapters)} and {len(prompts)}"
         )
+    allow_whole_gpu()
     from jmoe import gpt_oss
     from jmoe.gpt_oss.config import stop_tokens
     from jmoe.gpt_oss.load import local_directory

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer
@@ -35,6 +36,7 @@ FILES = (
 def load(
     path: str | os.PathLike[str],
     *,
+    mesh: Mesh | None = None,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
@@ -48,6 +50,8 @@ def load(
     updated in place, so that beside the model one layer is held at most.
 
     Args:
+      mesh: every array is whole on each of its devices, for batches that jax.shard_map splits; None: JAX's default
+        device holds them.
       adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
         jmoe.gpt_oss.load_adapter.
       dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
@@ -66,29 +70,35 @@ def load(
     adapters = [load_adapter(one, config) for one in directories]
     lora = stack_adapters(adapters) if adapters else None
     packed = reads_packed_here() if packed is None else packed
+    place = functools.partial(replicate, mesh=mesh)
     stack = None
     for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):
-        layer = read_layer(checkpoint, config, index, packed)
+        layer = place(read_layer(checkpoint, config, index, packed))
         if stack is None:
             stack = jax.tree.map(functools.partial(empty_stack, layers=config.num_hidden_layers), layer)
         stack = put(stack, layer, index)
     assert stack is not None
     return GptOss(
         config,
-        embedding=to_device(checkpoint.tensor(EMBEDDING)),
+        embedding=place(to_device(checkpoint.tensor(EMBEDDING))),
         layers=stack,
-        norm=to_device(checkpoint.tensor(NORM)),
-        head=to_device(checkpoint.tensor(HEAD)),
-        lora=lora,
+        norm=place(to_device(checkpoint.tensor(NORM))),
+        head=place(to_device(checkpoint.tensor(HEAD))),
+        lora=place(lora),
         dtype=dtype,
         recompute=recompute,
         remat=remat,
     )
 
 
+def replicate[T](tree: T, mesh: Mesh | None) -> T:
+    """The arrays of a pytree, whole on each device of the mesh, or where they are without one."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def empty_stack(leaf: jax.Array, layers: int) -> jax.Array:
-    """Room for an array of every layer."""
-    return jnp.zeros((layers, *leaf.shape), leaf.dtype)
+    """Room for an array of every layer, on the devices of one layer's."""
+    return jnp.zeros((layers, *leaf.shape), leaf.dtype, device=leaf.sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -222,9 +222,9 @@ class GptOss(nnx.Module):
                 else:
                     here = attention_lora and attention_lora.layer(index), on_experts
 
-                def one(
-                    x: Array, own: LayerWeights, lora: Any, state: S, i: int = i, index: Array = index
-                ) -> tuple[Array, S]:
+                # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
+                def one(x: Array, index: Array, lora: Any, state: S, i: int = i) -> tuple[Array, S]:
+                    own = stack.layer(index, ("experts",))
                     on_attention, on_experts = (None, None) if lora is None else lora
                     return layer(
                         x,
@@ -240,9 +240,7 @@ class GptOss(nnx.Module):
                         recompute=self.recompute,
                     )
 
-                x, state = (jax.checkpoint(one) if self.remat else one)(
-                    x, stack.layer(index, ("experts",)), here, states[i]
-                )
+                x, state = (jax.checkpoint(one) if self.remat else one)(x, index, here, states[i])
                 kept.append(state)
             return (x, tuple(kept)), None
 

@@ -79,7 +79,7 @@ def test_every_step_reads_its_own_logits_and_the_last_steps_result() -> None:
         jax.debug.callback(lambda *values: seen.append(tuple(map(float, values))), carry, logits, ordered=True)
         return carry + weights
 
-    assert scan_microseconds(step, jnp.float32(1), jnp.arange(3.0), jnp.float32(10)) > 0
+    assert scan_microseconds(step, jnp.float32(1), jnp.arange(3.0), jnp.float32(10), steps=7) > 0
     jax.effects_barrier()
     assert seen[:3] == [(1, 0), (11, 1), (21, 2)]
 

@@ -13,8 +13,9 @@ from flax import nnx
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.step import Trainer, TrainState, learning_rate, make_optimizer
-from jmoe.gpt_oss import GptOss, load
+from jmoe.gpt_oss import Config, GptOss, load
 from jmoe.gpt_oss.new_adapter import new_adapter
+from jmoe.gpt_oss.random_model import random_model
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 CONFIG = FinetuneConfig(model="m", data="d", out="o", learning_rate=1e-2, warmup=0.0, schedule="constant")
@@ -110,3 +111,26 @@ def test_the_rate_rises_falls_and_is_never_zero(schedule: str) -> None:
 
 def test_factors_are_variables_of_flax() -> None:
     assert len(jax.tree.leaves(nnx.state(model(), nnx.LoRAParam))) == 12
+
+
+def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
+    config = dataclasses.replace(
+        Config.gpt_oss_20b(),
+        num_hidden_layers=4,
+        layer_types=Config.gpt_oss_20b().layer_types[:4],
+        hidden_size=96,
+        intermediate_size=64,
+        num_local_experts=4,
+        vocab_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    base = random_model(config, packed=False, remat=True)
+    one = Trainer(base.with_adapters(new_adapter(config, rank=2, scale=2.0)), make_optimizer(CONFIG, 10), loss_chunk=16)
+    batch = Batch(*(array % 64 if array.dtype == np.int32 else array for array in random_batch(1)))
+    program = one.compile(one.start, batch).as_text()
+    qkv, o = "512,96", "96,256"
+    assert f"bf16[4,{qkv}]" in program, "the stack itself"
+    # In two groups of two layers, the backward pass would have a stack of each layer of a group.
+    assert f"[2,{qkv}]" not in program
+    assert f"[2,{o}]" not in program

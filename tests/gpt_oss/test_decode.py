@@ -88,14 +88,10 @@ def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeyp
         monkeypatch.setattr(f"jmoe.ops.{operation}.local_capability", lambda: 90)
     monkeypatch.setattr("jmoe.ops.launch.local_tables", lambda: None)
     config = sizes()["tiny"]
-
-    def start() -> tuple[gpt_oss.GptOss, Decoding]:
-        model = random_model(config, rank=16, packed=True)
-        cache = empty_cache(config, model.period, 2, 1088, model.dtype)
-        return model, Decoding(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
-
-    model, state = jax.eval_shape(start)
-    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    model = random_model(config, rank=16, packed=True)
+    cache = empty_cache(config, model.period, 2, 1088, model.dtype)
+    state = Decoding(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
+    tokens = jnp.zeros(2, jnp.int32)
     program = jax.jit(decode).trace(model, tokens, state).lower(lowering_platforms=("cuda",)).as_text()
     # Norm, product and attention with q, k and v; LoRA on o, product; norm with the router; six of the experts. On the
     # full layer attention is split. The last norm.

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from jmoe.bench.model.case import Figures, ModelCase
+from jmoe.device_memory import allow_whole_gpu
 
 MODULES = {
     "generate": "generation",
@@ -31,6 +32,7 @@ def run(cases: Iterable[ModelCase], timeout: float = 600) -> Iterator[tuple[Mode
 
 def run_one(case: ModelCase, timeout: float) -> Figures:
     """The figures of one case, from a process of its own that has at most so many seconds."""
+    allow_whole_gpu()
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     if case.kind == "parts":
         flags = environment.get("XLA_FLAGS", "")

@@ -1,0 +1,36 @@
+"""A model on several devices, each with its own part of the batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MODEL = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
+
+# In a process of its own: the number of devices is fixed when JAX starts.
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from jmoe import gpt_oss
+
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+model = gpt_oss.load(sys.argv[1], mesh=mesh, dtype=jnp.float32, progress=False)
+for leaf in jax.tree.leaves(model):
+    assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 2, leaf.sharding
+tokens = jnp.arange(4 * 7).reshape(4, 7) % model.config.vocab_size
+split = jax.shard_map(lambda model, tokens: model(tokens), mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch"))
+got = jax.jit(split)(model, tokens)
+assert len(got.sharding.device_set) == 2 and not got.sharding.is_fully_replicated
+want = gpt_oss.load(sys.argv[1], dtype=jnp.float32, progress=False)(tokens)
+np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-4, atol=1e-4)
+print("same")
+"""
+
+
+def test_shard_map_splits_a_batch_over_the_devices_that_the_model_is_on() -> None:
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(MODEL)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr[-2000:]
