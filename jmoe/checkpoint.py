@@ -333,13 +333,6 @@ def embed(checkpoint: Checkpoint, token_ids: Integer[np.ndarray, " T"]) -> Float
     return jnp.asarray(checkpoint.rows(EMBEDDING, token_ids))
 
 
-def rms_norm(x: Float[Array, "... H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "... H"]:
-    """weight * x / sqrt(mean(x²) + eps) in float32, rounded to x's dtype after the product with the weight."""
-    wide = x.astype(jnp.float32)
-    wide *= lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (jnp.broadcast_to(weight.astype(jnp.float32), x.shape) * wide).astype(x.dtype)
-
-
 def router_logits(layer: MoeLayer, x: Float[Array, "... H"]) -> Float[Array, "... E"]:
     """x @ router_weight.T + router_bias for normalised x: summed in float32, rounded once to x's dtype."""
     logits = jnp.einsum(

@@ -232,7 +232,8 @@ def read_layer(
     from tokenizers import Tokenizer
 
     from jmoe.adapters import load_lora
-    from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, rms_norm, router_logits
+    from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
+    from jmoe.ops.norm import rms_norm
     from jmoe.ops.random_layer import Layer
 
     source = Checkpoint(directory)

@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jmoe.checkpoint
-from jmoe.checkpoint import Checkpoint, Config, embed, load_moe_layer, rms_norm, router_logits
+from jmoe.checkpoint import Checkpoint, Config, embed, load_moe_layer, router_logits
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
+from jmoe.ops.norm import rms_norm
 from tests.trees import tree_equal
 
 CASE = Path(__file__).parent / "data" / "tiny_case"

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from jmoe.adapters import load_lora
-from jmoe.checkpoint import Checkpoint, load_moe_layer, rms_norm, router_logits
+from jmoe.checkpoint import Checkpoint, load_moe_layer, router_logits
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
+from jmoe.ops.norm import rms_norm
 
 ROOT = Path(__file__).parent.parent
 CASE = Path(__file__).parent / "data" / "tiny_case"

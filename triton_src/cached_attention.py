@@ -1,4 +1,4 @@
-"""Attention of one query a sequence to a cache of keys and values, which is read in place."""
+"""Attention of one query a sequence to a cache of keys and values, which is read and written in place."""
 
 import triton
 import triton.language as tl
@@ -13,14 +13,32 @@ PROGRAMS = 264
 
 
 @triton.jit
+def rotated(heads_ptr, at, ok, cosine_ptr, sine_ptr, D: tl.constexpr):
+    """The heads that begin at `at`, their halves turned against each other; rounded once."""
+    dims = tl.arange(0, D)
+    half = dims % (D // 2)
+    own = tl.load(heads_ptr + at + dims, mask=ok, other=0.0)
+    other = tl.load(heads_ptr + at + (dims + D // 2) % D, mask=ok, other=0.0)
+    cosine = tl.load(cosine_ptr + half).to(own.dtype).to(tl.float32)
+    sine = tl.load(sine_ptr + half).to(own.dtype).to(tl.float32)
+    sine = tl.where(dims < D // 2, -sine, sine)
+    return (own.to(tl.float32) * cosine + other.to(tl.float32) * sine).to(own.dtype)
+
+
+@triton.jit
 def cached_attention_kernel(
-    q_ptr,  # (B, N, D) bf16
-    cache_ptr,  # (L, B, M, S, 2 D) bf16: a key and its value behind it
+    heads_ptr,  # (B, N + 2 M, D) bf16: q, k and v of the sequence's latest token, not rotated
+    cosine_ptr,  # (B, D / 2) float32
+    sine_ptr,  # (B, D / 2) float32
+    cache_ptr,  # (L, B, M, S, 2 D) bf16: a key and its value behind it; the latest token's are written
     layer_ptr,  # (1,) int32
-    position_ptr,  # (B,) int32, of the sequence's latest token
-    partial_ptr,  # (B, N, SPLITS, D) float32: sum of exp(score - largest) * value
-    largest_ptr,  # (B, N, SPLITS) float32: the largest score, -inf of none
-    total_ptr,  # (B, N, SPLITS) float32: sum of exp(score - largest)
+    position_ptr,  # (B,) int32, of the latest token
+    sinks_ptr,  # (layers, N) bf16 or float32; None with several splits
+    sinks_layer_ptr,  # (1,) int32, or None
+    out_ptr,  # (B, N, D) bf16, or None
+    partial_ptr,  # (B, N, SPLITS, D) float32: sum of exp(score - largest) * value; None with one split
+    largest_ptr,  # (B, N, SPLITS) float32: the largest score, -inf of none; or None
+    total_ptr,  # (B, N, SPLITS) float32: sum of exp(score - largest); or None
     BATCH: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -31,30 +49,45 @@ def cached_attention_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Parts, over the slots in use, of the N / M query heads that share a key head. Grid: (B * M, SPLITS).
+    """Of the N / M query heads that share a key head, the parts over the slots in use, or with one split the mean.
 
-    Slot j holds a token if j <= position, and all do once a ring has gone round.
+    Grid: (B * M, SPLITS).
+
+    Slot j holds a token if j <= position, and all do once a ring has gone round. The latest token's slot is never read:
+    the program in whose part it lies has the key and the value from `heads`, and writes them.
     """
     GROUP: tl.constexpr = N // M
     sequence = tl.program_id(0) // M
     head = tl.program_id(0) % M
     split = tl.program_id(1)
-    used = tl.minimum(tl.load(position_ptr + sequence) + 1, S)
+    position = tl.load(position_ptr + sequence)
+    used = tl.minimum(position + 1, S)
+    latest = position % S
     share = tl.cdiv(tl.cdiv(used, BLOCK_S), SPLITS) * BLOCK_S
     start = split * share
     stop = tl.minimum(start + share, used)
     group = tl.arange(0, BLOCK_G)
     group_ok = group < GROUP
     dims = tl.arange(0, D)
-    rows = sequence * N + head * GROUP + group
-    q = tl.load(q_ptr + rows[:, None] * D + dims[None, :], mask=group_ok[:, None], other=0.0)
+    heads = heads_ptr + sequence * (N + 2 * M) * D
+    cosine, sine = cosine_ptr + sequence * (D // 2), sine_ptr + sequence * (D // 2)
+    q = rotated(heads, (head * GROUP + group)[:, None] * D, group_ok[:, None], cosine, sine, D)
     at = ((tl.load(layer_ptr) * BATCH + sequence) * M + head).to(tl.int64) * S
     largest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, D), tl.float32)
+    if (latest >= start) & (latest < stop):
+        key = rotated(heads, (N + head) * D, dims < D, cosine, sine, D)
+        value = tl.load(heads + (N + M + head) * D + dims)
+        written = cache_ptr + (at + latest) * (2 * D) + dims
+        tl.store(written, key)
+        tl.store(written + D, value)
+        largest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * SCALE
+        total += 1.0
+        acc += value.to(tl.float32)[None, :]
     for first in range(start, stop, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
-        ok = slots < stop
+        ok = (slots < stop) & (slots != latest)
         entry = cache_ptr + (at + slots)[:, None] * (2 * D) + dims[None, :]
         keys = tl.load(entry, mask=ok[:, None], other=0.0)
         values = tl.load(entry + D, mask=ok[:, None], other=0.0)
@@ -65,10 +98,18 @@ def cached_attention_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])
         largest = new_largest
-    out = rows * SPLITS + split
-    tl.store(partial_ptr + out[:, None] * D + dims[None, :], acc, mask=group_ok[:, None])
-    tl.store(largest_ptr + out, largest, mask=group_ok)
-    tl.store(total_ptr + out, total, mask=group_ok)
+    out = (sequence * N + head * GROUP + group) * SPLITS + split
+    if SPLITS == 1:
+        sinks = sinks_ptr + tl.load(sinks_layer_ptr) * N + head * GROUP + group
+        sink = tl.load(sinks, mask=group_ok, other=0.0).to(tl.float32)
+        whole = tl.maximum(largest, sink)
+        weight = tl.exp(largest - whole)
+        mean = acc * (weight / (total * weight + tl.exp(sink - whole)))[:, None]
+        tl.store(out_ptr + out[:, None] * D + dims[None, :], mean.to(out_ptr.dtype.element_ty), mask=group_ok[:, None])
+    else:
+        tl.store(partial_ptr + out[:, None] * D + dims[None, :], acc, mask=group_ok[:, None])
+        tl.store(largest_ptr + out, largest, mask=group_ok)
+        tl.store(total_ptr + out, total, mask=group_ok)
 
 
 @triton.jit
@@ -76,7 +117,8 @@ def merge_attention_kernel(
     partial_ptr,  # (B, N, SPLITS, D) float32
     largest_ptr,  # (B, N, SPLITS) float32
     total_ptr,  # (B, N, SPLITS) float32
-    sinks_ptr,  # (N,) bf16 or float32
+    sinks_ptr,  # (layers, N) bf16 or float32
+    sinks_layer_ptr,  # (1,) int32
     out_ptr,  # (B, N, D) bf16
     N: tl.constexpr,
     D: tl.constexpr,
@@ -86,7 +128,7 @@ def merge_attention_kernel(
     row = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, D)
-    sink = tl.load(sinks_ptr + row % N).to(tl.float32)
+    sink = tl.load(sinks_ptr + tl.load(sinks_layer_ptr) * N + row % N).to(tl.float32)
     largest = tl.load(largest_ptr + row * SPLITS + splits)
     whole = tl.maximum(tl.max(largest, axis=0), sink)
     weight = tl.exp(largest - whole)
@@ -97,21 +139,31 @@ def merge_attention_kernel(
 
 
 def plan_cached_attention(*, batch: int, heads: int, key_heads: int, slots: int, head_dim: int) -> list[Plan]:
-    """attended [B, N, D] from q, cache, sinks, layer [1] and position [B]."""
+    """attended [B, N, D] and the cache with the latest token, from heads, cosine, sine, cache, layer [1], position [B],
+    and sinks of several layers, of which sinks_layer [1] says the one.
+    """
     wanted = min(cdiv(PROGRAMS, batch * key_heads), cdiv(slots, 2 * BLOCK_S))
     splits = next_power_of_2(max(wanted, 1))
     sizes = {"N": heads, "D": head_dim, "SPLITS": splits}
+    attended = {"out_ptr": Buffer("attended", (batch, heads, head_dim), "bfloat16")}
+    sinks = {"sinks_ptr": "sinks", "sinks_layer_ptr": "sinks_layer"}
     parts = {
         "partial_ptr": Buffer("attention_partial", (batch, heads, splits, head_dim), "float32"),
         "largest_ptr": Buffer("attention_largest", (batch, heads, splits), "float32"),
         "total_ptr": Buffer("attention_total", (batch, heads, splits), "float32"),
     }
-    return [
+    outputs, absent = (attended, parts) if splits == 1 else (parts, {**attended, **sinks})
+    plans = [
         Plan(
             kernel=cached_attention_kernel,
             grid=(batch * key_heads, splits),
-            operands={name: name.removesuffix("_ptr") for name in ("q_ptr", "cache_ptr", "layer_ptr", "position_ptr")},
-            outputs=parts,
+            operands={
+                **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
+                **sinks,
+                **dict.fromkeys(absent),
+            },
+            outputs=outputs,
+            updates=("cache_ptr",),
             constexprs={
                 **sizes,
                 "BATCH": batch,
@@ -125,12 +177,17 @@ def plan_cached_attention(*, batch: int, heads: int, key_heads: int, slots: int,
             num_stages=3,
             flops=4 * batch * heads * slots * head_dim,
             bytes_accessed=4 * batch * key_heads * slots * head_dim,
-        ),
+        )
+    ]
+    if splits == 1:
+        return plans
+    return [
+        *plans,
         Plan(
             kernel=merge_attention_kernel,
             grid=(batch * heads,),
-            operands={**{parameter: part.name for parameter, part in parts.items()}, "sinks_ptr": "sinks"},
-            outputs={"out_ptr": Buffer("attended", (batch, heads, head_dim), "bfloat16")},
+            operands={**{parameter: part.name for parameter, part in parts.items()}, **sinks},
+            outputs=attended,
             constexprs=sizes,
             num_warps=1,
             num_stages=1,

@@ -13,18 +13,19 @@ def few_rows_linear_kernel(
     bias_ptr,  # (L, N) bf16
     layer_ptr,  # (1,) int32
     shrunk_ptr,  # (T, R) bf16: scale * x A^T, or None without LoRA
-    lora_b_ptr,  # (N, R) bf16, or None
+    lora_b_ptr,  # (L, P, R) bf16, of which the first N rows count, or None
     out_ptr,  # (T, N) bf16
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
+    P: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = x W[layer]^T + bias[layer] + shrunk B^T, rounded once. Grid: (cdiv(N, BLOCK_N),)."""
+    """out = x W[layer]^T + bias[layer] + shrunk B[layer]^T, rounded once. Grid: (cdiv(N, BLOCK_N),)."""
     layer = tl.load(layer_ptr)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < N
@@ -45,7 +46,7 @@ def few_rows_linear_kernel(
             ranks = start + tl.arange(0, BLOCK_R)
             rank_ok = ranks < RANK
             b = tl.load(
-                lora_b_ptr + column[:, None] * RANK + ranks[None, :],
+                lora_b_ptr + (layer * P + column).to(tl.int64)[:, None] * RANK + ranks[None, :],
                 mask=column_ok[:, None] & rank_ok[None, :],
                 other=0.0,
             )
@@ -61,35 +62,41 @@ def few_rows_linear_kernel(
     )
 
 
-def plan_few_rows_linear(*, rows: int, n: int, k: int, rank: int | None) -> Plan:
-    """linear [T, N] from x, weight, bias and layer and, with a rank, shrunk and lora_b."""
+def plan_few_rows_linear(*, rows: int, n: int, k: int, rank: int | None = None, lora_rows: int = 0) -> list[Plan]:
+    """linear [T, N] from x, weight, bias and layer and, with a rank, shrunk and lora_b.
+
+    lora_rows: of lora_b in each layer, of which the first n count.
+    """
     lora = rank is not None
     block_m = max(16, next_power_of_2(rows))
     block_n = 16 if block_m == 16 else 32
-    return Plan(
-        kernel=few_rows_linear_kernel,
-        grid=(cdiv(n, block_n),),
-        operands={
-            "x_ptr": "x",
-            "weight_ptr": "weight",
-            "bias_ptr": "bias",
-            "layer_ptr": "layer",
-            "shrunk_ptr": "shrunk" if lora else None,
-            "lora_b_ptr": "lora_b" if lora else None,
-        },
-        scalars={"rows": rows},
-        outputs={"out_ptr": Buffer("linear", (rows, n), "bfloat16")},
-        constexprs={
-            "N": n,
-            "K": k,
-            "RANK": rank or 0,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": 128 if block_m > 16 else 256,
-            "BLOCK_R": 16 if rank is None else min(64, max(16, next_power_of_2(rank))),
-        },
-        num_warps=4,
-        num_stages=4,
-        flops=2 * rows * n * (k + (rank or 0)),
-        bytes_accessed=2 * (n * k + rows * (n + k)),
-    )
+    return [
+        Plan(
+            kernel=few_rows_linear_kernel,
+            grid=(cdiv(n, block_n),),
+            operands={
+                "x_ptr": "x",
+                "weight_ptr": "weight",
+                "bias_ptr": "bias",
+                "layer_ptr": "layer",
+                "shrunk_ptr": "shrunk" if lora else None,
+                "lora_b_ptr": "lora_b" if lora else None,
+            },
+            scalars={"rows": rows},
+            outputs={"out_ptr": Buffer("linear", (rows, n), "bfloat16")},
+            constexprs={
+                "N": n,
+                "K": k,
+                "P": lora_rows,
+                "RANK": rank or 0,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": 128 if block_m > 16 else 256,
+                "BLOCK_R": 16 if rank is None else min(64, max(16, next_power_of_2(rank))),
+            },
+            num_warps=4,
+            num_stages=4,
+            flops=2 * rows * n * (k + (rank or 0)),
+            bytes_accessed=2 * (n * k + rows * (n + k)),
+        )
+    ]

@@ -21,6 +21,7 @@ class Plan:
     operands: kernel parameter -> name of the buffer it reads, or None for an optional operand that is absent.
     scalars: kernel parameter -> 32-bit integer known when the launch is planned but kept out of the binary.
     outputs: kernel parameter -> buffer it writes; every element that a later launch reads is written.
+    updates: those of the operands' parameters whose buffers the launch also writes, in place.
     constexprs: kernel parameter -> value compiled into the kernel.
     max_registers: a thread's registers, for more programs on a multiprocessor; None leaves it to the compiler.
     flops, bytes_accessed: estimates for profilers and schedulers.
@@ -32,6 +33,7 @@ class Plan:
     outputs: Mapping[str, Buffer]
     constexprs: Mapping[str, Any]
     scalars: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    updates: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None

@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.rope import Heads
 from jmoe.ops.cached_attention import cached_attention
 
 type Cache = tuple[Float[Array, "L B M S 2D"], ...]
@@ -56,17 +57,14 @@ def held_positions(last: Int32[Array, " B"], size: int) -> Int32[Array, "B S"]:
 
 
 def attend_cached(
-    q: Float[Array, "B 1 N D"],
-    k: Float[Array, "B 1 M D"],
-    v: Float[Array, "B 1 M D"],
-    sinks: Float[Array, " N"],
+    heads: Heads,
+    sinks: Float[Array, "layers N"],
+    sinks_layer: Int32[Array, ""],
     entries: Float[Array, "L B M S 2D"],
     layer: Int32[Array, ""],
     position: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B 1 N D"], Float[Array, "L B M S 2D"]]:
     """(attention of each sequence's token at `position` to those before it and itself, the entries with it)."""
-    both = jnp.concatenate([k, v], axis=-1)[:, 0].astype(entries.dtype)
-    rows = jnp.arange(q.shape[0])
-    # The layer is an index like the others: a slice of it would be copied out and back.
-    entries = entries.at[layer, rows, :, position % entries.shape[3]].set(both, unique_indices=True)
-    return cached_attention(q[:, 0], entries, sinks, layer, position)[:, None], entries
+    qkv, cosine, sine = (array[:, 0] for array in (heads.qkv, heads.cosine, heads.sine))
+    attended, entries = cached_attention(qkv, cosine, sine, entries, layer, position, sinks, sinks_layer)
+    return attended[:, None], entries

@@ -12,6 +12,7 @@ from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
 from jmoe.gpt_oss.chunked import attend_chunk
 from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions_in_segments
+from jmoe.gpt_oss.rope import Heads
 
 
 @jax.tree_util.register_dataclass
@@ -81,9 +82,8 @@ def at_once(
     """(what `hidden` has at each prompt's last token, the cache of the prompts)."""
 
     def attention(window: int | None) -> CarriedAttention:
-        def attend_and_keep(
-            q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array
-        ) -> tuple[Array, Array]:
+        def attend_and_keep(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple[Array, Array]:
+            q, k, v = heads.rotated()
             return attend(q, k, v, sinks, window=window), fill(state, group, k, v, lengths)
 
         return attend_and_keep
@@ -123,10 +123,8 @@ def in_chunks(
         start, tokens, ids = inputs
 
         def attention(window: int | None) -> CarriedAttention:
-            def attend_and_keep(
-                q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array
-            ) -> tuple[Array, Array]:
-                return attend_chunk(q, k, v, sinks, state, group, start, lengths, window=window)
+            def attend_and_keep(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple[Array, Array]:
+                return attend_chunk(*heads.rotated(), sinks, state, group, start, lengths, window=window)
 
             return attend_and_keep
 
@@ -151,17 +149,22 @@ def in_chunks(
 def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
     """(float32 logits after each sequence's next token, the sequences with it)."""
 
-    def attention(
-        q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array, position: Array = state.lengths
-    ) -> tuple[Array, Array]:
-        return attend_cached(q, k, v, sinks, state, group, position)
+    sinks, position = model.layers.get_value().sinks, state.lengths
+
+    def attention(place: int) -> CarriedAttention:
+        """Of a layer at this place in its group; its sinks are read in place."""
+
+        def attend_and_keep(heads: Heads, _: Array, state: Array, group: Array) -> tuple[Array, Array]:
+            return attend_cached(heads, sinks, group * model.period + place, state, group, position)
+
+        return attend_and_keep
 
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
     hidden, cache = model.through_layers(
         tokens[:, None],
         state.lengths[:, None],
         ids,
-        [attention] * model.period,
+        [attention(place) for place in range(model.period)],
         state.cache,
         inference=True,
         attention_lora=state.attention_lora,

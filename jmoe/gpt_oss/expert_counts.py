@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.model import CarriedAttention, GptOss, positions_in_segments
+from jmoe.gpt_oss.rope import Heads
 from jmoe.ops.routing import route
 
 
@@ -20,8 +21,8 @@ def expert_counts(
     config = model.config
 
     def attention(window: int | None) -> CarriedAttention:
-        def attend_within(q: Array, k: Array, v: Array, sinks: Array, state: Array, group: Array) -> tuple:
-            return attend(q, k, v, sinks, window=window, segment_ids=segment_ids), state
+        def attend_within(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple:
+            return attend(*heads.rotated(), sinks, window=window, segment_ids=segment_ids), state
 
         return attend_within
 

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.products import linear_and_expand, product
-from jmoe.gpt_oss.rope import rotate
+from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear
 from jmoe.ops.experts import Lora
 from jmoe.ops.moe import moe
-from jmoe.ops.stacked_linear import Expand, stacked_linear
+from jmoe.ops.norm import rms_norm
 
-type Attention[S] = Callable[[Array, Array, Array, Array], tuple[Array, S]]
+type Attention[S] = Callable[[Heads, Array], tuple[Array, S]]
 
 
 def linear(
@@ -34,24 +33,6 @@ def linear(
     if lora is not None:
         y += delta(x, lora, adapter_ids)
     return y.astype(x.dtype)
-
-
-def linear_of_stack(
-    x: Float[Array, "B T K"],
-    stack: Linear,
-    index: Int32[Array, ""],
-    lora: Factors | None,
-    adapter_ids: Int32[Array, "B T"] | None,
-) -> Float[Array, "B T N"]:
-    """linear by one layer of a stack, which few tokens read in place."""
-    rows = x.reshape(-1, x.shape[-1])
-    expand = None
-    if lora is not None and adapter_ids is None:
-        expand = Expand(shrink(x, lora.a[0], lora.scale[0]).reshape(rows.shape[0], -1), lora.b[0])
-    y = stacked_linear(rows, stack.weight, stack.bias, index, expand).reshape(*x.shape[:2], -1)
-    if lora is None or expand is not None:
-        return y
-    return (y + delta(x, lora, adapter_ids)).astype(x.dtype)
 
 
 def shrink(x: Float[Array, "B T K"], a: Float[Array, "R K"], scale: Float[Array, " R"]) -> Float[Array, "B T R"]:
@@ -98,26 +79,17 @@ def layer[S](
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and what the attention keeps.
 
-    weights, lora: of this layer, but for the experts, which are of all layers; qkv and o are of either, and of all are
-      read in place.
+    weights, lora: of this layer, but for the experts, which are of all layers.
     on_experts: LoRA of this layer or of all.
-    attention: (q, k, v, sinks) -> (each query's values, what is kept of keys and values), q and k rotated.
+    attention: (heads, sinks) -> (each query's values, what is kept of keys and values).
     observe: (router logits [B, T, E], what attention keeps) -> what is kept instead.
     """
-
-    def multiply(x: Array, linears: Linear, lora: Factors | None) -> Array:
-        if linears.weight.ndim == 3:
-            return linear_of_stack(x, linears, index, lora, adapter_ids)
-        return linear(x, linears, lora, adapter_ids)
-
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
-        heads = multiply(normal, weights.qkv, on_qkv).reshape(*x.shape[:2], -1, config.head_dim)
-        queries = config.num_attention_heads
-        q, k, v = jnp.split(heads, (queries, queries + config.num_key_value_heads), axis=2)
-        attended, kept = attention(rotate(q, *rotary), rotate(k, *rotary), v, weights.sinks)
-        x = x + multiply(attended.reshape(*x.shape[:2], -1), weights.o, on_o)
+        heads = linear(normal, weights.qkv, on_qkv, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
+        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), weights.sinks)
+        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
         router_logits = linear(normal, weights.router)

@@ -12,19 +12,20 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.few_tokens import through_layers_of_few
 from jmoe.gpt_oss.layer import layer
 from jmoe.gpt_oss.products import product
-from jmoe.gpt_oss.rope import cosine_and_sine
+from jmoe.gpt_oss.rope import Heads, cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
+from jmoe.ops.norm import rms_norm
 from jmoe.ops.stacked_linear import MOST_ROWS
 
 type CarriedAttention = Callable[..., tuple[Array, Any]]
-"""(q, k, v, sinks, state, group) -> (attended, state)."""
+"""(heads, sinks, state, group) -> (attended, state)."""
 
 
 class GptOss(nnx.Module):
@@ -156,10 +157,8 @@ class GptOss(nnx.Module):
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
         def attention(window: int | None) -> CarriedAttention:
-            def attend_within(
-                q: Array, k: Array, v: Array, sinks: Array, state: None, group: Array
-            ) -> tuple[Array, None]:
-                return attend(q, k, v, sinks, window=window, segment_ids=segment_ids), state
+            def attend_within(heads: Heads, sinks: Array, state: None, group: Array) -> tuple[Array, None]:
+                return attend(*heads.rotated(), sinks, window=window, segment_ids=segment_ids), state
 
             return attend_within
 
@@ -185,7 +184,7 @@ class GptOss(nnx.Module):
         attentions: of each layer of the first group at least.
         states: for each layer of a group what its attentions carry from group to group.
         inference: no gradient is taken, and what it would cost is not paid: LoRA on experts is read in place too, and
-          for few tokens so are the weights of attention.
+          for few tokens so are all weights.
         attention_lora: with inference the model's, which many calls share.
         observe: (router logits [B, T, E], state, group=) -> state, in each layer.
         """
@@ -195,9 +194,20 @@ class GptOss(nnx.Module):
         period = self.period
         groups = config.num_hidden_layers // period
         stack = self.layers.get_value()
-        few = inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16
-        in_place = ("experts", "qkv", "o") if few else ("experts",)
         on_experts = None if self.lora is None else self.lora.on_experts
+        if inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16 and observe is None:
+            return through_layers_of_few(
+                x,
+                stack,
+                self.norm.get_value(),
+                attention_lora,
+                on_experts,
+                config,
+                attentions=attentions[:period],
+                states=states,
+                rotary=rotary,
+                adapter_ids=adapter_ids,
+            )
 
         def group(
             carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, Any]
@@ -214,7 +224,7 @@ class GptOss(nnx.Module):
 
                 # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
                 def one(x: Array, index: Array, lora: Any, state: S, i: int = i) -> tuple[Array, S]:
-                    own = stack.layer(index, in_place)
+                    own = stack.layer(index, ("experts",))
                     on_attention, on_experts = (None, None) if lora is None else lora
                     return layer(
                         x,

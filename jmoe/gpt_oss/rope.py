@@ -1,12 +1,14 @@
 """Rotary positions with YaRN's stretching (arXiv 2309.00071)."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Rope
+from jmoe.ops.rotary import rotate
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " D/2"]:
@@ -38,15 +40,25 @@ def scale(rope: Rope) -> float:
 def cosine_and_sine(
     rope: Rope, head_dim: int, positions: Int32[Array, "B T"]
 ) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
-    """float32 factors of rotate at these positions."""
+    """float32 factors of jmoe.ops.rotary.rotate at these positions."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
     return jnp.cos(angles) * scale(rope), jnp.sin(angles) * scale(rope)
 
 
-def rotate(
-    x: Float[Array, "B T N D"], cosine: Float[Array, "B T D/2"], sine: Float[Array, "B T D/2"]
-) -> Float[Array, "B T N D"]:
-    """x with its first and second halves turned against each other."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cosine, sine = (factor[:, :, None, :].astype(x.dtype) for factor in (cosine, sine))
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+class Heads(NamedTuple):
+    """q, k and v of tokens, not yet rotated, and what rotates them.
+
+    qkv: q's heads, then k's, then v's; queries: how many are q's.
+    cosine, sine: float32, see cosine_and_sine.
+    """
+
+    qkv: Float[Array, "B T N+2M D"]
+    queries: int
+    cosine: Float[Array, "B T D/2"]
+    sine: Float[Array, "B T D/2"]
+
+    def rotated(self) -> tuple[Float[Array, "B T N D"], Float[Array, "B T M D"], Float[Array, "B T M D"]]:
+        """(q, k, v), q and k rotated."""
+        keys = (self.qkv.shape[2] - self.queries) // 2
+        q, k, v = jnp.split(self.qkv, (self.queries, self.queries + keys), axis=2)
+        return rotate(q, self.cosine, self.sine), rotate(k, self.cosine, self.sine), v

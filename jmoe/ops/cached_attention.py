@@ -1,53 +1,93 @@
-"""Attention of one query a sequence to a cache, by Triton on CUDA and by XLA elsewhere."""
+"""Attention of one query a sequence to a cache that takes its key and value in, by Triton on CUDA, else by XLA."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch import cached_attention_plans, launch, local_capability, register
+from jmoe.ops.launch import decoding_plans, launch, local_capability, register
+from jmoe.ops.rotary import rotate
 
 cached_attention_p = jex.core.Primitive("jmoe_cached_attention")
-"""Operands as cached_attention's. Result: like q."""
+"""Operands as cached_attention's, in the order of NAMES. Results: the attended values, and the cache."""
 
-cached_attention_p.def_abstract_eval(lambda q, *_, **__: q)
+NAMES = ("heads", "cosine", "sine", "cache", "layer", "position", "sinks", "sinks_layer")
+
+cached_attention_p.multiple_results = True
+cached_attention_p.def_abstract_eval(
+    lambda heads, cosine, sine, cache, layer, position, sinks, *_, **__: [
+        heads.update(shape=(heads.shape[0], sinks.shape[1], heads.shape[2])),
+        cache,
+    ]
+)
 
 
 def cached_attention(
-    q: Float[Array, "B N D"],
+    heads: Float[Array, "B N+2M D"],
+    cosine: Float[Array, "B D/2"],
+    sine: Float[Array, "B D/2"],
     cache: Float[Array, "L B M S 2D"],
-    sinks: Float[Array, " N"],
     layer: Int32[Array, ""],
     position: Int32[Array, " B"],
+    sinks: Float[Array, "layers N"],
+    sinks_layer: Int32[Array, ""],
     *,
     capability: int | None = None,
-) -> Float[Array, "B N D"]:
-    """Each query's mean of a layer's values, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum.
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B M S 2D"]]:
+    """(each query's mean of a layer's values, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum; the cache).
+
+    In a program to which the cache is given up it is written in place.
 
     Args:
-      cache: a key, rotated, and its value behind it. Slot j holds a token if j <= position, and all do once a ring of S
-        slots has gone round.
-      sinks: a logit for each query head, of a key without value.
-      position: of the latest token, which is in the cache.
+      heads: q, k and v of each sequence's latest token, not yet rotated.
+      cosine, sine: what rotates them, see jmoe.ops.rotary.rotate.
+      cache: a key, rotated, and its value behind it; token p stands at slot p % S.
+      layer: of the cache.
+      position: of the latest token, whose slot is written and, as those of tokens to come, not read.
+      sinks: of each layer a logit for each query head, of a key without value.
       capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
     """
-    operands = (q, cache, sinks, layer.reshape(1), position)
+    operands = (heads, cosine, sine, cache, layer.reshape(1), position, sinks, sinks_layer.reshape(1))
 
-    def triton(*operands: Array) -> Array:
+    def triton(*operands: Array) -> Sequence[Array]:
         return cached_attention_p.bind(*operands, capability=capability)
 
     if capability is not None:
-        return triton(*operands)
-    if q.dtype != jnp.bfloat16:
-        return attend_by_xla(*operands)
-    return lax.platform_dependent(*operands, cuda=triton, default=attend_by_xla)
+        attended, cache = triton(*operands)
+    elif heads.dtype != jnp.bfloat16:
+        attended, cache = keep_and_attend_by_xla(*operands)
+    else:
+        attended, cache = lax.platform_dependent(*operands, cuda=triton, default=keep_and_attend_by_xla)
+    return attended, cache
+
+
+def keep_and_attend_by_xla(
+    heads: Array,
+    cosine: Array,
+    sine: Array,
+    cache: Array,
+    layer: Array,
+    position: Array,
+    sinks: Array,
+    sinks_layer: Array,
+) -> list[Array]:
+    """cached_attention by plain operations."""
+    queries, keys = sinks.shape[1], cache.shape[2]
+    q, k, v = jnp.split(heads[:, None], (queries, queries + keys), axis=2)
+    q, k = (rotate(part, cosine[:, None], sine[:, None]) for part in (q, k))
+    both = jnp.concatenate([k, v], axis=-1)[:, 0].astype(cache.dtype)
+    # The layer is an index like the others: a slice of it would be copied out and back.
+    slots = position % cache.shape[3]
+    cache = cache.at[layer[0], jnp.arange(heads.shape[0]), :, slots].set(both, unique_indices=True)
+    own = lax.dynamic_index_in_dim(sinks, sinks_layer[0], keepdims=False)
+    return [attend_by_xla(q[:, 0], cache, own, layer, position), cache]
 
 
 def attend_by_xla(q: Array, cache: Array, sinks: Array, layer: Array, position: Array) -> Array:
-    """cached_attention by plain operations."""
+    """Attention to a cache that holds the latest token: q [B, N, D] rotated, sinks [N], layer [1]."""
     batch, heads, dim = q.shape
     key_heads, size = cache.shape[2:4]
     keys, values = jnp.split(lax.dynamic_index_in_dim(cache, layer[0], keepdims=False), 2, axis=-1)
@@ -71,14 +111,14 @@ def attend_by_xla(q: Array, cache: Array, sinks: Array, layer: Array, position: 
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _launches(*operands: Array, capability: int | None) -> Array:
-    names = ("q", "cache", "sinks", "layer", "position")
-    buffers: dict[str, Any] = dict(zip(names, operands, strict=True))
-    batch, heads, dim = buffers["q"].shape
+def _launches(*operands: Array, capability: int | None) -> list[Array]:
+    buffers = dict(zip(NAMES, operands, strict=True))
     key_heads, slots = buffers["cache"].shape[2:4]
-    plans = cached_attention_plans(batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
-    capability = local_capability() if capability is None else capability
-    return launch(plans, buffers, capability)["attended"]
+    batch, _, dim = buffers["heads"].shape
+    heads = buffers["sinks"].shape[1]
+    plans = decoding_plans("cached_attention", batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
+    written = launch(plans, buffers, local_capability() if capability is None else capability)
+    return [written["attended"], written["cache"]]
 
 
 register(cached_attention_p, _launches)

@@ -203,20 +203,12 @@ def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables
     return plan_routing(problem)
 
 
-def cached_attention_plans(**sizes: int) -> list["Plan"]:
-    """See plan_cached_attention for the sizes."""
-    from jmoe.triton_src.cached_attention import plan_cached_attention
-
+def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
+    """Of one of jmoe.triton_src.decoding's operations; for the sizes see its plan."""
     check_installed()
-    return plan_cached_attention(**sizes)
+    from jmoe.triton_src.decoding import PLANS
 
-
-def few_rows_linear_plans(rows: int, n: int, k: int, rank: int | None) -> list["Plan"]:
-    """See plan_few_rows_linear."""
-    from jmoe.triton_src.few_rows_linear import plan_few_rows_linear
-
-    check_installed()
-    return [plan_few_rows_linear(rows=rows, n=n, k=k, rank=rank)]
+    return PLANS[operation](**sizes)
 
 
 def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
@@ -253,7 +245,9 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
         plan.check_names()
         # jax-triton hands out results in the order of the kernel's parameters.
         outputs = [plan.outputs[parameter] for parameter in plan.kernel.arg_names if parameter in plan.outputs]
-        operands = {p: None if name is None else everything[name] for p, name in plan.operands.items()}
+        operands: dict[str, Any] = {p: name and everything[name] for p, name in plan.operands.items()}
+        # What is passed as a reference is an operand and a result in one buffer.
+        references = {parameter: jax.new_ref(operands[parameter]) for parameter in plan.updates}
         results = jax_triton.triton_call(
             kernel=plan.kernel,
             out_type=[jax.ShapeDtypeStruct(buffer.shape, jnp.dtype(buffer.dtype)) for buffer in outputs],
@@ -264,11 +258,13 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
             backend_options=None if plan.max_registers is None else {"maxnreg": plan.max_registers},
             compute_capability=capability,
             cost_estimate={"flops": plan.flops, "bytes_accessed": plan.bytes_accessed},
-            **operands,
+            **operands | references,
             **plan.scalars,
             **plan.constexprs,
         )
         everything |= {buffer.name: result for buffer, result in zip(outputs, results, strict=True)}
+        for parameter, reference in references.items():
+            everything[str(plan.operands[parameter])] = jax.freeze(reference)
     return everything
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch import few_rows_linear_plans, launch, local_capability, register
+from jmoe.ops.launch import decoding_plans, launch, local_capability, register
 
 MOST_ROWS = 64
 """Rows of stacked_linear at most. For more a product is no longer bound by reading the weights."""
@@ -22,10 +22,10 @@ stacked_linear_p.def_abstract_eval(
 
 
 class Expand(NamedTuple):
-    """LoRA's second half: scale * x A^T, and B."""
+    """LoRA's second half: scale * x A^T, and all layers' B, of which the first N rows count."""
 
     shrunk: BFloat16[Array, "T R"]
-    b: BFloat16[Array, "N R"]
+    b: BFloat16[Array, "L P R"]
 
 
 def stacked_linear(
@@ -37,7 +37,7 @@ def stacked_linear(
     *,
     capability: int | None = None,
 ) -> BFloat16[Array, "T N"]:
-    """x weight[layer]^T + bias[layer], plus LoRA, summed in float32 and rounded once. It has no gradient.
+    """x weight[layer]^T + bias[layer], plus LoRA of that layer, summed in float32 and rounded once. It has no gradient.
 
     Args:
       x: at most MOST_ROWS rows.
@@ -61,15 +61,19 @@ def linear_by_xla(x: Array, weight: Array, bias: Array, layer: Array, *lora: Arr
     weight, bias = (lax.dynamic_index_in_dim(array, layer[0], keepdims=False) for array in (weight, bias))
     y = jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32) + bias.astype(jnp.float32)
     if lora:
-        y += jnp.einsum("tr,nr->tn", *lora, preferred_element_type=jnp.float32)
+        shrunk, b = lora
+        b = lax.dynamic_index_in_dim(b, layer[0], keepdims=False)[: y.shape[1]]
+        y += jnp.einsum("tr,nr->tn", shrunk, b, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 
 def _launches(*operands: Array, names: tuple[str, ...], capability: int | None) -> Array:
     buffers: dict[str, jax.Array] = dict(zip(names, operands, strict=True))
     rows, k = buffers["x"].shape
-    rank = buffers["shrunk"].shape[1] if "shrunk" in buffers else None
-    plans = few_rows_linear_plans(rows, buffers["weight"].shape[1], k, rank)
+    lora = {}
+    if "shrunk" in buffers:
+        lora = {"rank": buffers["shrunk"].shape[1], "lora_rows": buffers["lora_b"].shape[1]}
+    plans = decoding_plans("few_rows_linear", rows=rows, n=buffers["weight"].shape[1], k=k, **lora)
     return launch(plans, buffers, local_capability() if capability is None else capability)["linear"]
 
 

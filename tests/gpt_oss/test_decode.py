@@ -1,15 +1,19 @@
 """Decoding against the cache, beside the whole sequence at once and transformers' greedy text."""
 
+import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.cache import held_positions
-from jmoe.gpt_oss.decode import decode, prefill
+from jmoe.bench.model.case import sizes
+from jmoe.gpt_oss.cache import empty_cache, held_positions
+from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.random_model import random_model
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -47,6 +51,55 @@ def test_greedy_text_is_that_of_transformers(model: gpt_oss.GptOss, adapter: int
         got.append(int(logits[0].argmax()))
         logits, state = step(model, jnp.array(got[-1:], jnp.int32), state)
     assert got == want.tolist()
+
+
+@pytest.mark.parametrize(("adapter", "ids"), [(None, None), (CASE / "adapter", None), (CASE / "adapter", [0, -1, 0])])
+def test_bfloat16_steps_round_no_more_than_the_whole_sequence(adapter: Path | None, ids: list[int] | None) -> None:
+    """Few tokens in bfloat16 take launches of their own, whose sums are rounded where the other layers' are."""
+    tokens, length = np.random.default_rng(0).integers(0, 128, (3, 24)).astype(np.int32), 6
+    adapter_ids = None if ids is None else jnp.array(ids, jnp.int32)
+
+    def in_steps(model: gpt_oss.GptOss) -> np.ndarray:
+        lengths = jnp.full(3, length, jnp.int32)
+        start = jax.jit(lambda model: prefill(model, tokens[:, :length], lengths, capacity=40, adapter_ids=adapter_ids))
+        logits, state = start(model)
+        found, step = [logits], jax.jit(decode)
+        for i in range(length, tokens.shape[1]):
+            logits, state = step(model, tokens[:, i], state)
+            found.append(logits)
+        return np.stack(found, axis=1)
+
+    narrow, wide = (
+        gpt_oss.load(CASE / "model", adapter=adapter, dtype=dtype, progress=False)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    whole = jax.jit(lambda model: model(tokens, adapter_ids=adapter_ids)[:, length - 1 :])
+    want = np.asarray(whole(wide))
+
+    def median_error(got: np.ndarray) -> float:
+        """By tokens: one whose router's logits nearly tie may take another expert in bfloat16."""
+        return float(np.median(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
+
+    assert median_error(in_steps(narrow)) <= 1.1 * median_error(np.asarray(whole(narrow)))
+
+
+def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation in ("launch", "norm_linear", "stacked_linear", "cached_attention"):
+        monkeypatch.setattr(f"jmoe.ops.{operation}.local_capability", lambda: 90)
+    monkeypatch.setattr("jmoe.ops.launch.local_tables", lambda: None)
+    config = sizes()["tiny"]
+    model = random_model(config, rank=16, packed=True)
+    cache = empty_cache(config, model.period, 2, 1088, model.dtype)
+    state = Decoding(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
+    tokens = jnp.zeros(2, jnp.int32)
+    program = jax.jit(decode).trace(model, tokens, state).lower(lowering_platforms=("cuda",)).as_text()
+    # Norm, product and attention with q, k and v; LoRA on o, product; norm with the router; six of the experts. On the
+    # full layer attention is split. The last norm.
+    assert program.count("@triton_kernel_call_ffi") == 12 + 13 + 1
+    assert program.count("output_operand_alias<") == 2
+    sliced = re.findall(r"stablehlo\.dynamic_(?:update_)?slice .*: \(tensor<([^>]*)>", program)
+    assert sliced
+    assert all(operand.endswith("xi32") for operand in sliced)
 
 
 def test_slots_hold_the_latest_tokens() -> None:

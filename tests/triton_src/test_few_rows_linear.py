@@ -20,13 +20,14 @@ def test_one_layer_of_a_stack(rows: int, n: int, k: int, rank: int | None) -> No
     buffers["weight"][[0, 2]] = float("nan")
     buffers["layer"] = torch.tensor([1], dtype=torch.int32)
     if rank is not None:
-        buffers |= {"shrunk": normal(rows, rank), "lora_b": normal(n, rank)}
-    plan = plan_few_rows_linear(rows=rows, n=n, k=k, rank=rank)
-    plan.check_names()
+        buffers |= {"shrunk": normal(rows, rank), "lora_b": normal(3, 2 * n, rank)}
+        buffers["lora_b"][[0, 2]] = buffers["lora_b"][:, n:] = float("nan")
+    plans = plan_few_rows_linear(rows=rows, n=n, k=k, rank=rank, lora_rows=2 * n)
+    plans[0].check_names()
     with bfloat16_arithmetic():
-        got = launch([plan], buffers)["linear"].double()
+        got = launch(plans, buffers)["linear"].double()
     exact = {name: buffer.double() for name, buffer in buffers.items()}
     want = exact["x"] @ exact["weight"][1].T + exact["bias"][1]
     if rank is not None:
-        want += exact["shrunk"] @ exact["lora_b"].T
+        want += exact["shrunk"] @ exact["lora_b"][1, :n].T
     assert float((got - want).norm() / want.norm()) <= 4e-3

@@ -1,0 +1,140 @@
+"""The layers for few tokens, as inference takes them: few launches, weights read in place from all layers'."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layer import Attention, delta
+from jmoe.gpt_oss.rope import Heads
+from jmoe.gpt_oss.weights import LayerWeights, Linear, take
+from jmoe.ops.experts import Lora
+from jmoe.ops.moe import moe
+from jmoe.ops.norm_linear import Narrow, norm_linear
+from jmoe.ops.stacked_linear import Expand, stacked_linear
+
+
+def through_layers_of_few[S](
+    x: Float[Array, "B T H"],
+    stack: LayerWeights,
+    norm: Float[Array, " H"],
+    lora: AttentionLora | None,
+    on_experts: Lora | None,
+    config: Config,
+    *,
+    attentions: Sequence[Callable[..., tuple[Array, S]]],
+    states: Sequence[S],
+    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
+    adapter_ids: Int32[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
+    """(hidden, states) as GptOss.through_layers, from embedded tokens and the last norm's weight."""
+    period = len(states)
+
+    def group(
+        carry: tuple[Array, Array, tuple[S, ...]], number: Array
+    ) -> tuple[tuple[Array, Array, tuple[S, ...]], None]:
+        x, addend, states = carry
+        kept = []
+        for i in range(period):
+            x, addend, state = layer_of_few(
+                x,
+                addend,
+                stack,
+                lora,
+                on_experts,
+                config,
+                attention=functools.partial(attentions[i], state=states[i], group=number),
+                rotary=rotary,
+                adapter_ids=adapter_ids,
+                index=number * period + i,
+            )
+            kept.append(state)
+        return (x, addend, tuple(kept)), None
+
+    groups = jnp.arange(config.num_hidden_layers // period)
+    (x, addend, carried), _ = lax.scan(group, (x, jnp.zeros_like(x), tuple(states)), groups)
+    last = norm_linear(
+        rows_of(x), jnp.int32(0), addend=rows_of(addend), norm=norm[None], eps=config.rms_norm_eps
+    ).normal
+    return last.reshape(x.shape), carried
+
+
+def layer_of_few[S](
+    x: Float[Array, "B T H"],
+    addend: Float[Array, "B T H"],
+    stack: LayerWeights,
+    lora: AttentionLora | None,
+    on_experts: Lora | None,
+    config: Config,
+    *,
+    attention: Attention[S],
+    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
+    adapter_ids: Int32[Array, "B T"] | None,
+    index: Int32[Array, ""],
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"], S]:
+    """(x, addend, what the attention keeps): jmoe.gpt_oss.layer's result is x + addend, which the next norm adds.
+
+    x, addend: likewise what goes in is their sum.
+    stack, lora, on_experts: of all layers.
+    attention: as there.
+    """
+    eps = config.rms_norm_eps
+
+    def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: Factors | None) -> Array:
+        expand = None
+        if factors is not None and shrunk is not None:
+            expand = Expand(shrunk, factors.b.reshape(factors.b.shape[0], -1, factors.b.shape[-1]))
+        y = stacked_linear(x, linears.weight, linears.bias, index, expand)
+        if factors is None or expand is not None:
+            return y
+        own = jax.tree.map(lambda leaf: take(leaf, index), factors)
+        return (y + rows_of(delta(x.reshape(*shape, -1), own, adapter_ids))).astype(x.dtype)
+
+    shape = x.shape[:2]
+    on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
+    with jax.named_scope("attention"):
+        narrow = shrinking(on_qkv, adapter_ids)
+        before = norm_linear(
+            rows_of(x), index, addend=rows_of(addend), norm=stack.attention_norm, eps=eps, narrow=narrow
+        )
+        heads = multiply(before.normal, before.product, stack.qkv, on_qkv)
+        heads = heads.reshape(*shape, -1, config.head_dim)
+        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), take(stack.sinks, index))
+        attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
+        narrow = shrinking(on_o, adapter_ids)
+        shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow).product
+        addend = multiply(attended, shrunk, stack.o, on_o)
+    with jax.named_scope("router"):
+        narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)
+        routed = norm_linear(before.sum, index, addend=addend, norm=stack.moe_norm, eps=eps, narrow=narrow)
+    with jax.named_scope("experts"):
+        y = moe(
+            routed.normal.reshape(x.shape),
+            routed.product.reshape(*shape, -1),
+            stack.experts,
+            top_k=config.num_experts_per_tok,
+            lora=on_experts,
+            adapter_ids=None if on_experts is None else adapter_ids,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            layer=index,
+        )
+    return routed.sum.reshape(x.shape), y, kept
+
+
+def rows_of(array: Array) -> Array:
+    """[..., N] -> [T, N]."""
+    return array.reshape(-1, array.shape[-1])
+
+
+def shrinking(factors: Factors | None, adapter_ids: Int32[Array, "B T"] | None) -> Narrow | None:
+    """LoRA's first half as a narrow product, where all tokens have the first adapter; None where they do not."""
+    if factors is None or adapter_ids is not None:
+        return None
+    layers, _, rank, k = factors.a.shape
+    return Narrow(factors.a.reshape(layers, -1, k), rank, scale=factors.scale.reshape(layers, -1))

@@ -1,0 +1,134 @@
+"""A norm and a narrow product of what it makes: one launch by Triton on CUDA; by XLA elsewhere."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.extend as jex
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Float, Int32
+
+from jmoe.ops.launch import decoding_plans, launch, local_capability, register
+from jmoe.ops.norm import rms_norm
+
+norm_linear_p = jex.core.Primitive("jmoe_norm_linear")
+"""Operands as the plan names them, in the order of the parameter `names`. Results: those of `result_names`."""
+
+norm_linear_p.multiple_results = True
+
+
+class Narrow(NamedTuple):
+    """Rows of a stack of weights to multiply by, the first `columns` of each layer's: scale * x W^T + bias."""
+
+    weight: Float[Array, "L P K"]
+    columns: int
+    scale: Float[Array, "L P"] | None = None
+    bias: Float[Array, "L P"] | None = None
+
+
+class NormLinear(NamedTuple):
+    """x plus the addend [T, K], its norm [T, K], and the product [T, N] of the last there is; None for what is not."""
+
+    sum: Any
+    normal: Any
+    product: Any
+
+
+def norm_linear(
+    x: BFloat16[Array, "T K"],
+    layer: Int32[Array, ""],
+    *,
+    addend: BFloat16[Array, "T K"] | None = None,
+    norm: BFloat16[Array, "L K"] | None = None,
+    eps: float = 0.0,
+    narrow: Narrow | None = None,
+    capability: int | None = None,
+) -> NormLinear:
+    """One layer's norm and product for few rows, each step summed in float32 and rounded once. It has no gradient.
+
+    Args:
+      norm, eps: the weight of all layers' norms, and what is added to the mean of squares.
+      capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
+    """
+    given = {"x": x, "layer": layer.reshape(1), "addend": addend, "norm": norm}
+    if narrow is not None:
+        given |= {"weight": narrow.weight, "scale": narrow.scale, "bias": narrow.bias}
+    buffers = {name: array for name, array in given.items() if array is not None}
+    names = tuple(buffers)
+    columns = 0 if narrow is None else narrow.columns
+
+    def triton(*operands: Array) -> Sequence[Array]:
+        return norm_linear_p.bind(*operands, names=names, columns=columns, eps=eps, capability=capability)
+
+    def xla(*operands: Array) -> Sequence[Array]:
+        return norm_linear_by_xla(dict(zip(names, operands, strict=True)), columns, eps)
+
+    if capability is not None:
+        results = triton(*buffers.values())
+    else:
+        results = lax.platform_dependent(*buffers.values(), cuda=triton, default=xla)
+    found = dict(zip(result_names(names), results, strict=True))
+    return NormLinear(*(found.get(name) for name in NormLinear._fields))
+
+
+def result_names(names: Sequence[str]) -> list[str]:
+    """What comes of operands of these names."""
+    makes = {"addend": "sum", "norm": "normal", "weight": "product"}
+    return [result for name, result in makes.items() if name in names]
+
+
+def norm_linear_by_xla(given: dict[str, Array], columns: int, eps: float) -> list[Array]:
+    """norm_linear by plain operations, in x's dtype."""
+    results = []
+
+    def own(name: str) -> Array:
+        return lax.dynamic_index_in_dim(given[name], given["layer"][0], keepdims=False)
+
+    x = given["x"]
+    if "addend" in given:
+        results.append(x := x + given["addend"])
+    if "norm" in given:
+        results.append(x := rms_norm(x, own("norm"), eps))
+    if "weight" in given:
+        product = jnp.einsum(
+            "tk,nk->tn",
+            x,
+            own("weight")[:columns].astype(x.dtype),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        if "scale" in given:
+            product *= own("scale")[:columns]
+        if "bias" in given:
+            product += own("bias")[:columns].astype(jnp.float32)
+        results.append(product.astype(x.dtype))
+    return results
+
+
+def _avals(*avals: Any, names: tuple[str, ...], columns: int, **_: Any) -> list[Any]:
+    x = avals[names.index("x")]
+    return [x.update(shape=(x.shape[0], columns)) if name == "product" else x for name in result_names(names)]
+
+
+norm_linear_p.def_abstract_eval(_avals)
+
+
+def _launches(
+    *operands: Array, names: tuple[str, ...], columns: int, eps: float, capability: int | None
+) -> list[Array]:
+    buffers = dict(zip(names, operands, strict=True))
+    rows, k = buffers["x"].shape
+    plans = decoding_plans(
+        "norm_linear",
+        rows=rows,
+        k=k,
+        n=columns,
+        weight_rows=buffers["weight"].shape[1] if columns else 0,
+        eps=eps,
+        **{name: name in buffers for name in ("addend", "norm", "scale", "bias")},
+    )
+    written = launch(plans, buffers, local_capability() if capability is None else capability)
+    return [written[name] for name in result_names(names)]
+
+
+register(norm_linear_p, _launches)
