@@ -217,20 +217,17 @@ class GptOss(nnx.Module):
             kept = []
             for i in range(period):
                 index = number * period + i
-                if not inference:
-                    here = None if loras is None else jax.tree.map(lambda leaf, i=i: leaf[i], loras)
-                else:
-                    here = attention_lora and attention_lora.layer(index), on_experts
 
                 # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
-                def one(x: Array, index: Array, lora: Any, state: S, i: int = i) -> tuple[Array, S]:
-                    own = stack.layer(index, ("experts",))
-                    on_attention, on_experts = (None, None) if lora is None else lora
+                def one(x: Array, index: Array, loras: Any, state: S, i: int = i) -> tuple[Array, S]:
+                    if inference:
+                        lora = attention_lora and attention_lora.layer(index), on_experts
+                    else:
+                        lora = (None, None) if loras is None else jax.tree.map(lambda leaf: leaf[i], loras)
                     return layer(
                         x,
-                        own,
-                        on_attention,
-                        on_experts,
+                        stack.layer(index, ("experts",)),
+                        *lora,
                         config,
                         attention=functools.partial(attentions[i], state=state, group=number),
                         observe=None if observe is None else functools.partial(observe, group=number),
@@ -240,7 +237,7 @@ class GptOss(nnx.Module):
                         recompute=self.recompute,
                     )
 
-                x, state = (jax.checkpoint(one) if self.remat else one)(x, index, here, states[i])
+                x, state = (jax.checkpoint(one) if self.remat else one)(x, index, loras, states[i])
                 kept.append(state)
             return (x, tuple(kept)), None
 
