@@ -1,4 +1,7 @@
-"""When, where and of what a figure was taken, and the file that says so."""
+"""When, where and of what a figure was taken, and the file that says so.
+
+python -m jmoe.bench.record prints it as JSON.
+"""
 
 import datetime
 import importlib.metadata
@@ -44,3 +47,7 @@ def write(file: Path, results: dict[str, Any]) -> None:
     fresh = file.with_name(file.name + ".new")
     fresh.write_text(json.dumps(results, indent=1) + "\n")
     fresh.replace(file)
+
+
+if __name__ == "__main__":
+    print(json.dumps(birth_certificate()))

@@ -28,17 +28,15 @@ def bench_model(
     """
     import json
 
-    import jax
-
     from jmoe.bench.model.case import CPU_CASES, GPU_CASES
-    from jmoe.bench.model.run import MODULES, run
-    from jmoe.bench.record import birth_certificate, write
+    from jmoe.bench.model.run import MODULES, certificate, run
+    from jmoe.bench.record import write
 
-    every = GPU_CASES if jax.default_backend() == "gpu" else CPU_CASES
+    results: dict[str, Any] = {**certificate(), "rows": []}
+    every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
     wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
     console = Console(width=max(150, Console().width))
-    results: dict[str, Any] = {**birth_certificate(), "rows": []}
     failed = False
     for case, figures in run(cases):
         results["rows"].append({**dataclasses.asdict(case), **figures})
