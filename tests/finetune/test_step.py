@@ -1,6 +1,7 @@
 """One step of the optimizer on the tiny model."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -36,7 +37,9 @@ def random_batch(micro_batches: int, rows: int = 2, length: int = 12, seed: int 
     )
 
 
+@functools.cache
 def trainer() -> Trainer:
+    """Compiled once for all tests, which step from copies of its state."""
     return Trainer(model(), make_optimizer(CONFIG, 10), loss_chunk=16)
 
 
