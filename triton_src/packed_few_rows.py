@@ -66,7 +66,7 @@ def load_shrunk_blocks(
 
 @gluon.jit
 def expand(
-    acc, shrunk, lora_b_ptr, rows, first_column,
+    acc, shrunk, lora_b_ptr, rows,
     N: gl.constexpr,
     RANK: gl.constexpr,
     BLOCK_R: gl.constexpr,
@@ -74,10 +74,10 @@ def expand(
     ROWS: gl.constexpr,
     A: gl.constexpr,
 ):  # fmt: skip
-    """acc + B (x A^T)^T from first_column on for the adapter whose rows of B begin at `rows`: the first part's work."""
+    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`: the first part's work."""
     part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
     fragment_row = gl.arange(0, 16 * ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
-    column = first_column + packed_column(fragment_row)
+    column = gl.program_id(0) * (16 * ROWS) + packed_column(fragment_row)
     ranks = gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
     for i in gl.static_range(len(shrunk)):
         rank = i * BLOCK_R + ranks
@@ -85,26 +85,6 @@ def expand(
         b = gl.load(at, mask=(part == 0) & (column < N) & (rank < RANK), other=0.0).to(gl.bfloat16)
         acc = mma_v2(b, shrunk[i], acc)
     return acc
-
-
-@gluon.jit
-def gate_and_up(acc, nan, OUT: gl.constexpr):
-    """(even, odd) columns of a strip, summed over the parts of K, in the layout OUT; NaN where a scale was."""
-    PARTS: gl.constexpr = acc.shape[0]
-    PAIRS: gl.constexpr = acc.shape[1] // 2
-    BLOCK_M: gl.constexpr = acc.shape[2]
-    # Fragment rows g and g + 8 are columns 2g and 2g + 1.
-    total = gl.sum(acc, axis=0).reshape([PAIRS // 8, 2, 8, BLOCK_M])
-    even, odd = gl.split(gl.permute(total, (0, 2, 3, 1)))
-    even = gl.convert_layout(even.reshape([PAIRS, BLOCK_M]), OUT)
-    odd = gl.convert_layout(odd.reshape([PAIRS, BLOCK_M]), OUT)
-    nan = nan.reshape([PARTS, PAIRS])
-    nan_even = gl.max(((nan & 0x00800080) != 0).to(gl.int32), axis=0)
-    nan_odd = gl.max(((nan & -2147450880) != 0).to(gl.int32), axis=0)
-    COLUMNS: gl.constexpr = gl.SliceLayout(1, OUT)
-    even = gl.where(gl.convert_layout(nan_even, COLUMNS)[:, None] != 0, float("nan"), even)
-    odd = gl.where(gl.convert_layout(nan_odd, COLUMNS)[:, None] != 0, float("nan"), odd)
-    return even, odd
 
 
 @gluon.jit(do_not_specialize=["pairs"])
@@ -141,12 +121,11 @@ def packed_few_rows_kernel(
     TOKENS_AHEAD: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
-    STRIPS: gl.constexpr,
 ):
-    """As grouped_matmul_kernel, of STRIPS * ROWS * 16 columns, 64 at most, and BLOCK_M rows, with PARTS * ROWS warps.
+    """As grouped_matmul_kernel, of ROWS * 16 columns and BLOCK_M rows, with PARTS * ROWS warps.
 
-    A warp has 16 columns of each strip and takes turns along K with PARTS - 1 others; AHEAD blocks of weights are in
-    flight. Grid: (cdiv(N, STRIPS * ROWS * 16), slots); gate_up's N is padded to 128.
+    A warp has 16 columns and takes turns along K with PARTS - 1 others; AHEAD blocks of weights are in flight. Grid:
+    (cdiv(N, ROWS * 16), slots); gate_up's N is padded to 128.
     """
     # Layouts of the accumulators, the product's two operands, words, scales and tokens.
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, ROWS, 1], instr_shape=[1, 16, 8])
@@ -173,9 +152,8 @@ def packed_few_rows_kernel(
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
         # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
-        first_column = gl.program_id(0) * (STRIPS * ROWS * 16)
-        column_block = gl.minimum(first_column // 64, COLUMN_BLOCKS - 1)
-        row_of_block = first_column % 64 // 16
+        column_block = gl.minimum(gl.program_id(0) * ROWS // 4, COLUMN_BLOCKS - 1)
+        row_of_block = gl.program_id(0) * ROWS % 4
         matrix = in_stack(expert, layer_ptr, EXPERTS).to(gl.int64)
         lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
         block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
@@ -190,11 +168,8 @@ def packed_few_rows_kernel(
         w = ()
         s = ()
         for i in gl.static_range(AHEAD):
-            for strip in gl.static_range(STRIPS):
-                of_strip = words + i * (PARTS * 512) + strip * (ROWS * 128)
-                w = w + (load_ahead(of_strip, i * PARTS + word_part, BLOCKS, EXACT),)
-                scales_of_strip = scales + i * (PARTS * 32) + strip * (ROWS * 8)
-                s = s + (load_ahead(scales_of_strip, i * PARTS + scale_part, BLOCKS, EXACT),)
+            w = w + (load_ahead(words + i * (PARTS * 512), i * PARTS + word_part, BLOCKS, EXACT),)
+            s = s + (load_ahead(scales + i * (PARTS * 32), i * PARTS + scale_part, BLOCKS, EXACT),)
 
         # Positions past the end repeat the last one: what comes of them is not stored.
         position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
@@ -212,48 +187,36 @@ def packed_few_rows_kernel(
 
         # What the end needs is loaded now, behind the weights.
         OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, WARPS], [0, 1])
-        out_column = first_column // 2 + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
+        column = gl.program_id(0) * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
+        column_ok = 2 * column < N
         out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
         row_ok = out_position < end
-        biases_even = ()
-        biases_odd = ()
         if bias_ptr is not None:
-            for strip in gl.static_range(STRIPS):
-                column = out_column + strip * (8 * ROWS)
-                bias = bias_ptr + matrix * N + 2 * column
-                biases_even = biases_even + (gl.load(bias, mask=2 * column < N, other=0.0),)
-                biases_odd = biases_odd + (gl.load(bias + 1, mask=2 * column < N, other=0.0),)
+            bias = bias_ptr + matrix * N + 2 * column
+            bias_even = gl.load(bias, mask=column_ok, other=0.0)
+            bias_odd = gl.load(bias + 1, mask=column_ok, other=0.0)
         if not GATE_UP:
             pair = gl.load(order_ptr + out_position, mask=row_ok, other=0)
             gate = gl.load(gates_ptr + pair, mask=row_ok, other=0.0)
 
-        accs = ()
-        nans = ()
-        for _ in gl.static_range(STRIPS):
-            accs = accs + (gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C),)
-            nans = nans + (gl.zeros([WARPS, 8], gl.int32, S),)
+        acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
+        nan = gl.zeros([WARPS, 8], gl.int32, S)
         if lora_b_ptr is not None:
             shrunk = load_shrunk_blocks(
                 shrunk_ptr, pairs, first, end, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, B
             )
             if adapter_ids_ptr is None:
-                own = lora_expert.to(gl.int64) * N
-                for strip in gl.static_range(STRIPS):
-                    begin = first_column + strip * (ROWS * 16)
-                    expanded = expand(accs[0], shrunk, lora_b_ptr, own, begin, N, RANK, BLOCK_R, PARTS, ROWS, A)
-                    accs = accs[1:] + (expanded,)
+                acc = expand(acc, shrunk, lora_b_ptr, lora_expert.to(gl.int64) * N, N, RANK, BLOCK_R, PARTS, ROWS, A)
             else:
                 COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, C))
                 used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, COLUMN)
                 for adapter in range(ADAPTERS):
                     mine = used == adapter
                     if gl.max(mine.to(gl.int32), axis=0) > 0:
+                        zero = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
                         own = (adapter * EXPERTS + lora_expert).to(gl.int64) * N
-                        for strip in gl.static_range(STRIPS):
-                            zero = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
-                            begin = first_column + strip * (ROWS * 16)
-                            expanded = expand(zero, shrunk, lora_b_ptr, own, begin, N, RANK, BLOCK_R, PARTS, ROWS, A)
-                            accs = accs[1:] + (gl.where(mine[None, None, :], expanded, accs[0]),)
+                        expanded = expand(zero, shrunk, lora_b_ptr, own, N, RANK, BLOCK_R, PARTS, ROWS, A)
+                        acc = gl.where(mine[None, None, :], expanded, acc)
 
         xs = ()
         for i in gl.static_range(TOKENS_AHEAD):
@@ -265,48 +228,45 @@ def packed_few_rows_kernel(
                 b = (start + i + TOKENS_AHEAD) * PARTS
                 xs = xs + (load_tokens(x + b * 64, b + x_part, BLOCKS, EXACT),)
                 b = (start + i + AHEAD) * PARTS
-                for strip in gl.static_range(STRIPS):
-                    of_strip = words + b * 512 + strip * (ROWS * 128)
-                    next_w = next_w + (load_ahead(of_strip, b + word_part, BLOCKS, EXACT),)
-                    scales_of_strip = scales + b * 32 + strip * (ROWS * 8)
-                    next_s = next_s + (load_ahead(scales_of_strip, b + scale_part, BLOCKS, EXACT),)
+                next_w = next_w + (load_ahead(words + b * 512, b + word_part, BLOCKS, EXACT),)
+                next_s = next_s + (load_ahead(scales + b * 32, b + scale_part, BLOCKS, EXACT),)
+                nan = nan | nan_bits(s[i])
                 tokens = gl.permute(xs[0].reshape([PARTS, BLOCK_M, 4, 4, 2, 2]), (0, 3, 4, 2, 5, 1))
                 tokens = gl.convert_layout(tokens.reshape([PARTS, 64, BLOCK_M]), B)
                 xs = xs[1:]
-                for strip in gl.static_range(STRIPS):
-                    nans = nans[1:] + (nans[0] | nan_bits(s[i * STRIPS + strip]),)
-                    weights = unpack_weights(w[i * STRIPS + strip], s[i * STRIPS + strip], A)
-                    accs = accs[1:] + (mma_v2(weights, tokens, accs[0]),)
+                acc = mma_v2(unpack_weights(w[i], s[i], A), tokens, acc)
             w = next_w
             s = next_s
 
-        for strip in gl.static_range(STRIPS):
-            even, odd = gate_and_up(accs[strip], nans[strip], OUT)
-            if bias_ptr is not None:
-                even += biases_even[strip].to(gl.float32)[:, None]
-                odd += biases_odd[strip].to(gl.float32)[:, None]
-            column = out_column + strip * (8 * ROWS)
-            column_ok = 2 * column < N
-            ok = column_ok[:, None] & row_ok[None, :]
-            if GATE_UP:
-                out = swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16)
-                in_block = column % 64
-                slot = (
-                    column
-                    - in_block
-                    + in_block % 8 // 2 * 16
-                    + in_block // 16 * 4
-                    + in_block % 16 // 8 * 2
-                    + in_block % 2
-                )
-                # Columns that pad the width are written too, as zero: the next product reads them.
-                out = gl.where(column_ok[:, None], out, 0.0)
-                padded_ok = (column < OUT_WIDTH)[:, None] & row_ok[None, :]
-                gl.store(out_ptr + out_position.to(gl.int64)[None, :] * OUT_WIDTH + slot[:, None], out, mask=padded_ok)
-            else:
-                at = out_ptr + pair.to(gl.int64)[None, :] * N + 2 * column[:, None]
-                gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)
-                gl.store(at + 1, (odd * gate[None, :]).to(gl.bfloat16), mask=ok)
+        # Fragment rows g and g + 8 are columns 2g and 2g + 1: gate and up.
+        total = gl.sum(acc, axis=0).reshape([ROWS, 2, 8, BLOCK_M])
+        even, odd = gl.split(gl.permute(total, (0, 2, 3, 1)))
+        even = gl.convert_layout(even.reshape([8 * ROWS, BLOCK_M]), OUT)
+        odd = gl.convert_layout(odd.reshape([8 * ROWS, BLOCK_M]), OUT)
+        nan = nan.reshape([PARTS, 8 * ROWS])
+        nan_even = gl.max(((nan & 0x00800080) != 0).to(gl.int32), axis=0)
+        nan_odd = gl.max(((nan & -2147450880) != 0).to(gl.int32), axis=0)
+        COLUMNS: gl.constexpr = gl.SliceLayout(1, OUT)
+        even = gl.where(gl.convert_layout(nan_even, COLUMNS)[:, None] != 0, float("nan"), even)
+        odd = gl.where(gl.convert_layout(nan_odd, COLUMNS)[:, None] != 0, float("nan"), odd)
+        if bias_ptr is not None:
+            even += bias_even.to(gl.float32)[:, None]
+            odd += bias_odd.to(gl.float32)[:, None]
+        ok = column_ok[:, None] & row_ok[None, :]
+        if GATE_UP:
+            out = swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16)
+            in_block = column % 64
+            slot = (
+                column - in_block + in_block % 8 // 2 * 16 + in_block // 16 * 4 + in_block % 16 // 8 * 2 + in_block % 2
+            )
+            # Columns that pad the width are written too, as zero: the next product reads them.
+            out = gl.where(column_ok[:, None], out, 0.0)
+            padded_ok = (column < OUT_WIDTH)[:, None] & row_ok[None, :]
+            gl.store(out_ptr + out_position.to(gl.int64)[None, :] * OUT_WIDTH + slot[:, None], out, mask=padded_ok)
+        else:
+            at = out_ptr + pair.to(gl.int64)[None, :] * N + 2 * column[:, None]
+            gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)
+            gl.store(at + 1, (odd * gate[None, :]).to(gl.bfloat16), mask=ok)
 
 
 def plan_packed_few_rows(
@@ -330,7 +290,7 @@ def plan_packed_few_rows(
     """gate_up: activations [P, I padded to 64], interleaved, from x_interleaved. down: pair_out [P, H] from these."""
     gate_up = projection == "gate_up"
     width = interleaved_width(n // 2) if gate_up else n
-    columns = 16 * tile.column_warps * tile.strips
+    columns = 16 * tile.column_warps
     programs = 2 * width // columns if gate_up else cdiv(n, columns)
     out = Buffer("activations" if gate_up else "pair_out", (pairs, width), "bfloat16")
     return Plan(
@@ -365,7 +325,6 @@ def plan_packed_few_rows(
             "TOKENS_AHEAD": tile.tokens_ahead,
             "PARTS": 4 // tile.column_warps,
             "ROWS": tile.column_warps,
-            "STRIPS": tile.strips,
         },
         num_warps=4,
         num_stages=1,

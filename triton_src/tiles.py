@@ -46,7 +46,6 @@ class FewRowsTile:
     ahead: int
     tokens_ahead: int
     column_warps: int  # of the four; the others share these' columns along K
-    strips: int = 1  # of 16 columns that a warp has; strips * column_warps is at most 4
     shrink_splits: int = 8
 
 
