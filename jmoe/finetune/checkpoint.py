@@ -29,10 +29,14 @@ class Standing:
 class Checkpoints:
     """The checkpoints in a directory; closed at the end of a `with`."""
 
-    def __init__(self, directory: Path, config: FinetuneConfig) -> None:
-        """Opens the directory, which is made if it is not there."""
+    def __init__(self, directory: Path, config: FinetuneConfig, data: str) -> None:
+        """Opens the directory, which is made if it is not there.
+
+        data: the digest of what the run trains and validates on, see jmoe.finetune.batches.digest.
+        """
         self.directory = directory.absolute()
         self.config = dataclasses.asdict(config)
+        self.data = data
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
@@ -61,7 +65,9 @@ class Checkpoints:
             standing.step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-                run=ocp.args.JsonSave({"standing": dataclasses.asdict(standing), "config": self.config}),  # type: ignore[call-arg]
+                run=ocp.args.JsonSave(  # type: ignore[call-arg]
+                    {"standing": dataclasses.asdict(standing), "config": self.config, "data": self.data}
+                ),
             ),
         )
         self.manager.wait_until_finished()
@@ -73,13 +79,18 @@ class Checkpoints:
           state: of the same shapes, which says where the arrays go.
 
         Raises:
-          ValueError: the checkpoint is of a run with other options, which are named.
+          ValueError: the checkpoint is of a run with other options, which are named, or on other data.
         """
         step = self.manager.latest_step()
         if step is None:
             return state, Standing()
         run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]  # type: ignore[call-arg]
         self._check_config(run["config"])
+        if run["data"] != self.data:
+            raise ValueError(
+                f"{self.directory} holds a run on other data: rows of the training or validation file, or the "
+                "tokenizer, have changed since; choose another --out"
+            )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(state))  # type: ignore[call-arg]
         return self.manager.restore(step, args=args)["state"], Standing(**run["standing"])
 

@@ -35,7 +35,7 @@ class Run:
     validation: batches of arrays [batch_size, length]; none: no validation.
     steps: of the optimizer in all.
     save_adapter: called with the state whose adapter is the best so far.
-    after_first_step: called with the first step's batch and outcome.
+    before_step, after_step: called around each step, which uses its state up, with its number from 0.
     """
 
     config: FinetuneConfig
@@ -45,7 +45,8 @@ class Run:
     steps: int
     out: Path
     save_adapter: Callable[[TrainState], None]
-    after_first_step: Callable[[TrainState, Batch, Outcome], None]
+    before_step: Callable[[int, TrainState, Batch], None]
+    after_step: Callable[[int, Outcome], None]
 
 
 def run_steps(
@@ -70,14 +71,14 @@ def run_steps(
     with interrupts() as interrupted:
         while standing.step < run.steps:
             batch = run.batch(standing.step)
+            run.before_step(standing.step, state, batch)
             began = time.perf_counter()
             state, outcome = run.trainer.step(state, batch)
             loss = float(outcome.loss)
             seconds = time.perf_counter() - began
             if not bool(outcome.finite):
                 stop_at(run, state, standing, checkpoints, batch, loss, float(outcome.gradient_norm))
-            if standing.step == 0:
-                run.after_first_step(state, batch, outcome)
+            run.after_step(standing.step, outcome)
             figures = {
                 "loss": loss,
                 "gradient_norm": float(outcome.gradient_norm),

@@ -6,21 +6,20 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jmoe.finetune.batches import Batch, Batches, split
+from jmoe.finetune.batches import Batch, Batches, digest, split
 from jmoe.finetune.checkpoint import Checkpoints
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.display import Display
 from jmoe.finetune.examples import Examples, read_examples
+from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, plot
 from jmoe.finetune.packing import pack
-from jmoe.finetune.step import Outcome, Trainer, TrainState, make_optimizer
-from jmoe.gpt_oss.expert_counts import expert_counts
+from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
@@ -71,12 +70,13 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
         assert lora is not None
         save_adapter(adapter, lora, base_model=config.model)
 
-    with Checkpoints(out / "checkpoints", config) as checkpoints:
+    with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
         state, standing = checkpoints.restore(trainer.start)
         if standing.step:
             console.print(f"going on after step {standing.step}", highlight=False)
         (out / "finetune.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         with Metrics(out, standing.step) as metrics, Display(steps, standing.step, console) as display:
+            experts = ExpertCheck(trainer, display)
             run = Run(
                 config,
                 trainer,
@@ -85,7 +85,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
                 steps,
                 out,
                 save,
-                lambda state, batch, outcome: check_experts(trainer, state, batch, outcome, display),
+                experts.before,
+                experts.after,
             )
             state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
     if standing.best_loss is None:
@@ -164,37 +165,3 @@ def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
 def stacked(batch: Batch, accumulate: int) -> Batch:
     """[accumulate * B, T] -> [accumulate, B, T] of each array."""
     return Batch(*(array.reshape(accumulate, -1, array.shape[-1]) for array in batch))
-
-
-def check_experts(trainer: Trainer, state: TrainState, batch: Batch, outcome: Outcome, display: Display) -> None:
-    """Says which experts no trained token reached in the first step.
-
-    Raises:
-      ValueError: an expert that trained tokens reached had no gradient in B: it would train nothing. (A's gradient is
-        zero as long as B is.)
-    """
-    if not outcome.expert_gradients:
-        return
-    count = jax.jit(
-        lambda model, tokens, counted, segments: expert_counts(model, tokens, counted=counted, segment_ids=segments)
-    )
-    model = trainer.model(state)
-    micro_batches = zip(batch.tokens, batch.weights, batch.segment_ids, strict=True)
-    counts = np.sum(
-        [count(model, tokens, weights > 0, segments) for tokens, weights, segments in micro_batches], axis=0
-    )
-    for name, found in outcome.expert_gradients.items():
-        silent = np.argwhere((counts > 0) & ~np.asarray(found)).tolist() if name.endswith("_b") else []
-        if silent:
-            layer, expert = silent[0]
-            raise ValueError(
-                f"{len(silent)} experts got trained tokens and no gradient in {name}, first expert {expert} of layer "
-                f"{layer} with {counts[layer, expert]} tokens: the adapter would not learn there"
-            )
-    unseen = np.argwhere(counts == 0)
-    if len(unseen):
-        listed = ", ".join(f"{layer}:{expert}" for layer, expert in unseen[:20].tolist())
-        more = f" and {len(unseen) - 20} more" if len(unseen) > 20 else ""
-        display.say(f"in the first step no trained token reached (layer:expert) {listed}{more}")
-    else:
-        display.say("in the first step trained tokens reached every expert, and each had a gradient")

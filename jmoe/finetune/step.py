@@ -146,13 +146,13 @@ def take_step(
     factors, kept = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.factors, state.optimizer)
     )
-    outcome = Outcome(loss, norm, tokens, finite, expert_gradients(merge(gradient, frozen)))
+    outcome = Outcome(loss, norm, tokens, finite, experts_not_zero(merge(gradient, frozen)))
     return TrainState(factors, kept), outcome
 
 
-def expert_gradients(gradient: GptOss) -> dict[str, Bool[Array, "L E"]]:
-    """Which experts' factors have a gradient; the model holds gradients in place of factors."""
-    lora = gradient.lora
+def experts_not_zero(model: GptOss) -> dict[str, Bool[Array, "L E"]]:
+    """Which experts' factors are not all zero; of gradients, if the model holds them in place of factors."""
+    lora = model.lora
     assert lora is not None
     return {
         f"{name}_{part}": jnp.any(factors[name] != 0, axis=(1, 3, 4))

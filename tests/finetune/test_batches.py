@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe.finetune.batches import Batches, split
+from jmoe.finetune.batches import Batches, digest, split
 from jmoe.finetune.packing import Packed
 
 
@@ -73,3 +73,12 @@ def test_a_split_that_leaves_nothing_is_refused() -> None:
         split([1], 0.5, seed=0)
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\), got 1"):
         split([1, 2], 1, seed=0)
+
+
+def test_a_digest_is_of_every_array() -> None:
+    rows = Packed(*(np.zeros((2, 3), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)))
+    digests = {digest(rows), digest(rows, rows)}
+    for name in rows._fields:
+        digests.add(digest(rows._replace(**{name: getattr(rows, name) + 1})))
+    assert len(digests) == 6
+    assert digest(rows) == digest(Packed(*map(np.copy, rows)))

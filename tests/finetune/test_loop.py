@@ -46,13 +46,15 @@ def batch_of(step: int) -> Batch:
 
 
 @contextlib.contextmanager
-def a_run(trainer: Trainer, out: Path, config: FinetuneConfig = CONFIG, **changes: Any) -> Iterator[tuple]:
+def a_run(
+    trainer: Trainer, out: Path, config: FinetuneConfig = CONFIG, data: str = "rows", **changes: Any
+) -> Iterator[tuple]:
     """(the run, its state and standing as restored, and what else run_steps takes)."""
     out.mkdir(exist_ok=True)
     validation = [Batch(*(array[0] for array in batch_of(100)))]
     nothing = lambda *_: None  # noqa: E731
-    run = Run(config, trainer, batch_of, validation, STEPS, out, nothing, nothing)
-    with Checkpoints(out / "checkpoints", config) as checkpoints:
+    run = Run(config, trainer, batch_of, validation, STEPS, out, nothing, nothing, nothing)
+    with Checkpoints(out / "checkpoints", config, data) as checkpoints:
         state, standing = checkpoints.restore(jax.tree.map(jnp.array, trainer.start))
         display = Display(STEPS, standing.step, Console(quiet=True))
         with Metrics(out, standing.step) as metrics, display:
@@ -83,6 +85,13 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(trainer: Trainer, tmp_pa
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_does_not_go_on_with_other_data(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path) as run:
+        run_steps(*run)
+    with pytest.raises(ValueError, match="holds a run on other data"), a_run(trainer, tmp_path, data="other rows"):
+        pass
 
 
 def test_ctrl_c_finishes_the_step_and_saves(trainer: Trainer, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Whether every adapted expert that trained tokens reach learns from them, seen in a run's first two steps."""
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from jmoe.finetune.batches import Batch
+from jmoe.finetune.display import Display
+from jmoe.finetune.step import Outcome, Trainer, TrainState, experts_not_zero
+from jmoe.gpt_oss.expert_counts import expert_counts
+
+FEWEST = 8
+"""Trained tokens from which on an expert must have a gradient; fewer may be rounding in another program of the router."""
+
+
+class ExpertCheck:
+    """B's gradient is looked at in the first step, where A's is zero because B is; A's in the second."""
+
+    def __init__(self, trainer: Trainer, display: Display) -> None:
+        """A check of the trainer's steps that says on the display what it finds."""
+        self.trainer = trainer
+        self.display = display
+        self._count = jax.jit(
+            lambda model, tokens, counted, segments: expert_counts(model, tokens, counted=counted, segment_ids=segments)
+        )
+        self._counts: Int64[np.ndarray, "L E"] = np.zeros((0, 0), np.int64)
+        self._b_not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
+
+    def before(self, step: int, state: TrainState, batch: Batch) -> None:
+        """Notes which experts the batch's trained tokens reach, before the step that uses the state up."""
+        if step > 1:
+            return
+        model = self.trainer.model(state)
+        micro_batches = zip(batch.tokens, batch.weights, batch.segment_ids, strict=True)
+        counts = [self._count(model, tokens, weights > 0, segments) for tokens, weights, segments in micro_batches]
+        self._counts = np.sum(counts, axis=0)
+        not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
+        self._b_not_zero = {name[:-2]: found for name, found in not_zero.items() if name.endswith("_b")}
+
+    def after(self, step: int, outcome: Outcome) -> None:
+        """Looks at the step's gradients, and after the first says which experts no trained token reached.
+
+        Raises:
+          ValueError: an expert that trained tokens reached had no gradient: it would train nothing.
+        """
+        if step > 1 or not outcome.expert_gradients:
+            return
+        for name, found in outcome.expert_gradients.items():
+            projection, part = name[:-2], name[-1]
+            if part != "ba"[step]:
+                continue
+            due = self._counts >= FEWEST
+            if part == "a":
+                due &= self._b_not_zero[projection]
+            silent = np.argwhere(due & ~np.asarray(found)).tolist()
+            if silent:
+                layer, expert = silent[0]
+                raise ValueError(
+                    f"{len(silent)} experts got trained tokens and no gradient in {name}, first expert {expert} of "
+                    f"layer {layer} with {self._counts[layer, expert]} tokens: the adapter would not learn there"
+                )
+        if step == 0:
+            self._say_unreached()
+
+    def _say_unreached(self) -> None:
+        unseen = np.argwhere(self._counts == 0)
+        if len(unseen):
+            listed = ", ".join(f"{layer}:{expert}" for layer, expert in unseen[:20].tolist())
+            more = f" and {len(unseen) - 20} more" if len(unseen) > 20 else ""
+            self.display.say(f"in the first step no trained token reached (layer:expert) {listed}{more}")
+        else:
+            self.display.say("in the first step trained tokens reached every expert, and each had a gradient")
