@@ -10,7 +10,7 @@ from jmoe.finetune.step import Outcome, Trainer, TrainState, experts_not_zero
 from jmoe.gpt_oss.expert_counts import expert_counts
 
 FEWEST = 8
-"""Trained tokens from which on an expert must have a gradient; fewer may be rounding in another program of the router."""
+"""Trained tokens from which on an expert must have a gradient; fewer may be the rounding of another compiled router."""
 
 
 class ExpertCheck:
