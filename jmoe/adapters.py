@@ -50,7 +50,6 @@ _HARMLESS = {
     "qalora_group_size",
     "revision",
     "runtime_config",
-    "target_modules",
     "task_type",
 }
 # Initialisations that leave the base model as it was; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights.
@@ -67,6 +66,8 @@ class Settings:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_parameters: tuple[str, ...]
+    target_modules: tuple[str, ...] | str
+    leaves_out: bool  # some layers or modules of those
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -84,6 +85,8 @@ class Settings:
             rank_pattern=_pattern(file, "rank_pattern", entries.pop("rank_pattern", None), int),
             alpha_pattern=_pattern(file, "alpha_pattern", entries.pop("alpha_pattern", None), float),
             target_parameters=tuple(targets),
+            target_modules=_modules(file, entries.pop("target_modules", None)),
+            leaves_out=any(entries.get(name) is not None for name in ("layers_to_transform", "exclude_modules")),
         )
         _refuse_unsupported(file, entries)
         return settings
@@ -97,6 +100,13 @@ class Settings:
             if any(f".{parameter_name(layer, projection)}".endswith(f".{t}") for t in self.target_parameters)
         ]
 
+    def lists_module(self, name: str) -> bool:
+        """Whether LoRA is on this linear module. PEFT's rules: names or dotted ends, an expression, or all of them."""
+        modules = self.target_modules
+        if isinstance(modules, str):
+            return modules == "all-linear" or re.fullmatch(modules, name) is not None
+        return any(f".{name}".endswith(f".{target}") for target in modules)
+
     def rank(self, name: str) -> int:
         """r of a module or parameter, of one expert, after rank_pattern."""
         return _resolve(self.rank_pattern, name, self.r)
@@ -106,6 +116,16 @@ class Settings:
         alpha = _resolve(self.alpha_pattern, name, self.lora_alpha)
         rank = self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _modules(file: Path, value: Any) -> tuple[str, ...] | str:
+    """target_modules."""
+    if isinstance(value, str):
+        return value
+    modules = value or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError(f"{file}: target_modules must be a list of names, an expression or null, got {value!r}")
+    return tuple(modules)
 
 
 class _Pair(NamedTuple):

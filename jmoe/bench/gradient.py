@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jmoe.bench.case import FULL, SMALL, Case, Matrix, Size, calls_for, steps_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
-from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
+from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.ours import PACKED
 from jmoe.bench.torch_timing import graph_microseconds
 from jmoe.bench.weights import Weights, random_input
@@ -48,7 +48,7 @@ def layer(name: str, recompute: bool, weights: Weights) -> Measure:
         return y, dx.at[0, 0].add(one_of_each.astype(dx.dtype))
 
     def measure(case: Case) -> Figures:
-        x, logits = random_input(case, weights.size, UNROLLED)
+        x, logits = random_input(case, weights.size, unrolled())
         arrays = experts, weights.lora(case.rank, case.adapters)
         memory = jax.jit(step).lower((x, x), logits[0], arrays).compile().memory_analysis()
         assert memory is not None

@@ -9,8 +9,10 @@ from jax import lax
 
 SAMPLES = 7
 
-UNROLLED = 8
-"""Steps in the body of the loop. Its own few launches (the counter, the test) are spread over them."""
+
+def unrolled() -> int:
+    """Steps in the body of the loop. Its own few launches (the counter, the test) are spread over them on a GPU."""
+    return 8 if jax.default_backend() == "gpu" else 2
 
 
 def scan_microseconds[C, W](
@@ -18,7 +20,7 @@ def scan_microseconds[C, W](
 ) -> float:
     """Median time of one step(carry, router_logits[i], weights), which returns the next step's carry.
 
-    The logits are of at most UNROLLED steps and serve in turn, in as many rounds as make `steps`.
+    The logits are of unrolled() steps and serve in turn, in as many rounds as make `steps`.
 
     Since a step reads what the last one wrote, or replaces it, nothing is added to the step. The weights are an
     argument: as constants XLA would copy and fold over a gigabyte while it compiles.

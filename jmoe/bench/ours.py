@@ -10,7 +10,7 @@ from jax import lax
 
 from jmoe.bench.case import Case, Size, steps_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
-from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
+from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.weights import Weights, random_adapter_ids, random_input
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.launch import route_and_sort
@@ -24,7 +24,7 @@ def layer(name: str, experts_of: Callable[[Weights], Experts], weights: Weights)
     experts, top_k = experts_of(weights), weights.size.top_k
 
     def measure(case: Case) -> Figures:
-        x, logits = random_input(case, weights.size, UNROLLED)
+        x, logits = random_input(case, weights.size, unrolled())
         ids = random_adapter_ids(case)
 
         def step(x: jax.Array, logits: jax.Array, arrays: tuple[Experts, Lora | None]) -> jax.Array:
@@ -57,7 +57,7 @@ def routing(weights: Weights) -> Measure:
         raise UnavailableError("GPU only")
 
     def measure(case: Case) -> Figures:
-        _, logits = random_input(case, weights.size, UNROLLED)
+        _, logits = random_input(case, weights.size, unrolled())
         route = functools.partial(route_and_sort, top_k=weights.size.top_k)
         start = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), jax.eval_shape(route, logits[0]))
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from jmoe.bench.case import Case, calls_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
-from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
+from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.reference import dense, swiglu
 from jmoe.ops.routing import route
@@ -36,7 +36,7 @@ def prepare(weights: Weights) -> Measure:
     arrays = Dense(gate_up, experts.gate_up_bias, down, experts.down_bias)
 
     def measure(case: Case) -> Figures:
-        x, logits = random_input(case, weights.size, UNROLLED)
+        x, logits = random_input(case, weights.size, unrolled())
         step = functools.partial(ragged_layer, top_k=weights.size.top_k)
         return {NAME: scan_microseconds(step, x, logits, arrays, calls_for(case.tokens))}
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.bench.case import Case, Size, calls_for
-from jmoe.bench.jax_timing import UNROLLED, scan_microseconds
+from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.run import attempt
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.buffers import Options, name_buffers
@@ -127,7 +127,7 @@ def time_tile(
       ValueError: the result is not the wanted one.
     """
     size = Size()
-    x, logits = random_input(Case(EXPERTS, tokens), size, UNROLLED)
+    x, logits = random_input(Case(EXPERTS, tokens), size, unrolled())
     tables = single(table, tile)
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:

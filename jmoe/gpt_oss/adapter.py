@@ -37,8 +37,9 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
     layers are padded with zeros to the largest.
 
     Warns:
-      AdapterWarning: LoRA that the file has changes only part: gate's rows or up's alone, gate_up without down or down
-        without gate_up, nothing in some layers or experts.
+      AdapterWarning: adapter_config.json has LoRA on something that the file has no tensors of; LoRA that the file has
+        changes only part: gate's rows or up's alone, gate_up without down or down without gate_up, nothing in some
+        layers or experts.
 
     Raises:
       FileNotFoundError: adapter_config.json or adapter_model.safetensors does not exist.
@@ -68,9 +69,32 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
             a, b, scale = (getattr(on_experts, f"{target}_{part}") for part in ("a", "b", "scale"))
             if a is not None and b is not None and scale is not None:
                 found[target][layer] = Factors(a, b, scale)
+    warn_of_missing(file, settings, found)
     lora = stack_factors(found, config)
     check_change(file, lora)
     return lora
+
+
+def warn_of_missing(file: Path, settings: Settings, found: dict[str, list[Factors | None]]) -> None:
+    """Warns of what adapter_config.json has LoRA on and the file has no tensors of."""
+    if settings.leaves_out:
+        return
+    missing = [
+        name
+        for target, factors in found.items()
+        for layer, there in enumerate(factors)
+        if there is None
+        for name in [f"model.layers.{layer}.{'mlp.experts' if target in EXPERTS else 'self_attn'}.{target}_proj"]
+        if (target in settings.targets(layer) if target in EXPERTS else settings.lists_module(name))
+    ]
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        warnings.warn(
+            f"{file} has no tensors of {', '.join(missing[:8])}{more}, though adapter_config.json has LoRA there: they "
+            "are left as they are",
+            AdapterWarning,
+            stacklevel=3,
+        )
 
 
 def check_change(file: Path, lora: LoraWeights) -> None:

@@ -46,6 +46,4 @@ def test_a_failure_is_a_reason_and_the_next_case_runs() -> None:
 
 
 def test_a_cpu_measures_a_tiny_model() -> None:
-    generated, finetuned = (measure(case) for case in CPU_CASES[:2])
-    assert generated["decode_step_ms"] > 0
-    assert finetuned["tokens_per_second"] > 0
+    assert measure(CPU_CASES[0])["decode_step_ms"] > 0

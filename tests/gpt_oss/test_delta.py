@@ -1,7 +1,9 @@
 """What an adapter changes: beside PEFT's own deltas, and what is odd about one."""
 
+import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +107,51 @@ def test_an_adapter_that_changes_nothing_is_an_error(factor: str, tmp_path: Path
         gpt_oss.load_adapter(folder, config())
 
 
+def without(*parts: str) -> Change:
+    """No tensors whose names hold one of these."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if any(part in key for part in parts)]:
+            del tensors[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (without("0.self_attn.q_proj"), "model.layers.0.self_attn.q_proj"),
+        (without("1.mlp"), "model.layers.1.mlp.experts.gate_up_proj, model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_targets_without_tensors_are_warned_of(change: Change, names: str, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "adapter", change)
+    with pytest.warns(gpt_oss.AdapterWarning) as caught:
+        gpt_oss.load_adapter(folder, config())
+    assert f"adapter_model.safetensors has no tensors of {names}, though adapter_config.json has LoRA there" in str(
+        caught[0].message
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "warned"),
+    [
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": r".*\.(q|k)_proj"}, True),
+        ({"target_modules": r".*\.k_proj"}, False),
+        ({"layers_to_transform": [1]}, False),
+    ],
+)
+def test_targets_are_by_pefts_rules(entries: dict[str, object], warned: bool, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "adapter", without("0.self_attn.q_proj"))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gpt_oss.load_adapter(folder, config())
+    assert any("layers.0.self_attn.q_proj" in str(one.message) for one in caught) == warned
+
+
 def test_an_adapter_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
         tensors[f"{PREFIX}1.{DOWN}B.weight"][0, 0] = np.nan
@@ -150,5 +197,8 @@ def test_layers_that_peft_was_told_to_leave_alone_are_not_odd(tmp_path: Path) ->
         for key in [key for key in tensors if ".layers.1.mlp" in key]:
             del tensors[key]
 
-    lora = gpt_oss.load_adapter(changed(tmp_path / "adapter", change), config())  # warnings are errors here
+    folder = changed(tmp_path / "adapter", change)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layers_to_transform": [0]}))
+    lora = gpt_oss.load_adapter(folder, config())  # warnings are errors here
     assert gpt_oss.delta_report(lora).present["down"].tolist() == [True, False]

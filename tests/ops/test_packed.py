@@ -32,6 +32,7 @@ def weight_in_word(word: int, register: int, half: int) -> int:
     return (bits >> 15 & 1) << 3 | bits >> 6 & 7
 
 
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(experts=st.integers(0, 3), n=st.integers(1, 150), groups=st.integers(1, 5), seed=st.integers(0, 99))
 def test_unpacking_restores_every_byte(experts: int, n: int, groups: int, seed: int) -> None:
     weight = random_weight(experts, n, 32 * groups, seed)
