@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -187,12 +186,12 @@ def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
 
 
 def import_seconds(modules: str) -> float:
-    """The median time of three fresh processes."""
-    program = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
+    """The processor's time in the quickest of three fresh processes: a clock's has what else the machine does in it."""
+    program = f"import time; import {modules}; print(time.process_time())"
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(3)
     ]
-    return statistics.median(float(run.stdout) for run in runs)
+    return min(float(run.stdout) for run in runs)
 
 
 def test_import_takes_no_longer_than_jax_and_flax() -> None:
