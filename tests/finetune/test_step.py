@@ -131,9 +131,9 @@ def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
     base = random_model(config, packed=False, remat=True)
     one = Trainer(base.with_adapters(new_adapter(config, rank=2, scale=2.0)), make_optimizer(CONFIG, 10), loss_chunk=16)
     batch = Batch(*(array % 64 if array.dtype == np.int32 else array for array in random_batch(1)))
-    program = one.compile(one.start, batch).as_text()
-    qkv, o = "512,96", "96,256"
-    assert f"bf16[4,{qkv}]" in program, "the stack itself"
+    program = one._step.lower(one.start, one.frozen, batch).as_text()
+    qkv, o = "512x96", "96x256"
+    assert f"tensor<4x{qkv}xbf16>" in program, "the stack itself"
     # In two groups of two layers, the backward pass would have a stack of each layer of a group.
-    assert f"[2,{qkv}]" not in program
-    assert f"[2,{o}]" not in program
+    assert f"tensor<2x{qkv}" not in program
+    assert f"tensor<2x{o}" not in program
