@@ -21,7 +21,7 @@ from learning.data import CATEGORIES, pieces, questions, source_code
 from learning.pretrain import Weights, train
 from learning.report import KINDS, draw, summary, table
 from learning.sizes import SIZES, Size
-from learning.tune import Tuning, model_of, source_loss
+from learning.tune import Tuning, model_of, source_batches
 from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, version, write
@@ -77,11 +77,13 @@ def main(
     say(f"{size} on {results['device']}, {dtype.name}: {len(text):,} bytes of source, {len(train_questions)} questions")
     weights, results["pretraining"] = pretrain(chosen, text, dtype)
     write(out / "results.json", results)
-    batch = pieces(held_text, np.random.default_rng(1), 64, chosen.source_length + 1)
+    held_pieces = pieces(held_text, np.random.default_rng(1), 8 * chosen.batch, chosen.length + 1)
+    held_source = source_batches(held_pieces, chosen.batch)
     for kind in KINDS:
         model = model_of(weights, chosen, dtype, mxfp4=kind == "mxfp4")
         tuning = Tuning(model, chosen, train_questions, held_out)
-        base = tuning.figures(tuning.state(0)) | {"source_loss": source_loss(model, batch)}
+        start = tuning.state(0)
+        base = tuning.figures(start) | {"source_loss": tuning.loss(start, held_source)}
         results[kind] = {"base": base, "runs": []}
         say(f"{kind}, base: " + ", ".join(f"{name} {value:.4f}" for name, value in base.items()))
         for seed in chosen.seeds:

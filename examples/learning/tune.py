@@ -1,7 +1,6 @@
 """LoRA on a model's experts and attention by jmoe.finetune, and what it changes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import UInt8
 from learning.data import Question
 from learning.pretrain import Weights
 from learning.sizes import Size
@@ -18,7 +18,7 @@ from jmoe.evaluate.score import Span, score
 from jmoe.finetune.batches import Batch, Batches
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.packing import pack
-from jmoe.finetune.step import Trainer, TrainState, loss_of, make_optimizer
+from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.ops.launch import reads_packed_here
@@ -77,12 +77,15 @@ class Tuning:
 
     def figures(self, state: TrainState) -> dict[str, float]:
         """What the model with this adapter does on held-out questions."""
-        return {"loss": self.loss(state), "accuracy": accuracy(self.trainer.model(state), self.held_out)}
+        return {
+            "loss": self.loss(state, self.validation),
+            "accuracy": accuracy(self.trainer.model(state), self.held_out),
+        }
 
-    def loss(self, state: TrainState) -> float:
-        """Mean nats a byte of held-out answers."""
-        losses = sum(float(self.trainer.loss(state, batch)) for batch in self.validation)
-        return losses / sum(float(batch.weights.sum()) for batch in self.validation)
+    def loss(self, state: TrainState, batches: Sequence[Batch]) -> float:
+        """Mean nats a byte of what is to be told."""
+        losses = sum(float(self.trainer.loss(state, batch)) for batch in batches)
+        return losses / sum(float(batch.weights.sum()) for batch in batches)
 
     def run(self, seed: int, every: int, show: Callable[[int, float, float], None]) -> dict[str, Any]:
         """Trains; the curve has a step's loss and the held-out loss after it. show is called with each of its points.
@@ -92,7 +95,7 @@ class Tuning:
         """
         batches = Batches(self.packed, self.config.batch_size, seed)
         state, curve, unread = self.state(seed), [], []
-        curve.append({"step": 0, "loss": None, "held_out_loss": self.loss(state)})
+        curve.append({"step": 0, "loss": None, "held_out_loss": self.loss(state, self.validation)})
         steps = self.config.steps
         assert steps is not None
         for step in range(1, steps + 1):
@@ -104,7 +107,7 @@ class Tuning:
                     raise FloatingPointError(f"a loss or gradient before step {step} is not finite")
                 mean = float(np.mean([float(loss) for loss, _ in unread]))
                 unread.clear()
-                curve.append({"step": step, "loss": mean, "held_out_loss": self.loss(state)})
+                curve.append({"step": step, "loss": mean, "held_out_loss": self.loss(state, self.validation)})
                 show(step, mean, curve[-1]["held_out_loss"])
         return {"seed": seed, **self.figures(state), "curve": curve}
 
@@ -127,10 +130,9 @@ def accuracy(model: GptOss, questions: Sequence[Question]) -> float:
     return right / len(questions)
 
 
-def source_loss(model: GptOss, batch: np.ndarray) -> float:
-    """Mean nats a byte of source code, bytes [B, T + 1]."""
-    tokens = batch.astype(np.int32)
-    ones = np.ones_like(tokens[:, 1:])
-    of = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones)
-    total = nnx.jit(functools.partial(loss_of, chunk=512))(model, of)
-    return float(total) / ones.size
+def source_batches(text: UInt8[np.ndarray, "N length+1"], batch: int) -> list[Batch]:
+    """Source code to tell the next byte of, in batches of one shape; N is a multiple of batch."""
+    tokens = text.astype(np.int32).reshape(-1, batch, text.shape[1])
+    ones = np.ones_like(tokens[:, :, 1:])
+    parts = tokens[:, :, :-1], tokens[:, :, 1:], ones.astype(np.float32), ones
+    return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
