@@ -1,5 +1,6 @@
 """The experiment at its smallest, and what it is made of."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,12 +24,15 @@ def test_lora_learns_on_four_bits_what_it_learns_on_sixteen(tmp_path: Path) -> N
     loss, accuracy = results["summary"]["loss"], results["summary"]["accuracy"]
     for kind in ("mxfp4", "bf16"):
         assert loss[kind]["after"] < loss[kind]["base"] - 3
-        assert accuracy[kind]["after"] > max(accuracy[kind]["base"], results["chance"]) + 0.1
+        assert accuracy[kind]["after"] > max(accuracy[kind]["base"], results["chance"]) + 0.08
     assert loss["apart"] < 0.1
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
 
 
-@pytest.mark.parametrize("file", sorted((EXAMPLES / "learning").glob("*.json")), ids=lambda file: file.stem)
+COMMITTED = pytest.mark.parametrize("file", sorted((EXAMPLES / "learning").glob("*.json")), ids=lambda file: file.stem)
+
+
+@COMMITTED
 def test_the_committed_runs_gained_and_ended_within_noise(file: Path) -> None:
     results = json.loads(file.read_text())
     loss, accuracy = results["summary"]["loss"], results["summary"]["accuracy"]
@@ -37,6 +41,25 @@ def test_the_committed_runs_gained_and_ended_within_noise(file: Path) -> None:
         assert accuracy[kind]["after"] > results["chance"] + 0.4
     assert loss["apart"] <= loss["noise"]
     assert accuracy["apart"] <= accuracy["noise"]
+
+
+@COMMITTED
+def test_the_committed_runs_are_of_these_settings_and_in_the_docs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from learning.report import summary
+    from learning.sizes import SIZES
+
+    results = json.loads(file.read_text())
+    settings = dataclasses.asdict(SIZES[results["size"]]) | {"seeds": list(SIZES[results["size"]].seeds)}
+    assert {name: results["settings"][name] for name in settings} == settings
+    assert results["summary"] == summary(results)
+    docs = (ROOT / "docs/finetune.md").read_text()
+    loss, accuracy = results["summary"]["loss"], results["summary"]["accuracy"]
+    for kind, words in (("mxfp4", "MXFP4 experts"), ("bf16", "bf16 experts")):
+        for key, row in (("base", "base"), ("after", "with LoRA")):
+            assert f"| {words}, {row} | {loss[kind][key]:.4f} | {accuracy[kind][key]:.4f} |" in docs
+    assert f"| {loss['apart']:.4f} | {accuracy['apart']:.4f} |" in docs
+    assert f"| {loss['noise']:.4f} | {accuracy['noise']:.4f} |" in docs
 
 
 def test_the_whole_model_is_trained_as_gpt_oss_computes(monkeypatch: pytest.MonkeyPatch) -> None:
