@@ -16,15 +16,17 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jmoe import Experts, Routing, route
-from jmoe.checkpoint import rms_norm
 from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import linear, product
+from jmoe.gpt_oss.layer import linear
 from jmoe.gpt_oss.model import shortest_period
-from jmoe.gpt_oss.rope import cosine_and_sine, rotate
+from jmoe.gpt_oss.products import product
+from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, Linear, sizes, slice_layers
 from jmoe.nn.statistics import router_statistics
+from jmoe.ops.norm import rms_norm
 from jmoe.ops.reference import swiglu
+from jmoe.ops.rotary import rotate
 
 BALANCE = 0.01
 """Weight of the loss that spreads tokens over experts."""
