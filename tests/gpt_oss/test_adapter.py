@@ -106,12 +106,20 @@ def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_pat
         gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
 
 
+def set_options(folder: Path, **options: object) -> None:
+    """Changes adapter_config.json."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+
+
 def test_a_layer_without_lora_is_left_as_it_was(tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
         for key in [key for key in tensors if ".layers.1." in key]:
             del tensors[key]
 
-    lora = gpt_oss.load_adapter(copy_of_adapter(tmp_path / "adapter", change), gpt_oss.Config.load(CASE / "model"))
+    folder = copy_of_adapter(tmp_path / "adapter", change)
+    set_options(folder, layers_to_transform=[0])
+    lora = gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
     assert lora.a["q"].shape == (2, 1, 2, 64)
     assert lora.b["down"].shape == (2, 1, 4, 64, 2)
     assert not any(leaf[1].any() for leaf in jax.tree.leaves(lora))
@@ -120,8 +128,7 @@ def test_a_layer_without_lora_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_an_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
     folder = copy_of_adapter(tmp_path / "adapter", lambda tensors: tensors.clear())
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": None}))
+    set_options(folder, target_parameters=None, target_modules=None)
     with pytest.raises(ValueError, match="it would change nothing"):
         gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
 
@@ -136,6 +143,7 @@ def test_adapters_of_different_targets_and_ranks_stand_side_by_side(
             del tensors[key]
 
     part = copy_of_adapter(tmp_path / "adapter", change)
+    set_options(part, target_modules=[])
     model = gpt_oss.load(CASE / "model", adapter=[CASE / "adapter", part], dtype=jnp.float32, progress=False)
     alone = gpt_oss.load(CASE / "model", adapter=part, dtype=jnp.float32, progress=False)
     tokens = np.repeat(expected["input_ids"][:1], 3, axis=0)
