@@ -22,9 +22,9 @@ example: $(READY)
 	@$(BIN)/python examples/finetune_gpt_oss.py
 
 test: $(READY)
-	@echo "== kernels in Triton's interpreter (about 3 minutes on 2 cores)"
+	@echo "== kernels in Triton's interpreter (about 2 minutes on 2 cores)"
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpret
-	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 6 minutes)"
+	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 13 minutes)"
 	@$(BIN)/pytest -q -n 2 -m "not interpret"
 
 lint: $(READY)
