@@ -86,7 +86,7 @@ class Checkpoints:
             return state, Standing()
         run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]  # type: ignore[call-arg]
         self._check_config(run["config"])
-        if run["data"] != self.data:
+        if run.get("data") != self.data:
             raise ValueError(
                 f"{self.directory} holds a run on other data: rows of the training or validation file, or the "
                 "tokenizer, have changed since; choose another --out"
