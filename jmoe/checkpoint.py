@@ -246,8 +246,8 @@ class MoeLayer:
     experts: Experts
 
 
-def load_moe_layer(checkpoint: Checkpoint, layer: int) -> MoeLayer:
-    """Reads layer `layer`, 0 <= layer < num_hidden_layers.
+def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False) -> MoeLayer:
+    """Reads layer `layer`, 0 <= layer < num_hidden_layers; its arrays are numpy's if they are to stay on the host.
 
     Experts may be packed (`*_blocks`, `*_scales`, uint8) or dense bf16 [E, in, out]: under their plain name, or under
     the name `*_blocks`, where transformers 5 writes them when it saves a model that it has dequantised.
@@ -274,8 +274,14 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int) -> MoeLayer:
     }
     check_specs(checkpoint, others | gate_up | down)
 
-    def read(name: str) -> Array:
-        return jnp.asarray(checkpoint.tensor(name))
+    def read(name: str) -> Any:
+        return checkpoint.tensor(name) if on_host else jnp.asarray(checkpoint.tensor(name))
+
+    def read_weight(names: dict[str, Spec]) -> Any:
+        if len(names) == 2:
+            return Mxfp4(*map(read, names))
+        (name,) = names
+        return read(name).swapaxes(1, 2)  # stored [E, in, out]
 
     return MoeLayer(
         config=config,
@@ -283,9 +289,9 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int) -> MoeLayer:
         router_weight=read(f"{router}weight"),
         router_bias=read(f"{router}bias"),
         experts=Experts(
-            gate_up=_read_weight(checkpoint, list(gate_up)),
+            gate_up=read_weight(gate_up),
             gate_up_bias=read(f"{mlp}gate_up_proj_bias"),
-            down=_read_weight(checkpoint, list(down)),
+            down=read_weight(down),
             down_bias=read(f"{mlp}down_proj_bias"),
         ),
     )
@@ -312,14 +318,6 @@ def check_specs(checkpoint: Checkpoint, wanted: dict[str, Spec]) -> None:
     wrong = [f"  {name}: wanted {wanted[name]}, got {got[name]}" for name in wanted if got[name] != wanted[name]]
     if wrong:
         raise ValueError("\n".join([f"{checkpoint.path} does not match its config.json:", *wrong]))
-
-
-def _read_weight(checkpoint: Checkpoint, names: list[str]) -> Mxfp4 | Float[Array, "E N K"]:
-    """One projection's weight, rows first, from the tensors that `_weight_specs` names."""
-    if len(names) == 2:
-        blocks, scales = names
-        return Mxfp4(jnp.asarray(checkpoint.tensor(blocks)), jnp.asarray(checkpoint.tensor(scales)))
-    return jnp.asarray(checkpoint.tensor(names[0]).swapaxes(1, 2))  # stored [E, in, out]
 
 
 def embed(checkpoint: Checkpoint, token_ids: Integer[np.ndarray, " T"]) -> Float[Array, "T H"]:

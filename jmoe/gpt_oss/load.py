@@ -2,15 +2,17 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
+from jaxtyping import Array, Shaped
 
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer
 from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
@@ -18,8 +20,8 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
 from jmoe.ops.launch import reads_packed_here
-from jmoe.ops.mxfp4 import Mxfp4
-from jmoe.ops.packed import pack
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
+from jmoe.ops.packed import empty_packed, pack_into
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 FILES = (
@@ -46,8 +48,8 @@ def load(
 ) -> GptOss:
     """The model of a directory in Hugging Face's layout, or of a repository on the Hub.
 
-    Shards are read tensor by tensor. A layer is packed on the device and copied into the stacked arrays, which are
-    updated in place, so that beside the model one layer is held at most.
+    Shards are read tensor by tensor, on the host one layer at most. The device holds beside the model at most one array
+    of a layer, or one expert while it is packed: the stacked arrays are updated in place.
 
     Args:
       mesh: every array is whole on each of its devices, for batches that jax.shard_map splits; None: JAX's default
@@ -70,43 +72,56 @@ def load(
     adapters = [load_adapter(one, config) for one in directories]
     lora = stack_adapters(adapters) if adapters else None
     packed = reads_packed_here() if packed is None else packed
-    place = functools.partial(replicate, mesh=mesh)
+    device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    embedding, norm, head = (jax.device_put(checkpoint.tensor(name), device) for name in (EMBEDDING, NORM, HEAD))
     stack = None
     for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):
-        layer = place(read_layer(checkpoint, config, index, packed))
+        layer = read_layer(checkpoint, config, index)
         if stack is None:
-            stack = jax.tree.map(functools.partial(empty_stack, layers=config.num_hidden_layers), layer)
-        stack = put(stack, layer, index)
+            stack = empty_stack(layer, config.num_hidden_layers, packed, device)
+        # The host waits, so that what it read of one layer is gone from the device before the next is there.
+        stack = jax.block_until_ready(put_layer(stack, layer, index))
     assert stack is not None
     return GptOss(
         config,
-        embedding=place(to_device(checkpoint.tensor(EMBEDDING))),
+        embedding=embedding,
         layers=stack,
-        norm=place(to_device(checkpoint.tensor(NORM))),
-        head=place(to_device(checkpoint.tensor(HEAD))),
-        lora=place(lora),
+        norm=norm,
+        head=head,
+        lora=jax.device_put(lora, device),
         dtype=dtype,
         recompute=recompute,
         remat=remat,
     )
 
 
-def replicate[T](tree: T, mesh: Mesh | None) -> T:
-    """The arrays of a pytree, whole on each device of the mesh, or where they are without one."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def empty_stack(layer: LayerWeights, layers: int, packed: bool = False, device: Sharding | None = None) -> LayerWeights:
+    """Room for so many layers like this one; for its MXFP4 experts packed, if they are to be."""
+
+    def room(leaf: Any) -> Any:
+        if isinstance(leaf, Mxfp4):
+            experts, n, k = leaf.shape
+            return empty_packed(layers, experts, n=n, k=k, device=device)
+        return jnp.zeros((layers, *leaf.shape), leaf.dtype, device=device)
+
+    return jax.tree.map(room, layer, is_leaf=lambda leaf: packed and isinstance(leaf, Mxfp4))
 
 
-def empty_stack(leaf: jax.Array, layers: int) -> jax.Array:
-    """Room for an array of every layer, on the devices of one layer's."""
-    return jnp.zeros((layers, *leaf.shape), leaf.dtype, device=leaf.sharding)
+def put_layer(stack: LayerWeights, layer: LayerWeights, index: int) -> LayerWeights:
+    """The stack with a layer in its place, in the stack's own memory; MXFP4 experts are packed on the way if it is."""
+
+    def put_one(stacked: Any, one: Any) -> Any:
+        if isinstance(stacked, PackedMxfp4) and isinstance(one, Mxfp4):
+            return pack_into(stacked, one, index)
+        return jax.tree.map(lambda stacked_leaf, leaf: put(stacked_leaf, leaf, index), stacked, one)
+
+    return jax.tree.map(put_one, stack, layer, is_leaf=lambda leaf: isinstance(leaf, PackedMxfp4 | Mxfp4))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put(stack: LayerWeights, layer: LayerWeights, index: int) -> LayerWeights:
-    """The stack with a layer in its place, in the stack's own memory."""
-    return jax.tree.map(
-        lambda stacked, leaf: lax.dynamic_update_index_in_dim(stacked, leaf, index, axis=0), stack, layer
-    )
+def put(stacked: Shaped[Array, "L ..."], leaf: Shaped[Array, "..."], index: int) -> Shaped[Array, "L ..."]:
+    """One array of the stack with a layer's in its place."""
+    return lax.dynamic_update_index_in_dim(stacked, leaf, index, axis=0)
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path:
@@ -172,14 +187,10 @@ def check_layers(checkpoint: Checkpoint, config: Config) -> None:
     check_specs(checkpoint, specs)
 
 
-def read_layer(checkpoint: Checkpoint, config: Config, index: int, packed: bool) -> LayerWeights:
-    """One layer on the device."""
+def read_layer(checkpoint: Checkpoint, config: Config, index: int) -> LayerWeights:
+    """One layer as numpy arrays."""
     prefix = f"model.layers.{index}."
-    read: Callable[[str], jax.Array] = lambda name: to_device(checkpoint.tensor(prefix + name))  # noqa: E731
-    moe = load_moe_layer(checkpoint, index)
-    experts = moe.experts
-    if packed and isinstance(experts.gate_up, Mxfp4):
-        experts = pack(experts)
+    moe = load_moe_layer(checkpoint, index, on_host=True)
 
     def linear(*names: str) -> Linear:
         """The products of these names as one, their rows behind each other."""
@@ -187,19 +198,14 @@ def read_layer(checkpoint: Checkpoint, config: Config, index: int, packed: bool)
             np.concatenate([checkpoint.tensor(f"{prefix}self_attn.{name}_proj.{part}") for name in names])
             for part in ("weight", "bias")
         )
-        return Linear(to_device(weight), to_device(bias))
+        return Linear(weight, bias)  # type: ignore[arg-type]
 
     return LayerWeights(
-        attention_norm=read("input_layernorm.weight"),
+        attention_norm=checkpoint.tensor(f"{prefix}input_layernorm.weight"),  # type: ignore[arg-type]
         qkv=linear("q", "k", "v"),
         o=linear("o"),
-        sinks=read("self_attn.sinks"),
+        sinks=checkpoint.tensor(f"{prefix}self_attn.sinks"),  # type: ignore[arg-type]
         moe_norm=moe.norm_weight,
         router=Linear(moe.router_weight, moe.router_bias),
-        experts=experts,
+        experts=moe.experts,
     )
-
-
-def to_device(array: np.ndarray) -> jax.Array:
-    """The array on the default device."""
-    return jnp.asarray(array)

@@ -1,6 +1,5 @@
 """Random models of a given size, for tests and benchmarks."""
 
-import dataclasses
 import functools
 import math
 
@@ -8,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.load import empty_stack, put, steps
+from jmoe.gpt_oss.load import empty_stack, put_layer, steps
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS, LayerWeights, Linear, LoraWeights, sizes
 from jmoe.ops.launch import reads_packed_here
-from jmoe.ops.packed import pack
 from jmoe.ops.random_layer import LayerShape, random_layer
 
 
@@ -38,11 +36,9 @@ def random_model(
     stack = None
     for index in steps(config.num_hidden_layers, "making a random model", progress):
         layer = random_weights(keys[index], config)
-        if packed:
-            layer = dataclasses.replace(layer, experts=pack(layer.experts))
         if stack is None:
-            stack = jax.tree.map(functools.partial(empty_stack, layers=config.num_hidden_layers), layer)
-        stack = put(stack, layer, index)
+            stack = empty_stack(layer, config.num_hidden_layers, packed)
+        stack = put_layer(stack, layer, index)
     assert stack is not None
     vocabulary = (config.vocab_size, config.hidden_size)
     return GptOss(

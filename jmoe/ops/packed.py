@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 from jaxtyping import Array, Int32, UInt8
 
 from jmoe.ops.experts import Experts
@@ -53,11 +54,26 @@ def map_weights(experts: Experts, change: Callable[[Any], Any], kind: type) -> E
 def pack_weight(weight: Mxfp4) -> PackedMxfp4:
     """One projection's weights, packed."""
     experts, n, k = weight.shape
-    tiles = (experts, -(-n // TILE), -(-k // TILE))
-    words, scales = jnp.zeros((*tiles, 512), jnp.int32), jnp.zeros((*tiles, 32), jnp.int32)
-    for expert in range(experts):
-        words, scales = _pack_into(words, scales, expert, weight.blocks[expert], weight.scales[expert])
+    return pack_into(empty_packed(experts, n=n, k=k), weight)
+
+
+def empty_packed(*leading: int, n: int, k: int, device: Sharding | None = None) -> PackedMxfp4:
+    """Room for packed [N, K] of each index of the leading axes: [E], or [L, E] for several layers."""
+    tiles = (*leading, -(-n // TILE), -(-k // TILE))
+    words, scales = (jnp.zeros((*tiles, width), jnp.int32, device=device) for width in (512, 32))
     return PackedMxfp4(words, scales, n, k)
+
+
+def pack_into(packed: PackedMxfp4, weight: Mxfp4, *layer: int) -> PackedMxfp4:
+    """`packed` with this weight's experts in their place, in its own memory, so that the one given is used up.
+
+    layer: which one, if `packed` is of several.
+    """
+    words, scales = packed.words, packed.scales
+    for expert in range(weight.shape[0]):
+        index = *layer, expert
+        words, scales = _pack_into(words, scales, index, weight.blocks[expert], weight.scales[expert])
+    return dataclasses.replace(packed, words=words, scales=scales)
 
 
 def unpack_weight(packed: PackedMxfp4) -> Mxfp4:
@@ -81,14 +97,15 @@ def unpack_buffers(buffers: Mapping[str, jax.Array], intermediate: int) -> dict[
 
 @functools.partial(jax.jit, donate_argnames=("words", "packed_scales"))
 def _pack_into(
-    words: Int32[Array, "E NB KB 512"],
-    packed_scales: Int32[Array, "E NB KB 32"],
-    expert: int,
+    words: Int32[Array, "*E NB KB 512"],
+    packed_scales: Int32[Array, "*E NB KB 32"],
+    index: tuple[int, ...],
     blocks: UInt8[Array, "N G 16"],
     scales: UInt8[Array, "N G"],
-) -> tuple[Int32[Array, "E NB KB 512"], Int32[Array, "E NB KB 32"]]:
-    one = _pack_expert(blocks, scales)
-    return words.at[expert].set(one[0]), packed_scales.at[expert].set(one[1])
+) -> tuple[Int32[Array, "*E NB KB 512"], Int32[Array, "*E NB KB 32"]]:
+    first = *index, 0, 0, 0
+    one = (array.reshape((1,) * len(index) + array.shape) for array in _pack_expert(blocks, scales))
+    return lax.dynamic_update_slice(words, next(one), first), lax.dynamic_update_slice(packed_scales, next(one), first)
 
 
 def _pack_expert(

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.load import empty_stack, put
-from jmoe.ops.mxfp4 import PackedMxfp4
+from jmoe.gpt_oss.load import put
+from jmoe.ops.mxfp4 import PackedMxfp4, quantize
+from jmoe.ops.packed import empty_packed, pack_into, pack_weight
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
 
@@ -44,11 +45,23 @@ def test_experts_stay_in_four_bits() -> None:
 
 def test_a_layer_is_put_into_the_stacks_own_memory() -> None:
     leaf = jax.numpy.ones((3, 5))
-    stack = empty_stack(leaf, 4)
+    stack = jax.numpy.zeros((4, 3, 5))
     before = stack.unsafe_buffer_pointer()
     after = put(stack, leaf, 2)
     assert after.unsafe_buffer_pointer() == before
     assert after.sum(axis=(1, 2)).tolist() == [0, 0, 15, 0]
+
+
+def test_experts_are_packed_into_the_stacks_own_memory() -> None:
+    weight = quantize(jax.random.normal(jax.random.key(0), (3, 70, 96)))
+    stack = empty_packed(2, 3, n=70, k=96)
+    before = stack.words.unsafe_buffer_pointer()
+    after = pack_into(stack, weight, 1)
+    assert after.words.unsafe_buffer_pointer() == before
+    assert not after.words[0].any()
+    wanted = pack_weight(weight)
+    assert jax.numpy.array_equal(after.words[1], wanted.words)
+    assert jax.numpy.array_equal(after.scales[1], wanted.scales)
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
