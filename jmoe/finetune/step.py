@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loss import cross_entropy
+from jmoe.gpt_oss.attention import Implementation
+from jmoe.gpt_oss.flash_attention import fit_segments, why_not
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import EXPERTS
 
@@ -70,9 +73,16 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     return optax.chain(clip, optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay))
 
 
-def loss_of(model: GptOss, batch: Batch, chunk: int) -> Float[Array, ""]:
+def attention_for(dtype: DTypeLike, width: int, batch: Batch) -> Implementation:
+    """Which attention heads of this width take for arrays [..., B, T]: known on the host, so that one is compiled."""
+    rows = batch.segment_ids.reshape(-1, *batch.segment_ids.shape[-2:])
+    runs = jax.default_backend() == "gpu" and why_not([dtype], width) is None
+    return "flash" if runs and all(map(fit_segments, rows)) else "xla"
+
+
+def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Implementation) -> Float[Array, ""]:
     """The sum of one batch's losses; its arrays are [B, T]."""
-    hidden = model.hidden(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids))
+    hidden = model.hidden(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids), attention=attention)
     return cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head.get_value(),
@@ -91,12 +101,19 @@ class Trainer:
             raise ValueError("the model has no adapter: there is nothing to train")
         graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[misc]
         self.config = model.config
+        self._attention_for = functools.partial(attention_for, model.dtype, model.config.head_dim)
         self.frozen = frozen
         self.start = TrainState(factors, optimizer.init(factors))
         merge = functools.partial(nnx.merge, graph)
         self._merge: Callable[..., GptOss] = merge
-        self._step = jax.jit(functools.partial(take_step, merge, optimizer, loss_chunk), donate_argnums=0)
-        self._loss = jax.jit(lambda factors, frozen, batch: loss_of(merge(factors, frozen), batch, loss_chunk))
+        self._step = jax.jit(
+            functools.partial(take_step, merge, optimizer, loss_chunk), donate_argnums=0, static_argnames="attention"
+        )
+
+        def loss(factors: Any, frozen: Any, batch: Batch, attention: Implementation) -> Array:
+            return loss_of(merge(factors, frozen), batch, loss_chunk, attention)
+
+        self._loss = jax.jit(loss, static_argnames="attention")
 
     def model(self, state: TrainState) -> GptOss:
         """The model with the factors of this state."""
@@ -104,15 +121,15 @@ class Trainer:
 
     def step(self, state: TrainState, batches: Batch) -> tuple[TrainState, Outcome]:
         """(the next state, what happened) on N batches, of arrays [N, B, T]; the state given is used up."""
-        return self._step(state, self.frozen, batches)
+        return self._step(state, self.frozen, batches, attention=self._attention_for(batches))
 
     def loss(self, state: TrainState, batch: Batch) -> Float[Array, ""]:
         """The sum of the losses of one batch, whose arrays are [B, T]."""
-        return self._loss(state.factors, self.frozen, batch)
+        return self._loss(state.factors, self.frozen, batch, attention=self._attention_for(batch))
 
     def compile(self, state: TrainState, batches: Batch) -> jax.stages.Compiled:
         """`step`, compiled for arrays like these: for its memory and cost."""
-        return self._step.lower(state, self.frozen, batches).compile()
+        return self._step.lower(state, self.frozen, batches, attention=self._attention_for(batches)).compile()
 
 
 def take_step(
@@ -122,12 +139,13 @@ def take_step(
     state: TrainState,
     frozen: Any,
     batches: Batch,
+    attention: Implementation,
 ) -> tuple[TrainState, Outcome]:
     """One step on the mean loss over all trained tokens of N batches, one after another."""
     tokens = batches.weights.sum()
 
     def mean_loss(factors: Any, batch: Batch) -> Array:
-        return loss_of(merge(factors, frozen), batch, chunk) / jnp.maximum(tokens, 1)
+        return loss_of(merge(factors, frozen), batch, chunk, attention) / jnp.maximum(tokens, 1)
 
     def add(total: tuple[Array, Any], batch: Batch) -> tuple[tuple[Array, Any], None]:
         one = jax.value_and_grad(mean_loss)(state.factors, batch)

@@ -55,7 +55,7 @@ def attend(
         raise ValueError(f'implementation must be "xla", "flash" or None, got {implementation!r}')
     by_xla = functools.partial(attend_by_xla, window=window)
     by_flash = functools.partial(flash_attend, window=window)
-    reason = None if implementation == "xla" else why_not(q, k, v)
+    reason = None if implementation == "xla" else why_not((q.dtype, k.dtype, v.dtype), q.shape[-1])
     if implementation == "xla" or (implementation is None and reason is not None):
         return by_xla(q, k, v, sinks, segment_ids=segment_ids)
     if implementation == "flash":

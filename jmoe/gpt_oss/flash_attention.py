@@ -3,8 +3,12 @@
 The package asks JAX for the GPU while a program is traced, so it can be used only on the machine that runs the program.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 WIDEST = 256
@@ -39,12 +43,12 @@ def capabilities() -> list[str]:
         return []
 
 
-def why_not(q: Array, k: Array, v: Array) -> str | None:
-    """Why FlashAttention cannot run on these arrays here; None: it can."""
-    if dtypes := sorted({str(array.dtype) for array in (q, k, v)} - {"bfloat16"}):
-        return f"it takes bfloat16 alone, got {', '.join(dtypes)}"
-    if q.shape[-1] > WIDEST:
-        return f"it takes heads of at most {WIDEST} wide, got {q.shape[-1]}"
+def why_not(dtypes: Iterable[DTypeLike], width: int) -> str | None:
+    """Why FlashAttention cannot run here on arrays of these dtypes, with heads so wide; None: it can."""
+    if others := sorted({jnp.dtype(dtype).name for dtype in dtypes} - {"bfloat16"}):
+        return f"it takes bfloat16 alone, got {', '.join(others)}"
+    if width > WIDEST:
+        return f"it takes heads of at most {WIDEST} wide, got {width}"
     return available()
 
 
@@ -65,10 +69,12 @@ def flash_attend(
     if segment_ids is None:
         return dew_flash_attn.flash_mha(q, k, v, is_causal=True, window_size=sizes, sinks=sinks)
     batch, length = segment_ids.shape
+    # Every query reads a value, and there are fewer values than results.
+    v = jnp.where(fit_segments(segment_ids), v, jnp.nan)
     packed = (array.reshape(batch * length, *array.shape[2:]) for array in (q, k, v))
     offsets = segment_offsets(segment_ids)
     out = dew_flash_attn.flash_mha_varlen(*packed, offsets, length, is_causal=True, window_size=sizes, sinks=sinks)
-    return jnp.where(fit_segments(segment_ids), out.reshape(q.shape), jnp.nan)
+    return out.reshape(q.shape)
 
 
 def segment_offsets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, " S"]:
@@ -80,9 +86,10 @@ def segment_offsets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, " S"]:
     return jnp.append(offsets, batch * length).astype(jnp.int32)
 
 
-def fit_segments(segment_ids: Int32[Array, "B T"]) -> Bool[Array, ""]:
-    """Whether there are at most SEGMENTS segments a row, on average."""
-    return jnp.sum(segment_begins(segment_ids)) <= SEGMENTS * segment_ids.shape[0]
+def fit_segments(segment_ids: Int32[Array | np.ndarray, "B T"]) -> Bool[Array | np.ndarray, ""]:
+    """Whether there are at most SEGMENTS segments a row, on average; of numpy's arrays it is known at once."""
+    rows = segment_ids.shape[0]
+    return rows + (segment_ids[:, 1:] != segment_ids[:, :-1]).sum() <= SEGMENTS * rows  # type: ignore[no-any-return]
 
 
 def segment_begins(segment_ids: Int32[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.attention import attend
+from jmoe.gpt_oss.attention import Implementation, attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.few_tokens import through_layers_of_few
@@ -129,6 +129,7 @@ class GptOss(nnx.Module):
         positions: Int32[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
+        attention: Implementation = None,
     ) -> Float[Array, "B T H"]:
         """The last layer's results, after the norm, before the head.
 
@@ -138,10 +139,11 @@ class GptOss(nnx.Module):
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
             from a traced one that there is not.
+          attention: as jmoe.gpt_oss.attend's implementation.
 
         Raises:
           ValueError: tokens, positions or segment_ids are not [B, T] integers, tokens are not all in the vocabulary, or
-            adapter_ids do not go with the model's adapters.
+            adapter_ids do not go with the model's adapters; and, with NotImplementedError, as `attend` does.
         """
         check_tokens(tokens, adapter_ids, self.lora, self.config.vocab_size)
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -156,13 +158,15 @@ class GptOss(nnx.Module):
         if adapter_ids is not None and adapter_ids.ndim == 1:
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
-        def attention(window: int | None) -> CarriedAttention:
+        def attention_of(window: int | None) -> CarriedAttention:
+            within = functools.partial(attend, window=window, segment_ids=segment_ids, implementation=attention)
+
             def attend_within(heads: Heads, sinks: Array, state: None, group: Array) -> tuple[Array, None]:
-                return attend(*heads.rotated(), sinks, window=window, segment_ids=segment_ids), state
+                return within(*heads.rotated(), sinks), state
 
             return attend_within
 
-        attentions = [attention(window) for window in self.config.windows]
+        attentions = [attention_of(window) for window in self.config.windows]
         return self.through_layers(tokens, positions, adapter_ids, attentions, [None] * self.period)[0]
 
     def through_layers[S](

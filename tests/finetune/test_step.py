@@ -13,8 +13,8 @@ from flax import nnx
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.step import Trainer, TrainState, learning_rate, make_optimizer
-from jmoe.gpt_oss import Config, GptOss, load
+from jmoe.finetune.step import Trainer, TrainState, attention_for, learning_rate, make_optimizer
+from jmoe.gpt_oss import Config, GptOss, flash_attention, load
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.random_model import random_model
 
@@ -131,9 +131,26 @@ def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
     base = random_model(config, packed=False, remat=True)
     one = Trainer(base.with_adapters(new_adapter(config, rank=2, scale=2.0)), make_optimizer(CONFIG, 10), loss_chunk=16)
     batch = Batch(*(array % 64 if array.dtype == np.int32 else array for array in random_batch(1)))
-    program = one._step.lower(one.start, one.frozen, batch).as_text()
+    program = one._step.lower(one.start, one.frozen, batch, attention="xla").as_text()
     qkv, o = "512x96", "96x256"
     assert f"tensor<4x{qkv}xbf16>" in program, "the stack itself"
     # In two groups of two layers, the backward pass would have a stack of each layer of a group.
     assert f"tensor<2x{qkv}" not in program
     assert f"tensor<2x{o}" not in program
+
+
+@pytest.mark.parametrize(("segments", "wanted"), [(1, "flash"), (2, "flash"), (3, "xla")])
+def test_flash_is_for_batches_whose_segments_fit(segments: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "SEGMENTS", 2)
+    monkeypatch.setattr(flash_attention, "available", lambda: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fitting = np.zeros((3, 2, 12), np.int32)
+    batch = random_batch(3)
+    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=fitting)) == "flash"
+    one_of_three = fitting.copy()
+    one_of_three[1] = np.minimum(np.arange(12), segments - 1)
+    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=one_of_three)) == wanted
+    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=one_of_three[0])) == "flash"
+    assert attention_for(jnp.float32, 64, batch._replace(segment_ids=fitting)) == "xla"
+    monkeypatch.setattr(flash_attention, "available", lambda: "it is not there")
+    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=fitting)) == "xla"
