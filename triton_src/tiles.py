@@ -81,7 +81,7 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
         FewRowsTile(rows=0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1),  # 1 token: 41, 43
         FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=2, column_warps=4),  # 4 tokens: 82, 84
         FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=2, column_warps=4),  # 16 tokens: 150, 152
-        FewRowsTile(rows=8, block_m=16, ahead=9, tokens_ahead=2, column_warps=4),  # 64 tokens: 190, 193
+        FewRowsTile(rows=8, block_m=16, ahead=9, tokens_ahead=3, column_warps=4),  # 64 tokens: 181, 184
         # 256 tokens: 220, 224
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.gpt_oss import attend
-from jmoe.gpt_oss.flash_attention import available
+from jmoe.gpt_oss.flash_attention import SEGMENTS, available
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +40,13 @@ def test_values_and_gradients_are_those_of_xla(length: int, window: int | None, 
     for implementation in ("flash", None):
         for got, wanted in zip(both(arrays, implementation), exact, strict=True):
             assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
+
+
+def test_more_segments_than_fit_are_nan() -> None:
+    if (reason := available()) is not None:
+        pytest.skip(f"FlashAttention: {reason}")
+    q, k, v = (jnp.ones((2, 100, n, DIM), jnp.bfloat16) for n in (HEADS, KEY_HEADS, KEY_HEADS))
+    call = functools.partial(attend, q, k, v, jnp.zeros(HEADS, jnp.bfloat16), window=None, implementation="flash")
+    fit = jnp.stack([jnp.arange(100) // 2, jnp.minimum(jnp.arange(100), 2 * SEGMENTS - 51)])
+    assert not jnp.isnan(call(segment_ids=fit)).any()
+    assert jnp.isnan(call(segment_ids=fit.at[1, -1].add(1))).all()
