@@ -37,10 +37,8 @@ _HARMLESS = {
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "exclude_modules",
     "inference_mode",
     "layers_pattern",
-    "layers_to_transform",
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
@@ -67,7 +65,8 @@ class Settings:
     alpha_pattern: dict[str, float]
     target_parameters: tuple[str, ...]
     target_modules: tuple[str, ...] | str
-    leaves_out: bool  # some layers or modules of those
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...]  # none: all
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -85,27 +84,34 @@ class Settings:
             rank_pattern=_pattern(file, "rank_pattern", entries.pop("rank_pattern", None), int),
             alpha_pattern=_pattern(file, "alpha_pattern", entries.pop("alpha_pattern", None), float),
             target_parameters=tuple(targets),
-            target_modules=_modules(file, entries.pop("target_modules", None)),
-            leaves_out=any(entries.get(name) is not None for name in ("layers_to_transform", "exclude_modules")),
+            target_modules=_modules(file, "target_modules", entries.pop("target_modules", None)),
+            exclude_modules=_modules(file, "exclude_modules", entries.pop("exclude_modules", None)),
+            layers_to_transform=_layers(file, entries.pop("layers_to_transform", None)),
         )
         _refuse_unsupported(file, entries)
         return settings
 
     def targets(self, layer: int) -> list[Projection]:
-        """The projections of a layer with LoRA. PEFT's rule: a target is a parameter's name or a dotted end of it."""
+        """The projections of a layer with LoRA."""
         projections: tuple[Projection, ...] = ("gate_up", "down")
-        return [
-            projection
-            for projection in projections
-            if any(f".{parameter_name(layer, projection)}".endswith(f".{t}") for t in self.target_parameters)
-        ]
+        return [projection for projection in projections if self.lists_parameter(parameter_name(layer, projection))]
+
+    def lists_parameter(self, name: str) -> bool:
+        """Whether LoRA is on this parameter; PEFT leaves out none of them by exclude_modules or layers_to_transform."""
+        return _matches(self.target_parameters, name)
 
     def lists_module(self, name: str) -> bool:
-        """Whether LoRA is on this linear module. PEFT's rules: names or dotted ends, an expression, or all of them."""
-        modules = self.target_modules
-        if isinstance(modules, str):
-            return modules == "all-linear" or re.fullmatch(modules, name) is not None
-        return any(f".{name}".endswith(f".{target}") for target in modules)
+        """Whether LoRA is on this linear module or embedding, by PEFT's rules.
+
+        "all-linear" are those of the layers; one that is listed by its whole name has LoRA whatever its layer.
+        """
+        if _matches(self.exclude_modules, name):
+            return False
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            return layer is not None
+        in_layers = not self.layers_to_transform or (layer is not None and int(layer[1]) in self.layers_to_transform)
+        return _matches(self.target_modules, name) and (in_layers or name in self.target_modules)
 
     def rank(self, name: str) -> int:
         """r of a module or parameter, of one expert, after rank_pattern."""
@@ -118,14 +124,33 @@ class Settings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _modules(file: Path, value: Any) -> tuple[str, ...] | str:
-    """target_modules."""
+def _modules(file: Path, name: str, value: Any) -> tuple[str, ...] | str:
+    """Modules by their names or dotted ends of them, or by one expression."""
     if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{file}: {name} is no regular expression, {value!r}: {error}") from None
         return value
     modules = value or []
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise ValueError(f"{file}: target_modules must be a list of names, an expression or null, got {value!r}")
+        raise ValueError(f"{file}: {name} must be a list of names, an expression or null, got {value!r}")
     return tuple(modules)
+
+
+def _layers(file: Path, value: Any) -> tuple[int, ...]:
+    """layers_to_transform."""
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers):
+        raise ValueError(f"{file}: layers_to_transform must be a layer, a list of layers or null, got {value!r}")
+    return tuple(layers)
+
+
+def _matches(targets: tuple[str, ...] | str, name: str) -> bool:
+    """Whether one of the targets is the name or a dotted end of it, or the expression matches it whole."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 class _Pair(NamedTuple):

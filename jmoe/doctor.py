@@ -31,7 +31,7 @@ ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device that JAX sees; its memory in bytes, None where JAX does not say."""
+    """A device that JAX sees; the bytes that JAX may take of its memory, None where JAX does not say."""
 
     name: str
     memory: int | None
@@ -67,10 +67,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """A model on this machine: its layers' parts, and bytes by what they are for."""
+    """A model on this machine: its layers' parts, and bytes by what they are for, activations left out.
+
+    limit: bytes that JAX may take of the first device, where a model goes; None where JAX does not say.
+    """
 
     parts: tuple[Part, ...]
     resident: dict[str, int]
+    limit: int | None
 
 
 def examine_machine() -> Machine:
@@ -130,9 +134,8 @@ def examine_model(
         Settings.load(adapter / "adapter_config.json")
         with open_safetensors(adapter / "adapter_model.safetensors") as shard:
             resident["adapters"] += adapter_bytes(shard)
-    return ModelReport(
-        parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident), dict(resident)
-    )
+    parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)
+    return ModelReport(parts, dict(resident), machine.devices[0].memory if machine.devices else None)
 
 
 def kind_of(name: str) -> str:

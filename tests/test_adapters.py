@@ -229,6 +229,19 @@ def test_overlapping_patterns_resolve_in_the_order_of_the_file(tmp_path, first):
             {"alpha_pattern": {"*": 2}},
             "alpha_pattern has a key that is no regular expression, '*': nothing to repeat at position 0",
         ),
+        (
+            {"target_modules": "*.q_proj"},
+            "target_modules is no regular expression, '*.q_proj': nothing to repeat at position 0",
+        ),
+        (
+            {"exclude_modules": "("},
+            "exclude_modules is no regular expression, '(': missing ), unterminated subpattern at position 0",
+        ),
+        ({"exclude_modules": [1]}, "exclude_modules must be a list of names, an expression or null, got [1]"),
+        (
+            {"layers_to_transform": ["1"]},
+            "layers_to_transform must be a layer, a list of layers or null, got ['1']",
+        ),
         ({"target_parameters": DOWN}, f"target_parameters must be a list of names or null, got '{DOWN}'"),
     ],
 )

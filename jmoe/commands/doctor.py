@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.device_memory import allow_whole_gpu
+
 if TYPE_CHECKING:
     from jmoe.doctor import Machine, ModelReport
 
@@ -18,12 +20,13 @@ def doctor(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
 ) -> None:
-    """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and its memory.
+    """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
     No weights are loaded. Exits with 1 if the model cannot be.
     """
     if adapter and model is None:
         raise typer.BadParameter("--adapter needs --model")
+    allow_whole_gpu()
     from jmoe.doctor import examine_machine, examine_model
 
     machine = examine_machine()
@@ -63,11 +66,16 @@ def parts_table(report: "ModelReport", rows: int, prompt_tokens: int) -> Table:
 
 
 def memory_table(report: "ModelReport") -> Table:
-    """Bytes by what they are for."""
+    """Bytes by what they are for, and whether the device has room for them, where JAX says how much it has."""
     table = Table(title="memory", box=box.SIMPLE_HEAD, show_header=False)
+    total = sum(report.resident.values())
     for kind, size in report.resident.items():
         table.add_row(kind, gigabytes(size))
-    table.add_row("in all, without activations", gigabytes(sum(report.resident.values())))
+    table.add_row("in all, without activations", gigabytes(total))
+    if report.limit is not None:
+        left = report.limit - total
+        fit = f"fits, with {gigabytes(left)} left" if left >= 0 else f"does not fit: {gigabytes(-left)} too much"
+        table.add_row(f"of {gigabytes(report.limit)} that JAX may take of the device", fit)
     return table
 
 

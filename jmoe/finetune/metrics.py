@@ -16,7 +16,8 @@ class Metrics:
         """Goes on after this step: what a run that was cut off wrote of later ones is taken out."""
         file = directory / FILE
         # A run that begins again writes its loss before the first step again.
-        kept = [row for row in read(directory) if row["step"] <= step] if step else []
+        first = step + 1 if step else 0
+        kept = [row for row in read(directory) if row["step"] < first]
         fresh = file.with_suffix(".new")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(file)
@@ -25,7 +26,7 @@ class Metrics:
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first)
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,10 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
         for key in keys:
             match = _ATTENTION_KEY.fullmatch(key)
             if match is None and not _MLP_KEY.fullmatch(key):
-                raise ValueError(f"{file}: {key} is LoRA on nothing that this model has")
+                raise ValueError(
+                    f"{file} has {key}, but jmoe has no LoRA there: only on attention's q_proj, k_proj, v_proj and "
+                    "o_proj and on the experts' gate_up_proj and down_proj"
+                )
             if match is not None:
                 if int(match[1]) not in layers:
                     raise ValueError(f"{file}: {key} is of a layer past the model's {config.num_hidden_layers}")
@@ -77,17 +80,7 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
 
 def warn_of_missing(file: Path, settings: Settings, found: dict[str, list[Factors | None]]) -> None:
     """Warns of what adapter_config.json has LoRA on and the file has no tensors of."""
-    if settings.leaves_out:
-        return
-    missing = [
-        name
-        for target, factors in found.items()
-        for layer, there in enumerate(factors)
-        if there is None
-        for name in [f"model.layers.{layer}.{'mlp.experts' if target in EXPERTS else 'self_attn'}.{target}_proj"]
-        if (target in settings.targets(layer) if target in EXPERTS else settings.lists_module(name))
-    ]
-    if missing:
+    if missing := list(missing_targets(settings, found)):
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         warnings.warn(
             f"{file} has no tensors of {', '.join(missing[:8])}{more}, though adapter_config.json has LoRA there: they "
@@ -95,6 +88,19 @@ def warn_of_missing(file: Path, settings: Settings, found: dict[str, list[Factor
             AdapterWarning,
             stacklevel=3,
         )
+
+
+def missing_targets(settings: Settings, found: dict[str, list[Factors | None]]) -> Iterator[str]:
+    """The names of what has LoRA by adapter_config.json and has none here; jmoe has none on some of it."""
+    yield from filter(settings.lists_module, ("lm_head", "model.embed_tokens"))
+    for target, factors in found.items():
+        layers = [f"model.layers.{layer}" for layer, there in enumerate(factors) if there is None]
+        if target in EXPERTS:
+            yield from filter(settings.lists_parameter, (f"{layer}.mlp.experts.{target}_proj" for layer in layers))
+        else:
+            yield from filter(settings.lists_module, (f"{layer}.self_attn.{target}_proj" for layer in layers))
+    routers = (f"model.layers.{layer}.mlp.router.weight" for layer in range(len(found["q"])))
+    yield from filter(settings.lists_parameter, routers)
 
 
 def check_change(file: Path, lora: LoraWeights) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,19 @@ from typer.testing import CliRunner
 
 from jmoe import doctor, gpt_oss
 from jmoe.cli import app
+from jmoe.commands.doctor import gigabytes
+from jmoe.device_memory import FRACTION, NAMES
 from jmoe.gpt_oss.cache import cache_bytes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, missing=())
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
 
 
 def test_the_machine_and_a_model_are_described() -> None:
@@ -22,6 +32,7 @@ def test_the_machine_and_a_model_are_described() -> None:
     assert "does not run: JAX sees no GPU" in run.stdout
     assert "attention to the last 32 tokens" in run.stdout
     assert "KV cache of 16 x 1024 tokens" in run.stdout
+    assert "that JAX may take" not in run.stdout  # of a CPU's memory it does not say
 
 
 def test_bytes_are_those_of_the_files() -> None:
@@ -34,6 +45,32 @@ def test_bytes_are_those_of_the_files() -> None:
     cache = cache_bytes(gpt_oss.Config.load(TINY), 2, 48)
     assert report.resident["KV cache of 2 x 48 tokens"] == cache == 2 * 2 * 2 * 2 * 32 * (32 + 48)
     assert report.resident["adapters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("spare", "said"),
+    [(0, "fits, with 0.00 MB left"), (2_000_000, "fits, with 2.00 MB left"), (-1, "does not fit: 0.00 MB too much")],
+)
+def test_a_model_is_held_against_what_jax_may_take(spare: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = sum(doctor.examine_model(TINY, [TINY / "adapter"], MACHINE, batch=16, context=1024).resident.values())
+    machine = dataclasses.replace(MACHINE, devices=(doctor.Device("a GPU", taken + spare),))
+    monkeypatch.setattr(doctor, "examine_machine", lambda: machine)
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--adapter", str(TINY / "adapter")])
+    assert run.exit_code == 0, run.output
+    assert f"of {gigabytes(taken + spare)} that JAX may take of the device" in run.stdout
+    assert said in run.stdout
+
+
+def test_the_limit_is_the_one_that_models_are_run_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def examine() -> doctor.Machine:
+        seen.append(os.environ.get(NAMES[0]))
+        return MACHINE
+
+    monkeypatch.setattr(doctor, "examine_machine", examine)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert seen == [FRACTION]
 
 
 def test_a_gpu_without_triton_is_an_error_and_not_xla() -> None:

@@ -128,6 +128,16 @@ def test_rows_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     assert len(cut.examples[1].tokens) == len(cut.examples[1].trained) == 16
 
 
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_row_that_is_cut_loses_its_stop_token(cut: int, tokenizer: Any, tmp_path: Path) -> None:
+    whole = make_example(Conversation((USER, ASSISTANT)), tokenizer)
+    file = write(tmp_path, {"messages": [USER, ASSISTANT]})
+    length = len(whole.tokens) - cut
+    (example,) = read_examples(file, tokenizer, max_length=length, too_long="truncate").examples
+    assert example.tokens.tolist() == whole.tokens[:length].tolist()
+    assert trained_text(tokenizer, example) == ("Ho" if cut else "Ho<|return|>")
+
+
 def test_errors_name_the_line(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: a row must be"):
         read_examples(write(tmp_path, {"text": "abc"}, {"txt": "a"}), tokenizer, max_length=16)

@@ -50,6 +50,16 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tensorboard: list[Wr
     assert read(tmp_path) == [{"step": 4, "loss": 2.0, "tokens": 5}]
 
 
+def test_a_run_that_begins_again_purges_the_loss_before_the_first_step_too(
+    tensorboard: list[Writer], tmp_path: Path
+) -> None:
+    for loss in (2.0, 3.0):  # cut off before its first checkpoint, and again
+        with Metrics(tmp_path, step=0) as metrics:
+            metrics.write(0, {"validation_loss": loss})
+    assert [writer.purge_step for writer in tensorboard] == [0, 0]
+    assert read(tmp_path) == [{"step": 0, "validation_loss": 3.0}]
+
+
 def test_without_tensorboard_there_is_the_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with Metrics(tmp_path, step=0) as metrics:

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.finetune.batches import split
+from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.metrics import read
+from jmoe.finetune.run import finetune
 from jmoe.gpt_oss import load
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +115,20 @@ def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple
         for out in (finished[0], tmp_path)
     ]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])
+def test_a_run_does_not_go_on_with_rows_that_have_changed(part: int, data: Path, finished: tuple[Path, str]) -> None:
+    options = json.loads((finished[0] / "finetune.json").read_text())
+    config = FinetuneConfig.create(options)
+    rows = data.read_text()
+    number = split(range(40), config.validation_fraction, config.seed)[part][0]
+    data.write_text(rows.replace(f"Is {number} even?", f"Is {number} odd?"))
+    try:
+        with pytest.raises(ValueError, match="holds a run on other data"):
+            finetune(config)
+    finally:
+        data.write_text(rows)
 
 
 def test_wrong_input_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -80,7 +80,15 @@ def copy_of_adapter(folder: Path, change: object) -> Path:
     [
         (
             lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((2, 64), np.float32)}),
-            r"base_model.model.lm_head.lora_A.weight is LoRA on nothing",
+            r"has base_model.model.lm_head.lora_A.weight, but jmoe has no LoRA there: only on attention's",
+        ),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 64), np.float32)}),
+            r"has base_model.model.model.embed_tokens.lora_embedding_A, but jmoe has no LoRA there",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}0.mlp.router.lora_A.weight": np.zeros((2, 64), np.float32)}),
+            r"has .*layers.0.mlp.router.lora_A.weight, but jmoe has no LoRA there",
         ),
         (
             lambda t: t.pop(f"{PREFIX}0.self_attn.q_proj.lora_B.weight"),
@@ -118,7 +126,9 @@ def test_a_layer_without_lora_is_left_as_it_was(tmp_path: Path) -> None:
             del tensors[key]
 
     folder = copy_of_adapter(tmp_path / "adapter", change)
-    set_options(folder, layers_to_transform=[0])
+    # PEFT looks at layers_to_transform for target_modules alone.
+    experts = [f"layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    set_options(folder, layers_to_transform=[0], target_parameters=experts)
     lora = gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
     assert lora.a["q"].shape == (2, 1, 2, 64)
     assert lora.b["down"].shape == (2, 1, 4, 64, 2)

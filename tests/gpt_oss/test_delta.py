@@ -139,7 +139,10 @@ def test_targets_without_tensors_are_warned_of(change: Change, names: str, tmp_p
         ({"target_modules": "all-linear"}, True),
         ({"target_modules": r".*\.(q|k)_proj"}, True),
         ({"target_modules": r".*\.k_proj"}, False),
-        ({"layers_to_transform": [1]}, False),
+        ({"layers_to_transform": 1}, False),
+        ({"layers_to_transform": [0]}, True),
+        ({"exclude_modules": ["q_proj"]}, False),
+        ({"exclude_modules": r".*\.1\..*"}, True),
     ],
 )
 def test_targets_are_by_pefts_rules(entries: dict[str, object], warned: bool, tmp_path: Path) -> None:
@@ -150,6 +153,25 @@ def test_targets_are_by_pefts_rules(entries: dict[str, object], warned: bool, tm
         warnings.simplefilter("always")
         gpt_oss.load_adapter(folder, config())
     assert any("layers.0.self_attn.q_proj" in str(one.message) for one in caught) == warned
+
+
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        ({"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, "lm_head, model.embed_tokens"),
+        ({"target_modules": r".*_proj|lm_head"}, "lm_head"),
+        (
+            {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.router.weight"]},
+            "model.layers.0.mlp.router.weight, model.layers.1.mlp.router.weight",
+        ),
+    ],
+)
+def test_targets_that_jmoe_has_no_lora_on_are_warned_of(entries: dict[str, object], names: str, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "adapter", lambda tensors: None)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    with pytest.warns(gpt_oss.AdapterWarning, match=f"has no tensors of {re.escape(names)}, though"):
+        gpt_oss.load_adapter(folder, config())
 
 
 def test_an_adapter_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
@@ -199,6 +221,7 @@ def test_layers_that_peft_was_told_to_leave_alone_are_not_odd(tmp_path: Path) ->
 
     folder = changed(tmp_path / "adapter", change)
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "layers_to_transform": [0]}))
+    experts = [f"layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": experts}))
     lora = gpt_oss.load_adapter(folder, config())  # warnings are errors here
     assert gpt_oss.delta_report(lora).present["down"].tolist() == [True, False]
