@@ -238,7 +238,7 @@ def _pattern[N: (int, float)](file: Path, name: str, value: Any, kind: type[N]) 
         raise ValueError(f"{file}: {name} must be a JSON object or null, got {value!r}")
     for key in value or {}:
         try:
-            re.compile(key)
+            re.compile(_dotted_end(key))
         except re.error as error:
             raise ValueError(f"{file}: {name} has a key that is no regular expression, {key!r}: {error}") from None
     return {key: _number(file, f"{name}[{key!r}]", number, kind) for key, number in (value or {}).items()}
@@ -261,7 +261,12 @@ def _refuse_unsupported(file: Path, entries: dict[str, Any]) -> None:
 
 def _resolve[T](pattern: dict[str, T], name: str, default: T) -> T:
     """The value of the first regular expression, in the file's order, that matches a name or a dotted end of it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if re.match(_dotted_end(key), name)), default)
+
+
+def _dotted_end(key: str) -> str:
+    """The regular expression of names that a key matches, or a dotted end of which it matches."""
+    return rf"(.*\.)?({key})$"
 
 
 def suffixes_by_layer(keys: Iterable[str]) -> dict[int, set[str]]:

@@ -227,7 +227,11 @@ def test_overlapping_patterns_resolve_in_the_order_of_the_file(tmp_path, first):
         ({"alpha_pattern": ["down_proj"]}, "alpha_pattern must be a JSON object or null, got ['down_proj']"),
         (
             {"alpha_pattern": {"*": 2}},
-            "alpha_pattern has a key that is no regular expression, '*': nothing to repeat at position 0",
+            "alpha_pattern has a key that is no regular expression, '*': nothing to repeat at position 8",
+        ),
+        (
+            {"rank_pattern": {"(?i)down_proj": 2}},
+            "rank_pattern has a key that is no regular expression, '(?i)down_proj': global flags not at the start",
         ),
         (
             {"target_modules": "*.q_proj"},
