@@ -231,7 +231,8 @@ def test_overlapping_patterns_resolve_in_the_order_of_the_file(tmp_path, first):
         ),
         (
             {"rank_pattern": {"(?i)down_proj": 2}},
-            "rank_pattern has a key that is no regular expression, '(?i)down_proj': global flags not at the start of the expression at position 8",
+            "rank_pattern has a key that is no regular expression, '(?i)down_proj': global flags not at the start of "
+            "the expression at position 8",
         ),
         (
             {"target_modules": "*.q_proj"},

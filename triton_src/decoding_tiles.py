@@ -15,6 +15,29 @@ NORM_LINEAR_TILES = {4: NormLinearTile(1, 2, 4), 32: NormLinearTile(1, 4, 8), 64
 """By the most rows that they are for. For one row a program's own reads decide, for many how often weights are read."""
 
 
+class FewRowsLinearTile(NamedTuple):
+    """Columns and depth of the blocks that a dense product's program reads, num_stages - 1 of them ahead."""
+
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+FEW_ROWS_LINEAR_TILES = {16: FewRowsLinearTile(16, 256, 4, 4), 64: FewRowsLinearTile(32, 128, 4, 4)}
+"""By the most rows that they are for."""
+
+
 def norm_linear_tile(rows: int) -> NormLinearTile:
-    """The tile for so many rows, the last for more than the table has."""
-    return next((tile for most, tile in NORM_LINEAR_TILES.items() if rows <= most), NORM_LINEAR_TILES[64])
+    """The tile of norm_linear for so many rows."""
+    return for_rows(NORM_LINEAR_TILES, rows)
+
+
+def few_rows_linear_tile(rows: int) -> FewRowsLinearTile:
+    """The tile of few_rows_linear for so many rows."""
+    return for_rows(FEW_ROWS_LINEAR_TILES, rows)
+
+
+def for_rows[T](tiles: dict[int, T], rows: int) -> T:
+    """The first that is for so many rows, or the last."""
+    return next((tile for most, tile in tiles.items() if rows <= most), tiles[max(tiles)])

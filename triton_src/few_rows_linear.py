@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from jmoe.triton_src.decoding_tiles import few_rows_linear_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 
 
@@ -68,12 +69,11 @@ def plan_few_rows_linear(*, rows: int, n: int, k: int, rank: int | None = None, 
     lora_rows: of lora_b in each layer, of which the first n count.
     """
     lora = rank is not None
-    block_m = max(16, next_power_of_2(rows))
-    block_n = 16 if block_m == 16 else 32
+    tile = few_rows_linear_tile(rows)
     return [
         Plan(
             kernel=few_rows_linear_kernel,
-            grid=(cdiv(n, block_n),),
+            grid=(cdiv(n, tile.columns),),
             operands={
                 "x_ptr": "x",
                 "weight_ptr": "weight",
@@ -89,13 +89,13 @@ def plan_few_rows_linear(*, rows: int, n: int, k: int, rank: int | None = None, 
                 "K": k,
                 "P": lora_rows,
                 "RANK": rank or 0,
-                "BLOCK_M": block_m,
-                "BLOCK_N": block_n,
-                "BLOCK_K": 128 if block_m > 16 else 256,
+                "BLOCK_M": max(16, next_power_of_2(rows)),
+                "BLOCK_N": tile.columns,
+                "BLOCK_K": tile.depth,
                 "BLOCK_R": 16 if rank is None else min(64, max(16, next_power_of_2(rank))),
             },
-            num_warps=4,
-            num_stages=4,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
             flops=2 * rows * n * (k + (rank or 0)),
             bytes_accessed=2 * (n * k + rows * (n + k)),
         )
