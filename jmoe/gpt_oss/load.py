@@ -79,8 +79,9 @@ def load(
         layer = read_layer(checkpoint, config, index)
         if stack is None:
             stack = empty_stack(layer, config.num_hidden_layers, packed, device)
-        # The host waits, so that what it read of one layer is gone from the device before the next is there.
+        # The host waits, so that what it read of one layer is gone from both before the next is there.
         stack = jax.block_until_ready(put_layer(stack, layer, index))
+        del layer
     assert stack is not None
     return GptOss(
         config,
