@@ -25,6 +25,7 @@ from learning.tune import Tuning, model_of, source_batches
 from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, version, write
+from jmoe.finetune.loop import validation_loss
 
 BEGAN = time.perf_counter()
 
@@ -83,7 +84,7 @@ def main(
         model = model_of(weights, chosen, dtype, mxfp4=kind == "mxfp4")
         tuning = Tuning(model, chosen, train_questions, held_out)
         start = tuning.state(0)
-        base = tuning.figures(start) | {"source_loss": tuning.loss(start, held_source)}
+        base = tuning.figures(start) | {"source_loss": validation_loss(tuning.trainer, start, held_source)}
         results[kind] = {"base": base, "runs": []}
         say(f"{kind}, base: " + ", ".join(f"{name} {value:.4f}" for name, value in base.items()))
         for seed in chosen.seeds:

@@ -17,7 +17,9 @@ from jmoe import Experts, quantize
 from jmoe.evaluate.score import Span, score
 from jmoe.finetune.batches import Batch, Batches
 from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.loop import validation_loss
 from jmoe.finetune.packing import pack
+from jmoe.finetune.run import validation_batches
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
@@ -61,7 +63,7 @@ class Tuning:
         self.base = model
         self.held_out = held_out
         self.packed = pack([question.example for question in train], size.length)
-        self.validation = validation_batches(held_out, size)
+        self.validation = validation_batches(self.config, [question.example for question in held_out])
         self.optimizer = make_optimizer(self.config, size.steps)
         self.trainer = Trainer(self.adapted(0), self.optimizer, loss_chunk=self.config.loss_chunk)
 
@@ -78,14 +80,9 @@ class Tuning:
     def figures(self, state: TrainState) -> dict[str, float]:
         """What the model with this adapter does on held-out questions."""
         return {
-            "loss": self.loss(state, self.validation),
+            "loss": validation_loss(self.trainer, state, self.validation),
             "accuracy": accuracy(self.trainer.model(state), self.held_out),
         }
-
-    def loss(self, state: TrainState, batches: Sequence[Batch]) -> float:
-        """Mean nats a byte of what is to be told."""
-        losses = sum(float(self.trainer.loss(state, batch)) for batch in batches)
-        return losses / sum(float(batch.weights.sum()) for batch in batches)
 
     def run(self, seed: int, every: int, show: Callable[[int, float, float], None]) -> dict[str, Any]:
         """Trains; the curve has a step's loss and the held-out loss after it. show is called with each of its points.
@@ -95,7 +92,7 @@ class Tuning:
         """
         batches = Batches(self.packed, self.config.batch_size, seed)
         state, curve, unread = self.state(seed), [], []
-        curve.append({"step": 0, "loss": None, "held_out_loss": self.loss(state, self.validation)})
+        curve.append({"step": 0, "loss": None, "held_out_loss": validation_loss(self.trainer, state, self.validation)})
         steps = self.config.steps
         assert steps is not None
         for step in range(1, steps + 1):
@@ -107,17 +104,10 @@ class Tuning:
                     raise FloatingPointError(f"a loss or gradient before step {step} is not finite")
                 mean = float(np.mean([float(loss) for loss, _ in unread]))
                 unread.clear()
-                curve.append({"step": step, "loss": mean, "held_out_loss": self.loss(state, self.validation)})
-                show(step, mean, curve[-1]["held_out_loss"])
+                held = validation_loss(self.trainer, state, self.validation)
+                curve.append({"step": step, "loss": mean, "held_out_loss": held})
+                show(step, mean, held)
         return {"seed": seed, **self.figures(state), "curve": curve}
-
-
-def validation_batches(questions: Sequence[Question], size: Size) -> list[Batch]:
-    """Every question once, in batches of one shape; what fills the last one has weight 0."""
-    packed = pack([question.example for question in questions], size.length)
-    padding = -len(packed.tokens) % size.batch
-    arrays = [np.pad(array, [(0, padding), (0, 0)]).reshape(-1, size.batch, size.length) for array in packed]
-    return [Batch(*parts) for parts in zip(*arrays, strict=True)]
 
 
 def accuracy(model: GptOss, questions: Sequence[Question]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jmoe.bench.case import Case
 from jmoe.bench.figures import Row, figure, find, marlin_layer, peer_layer, ratio
+from jmoe.bench.markdown import table
 from jmoe.bench.ours import CHECKPOINT, PACKED
 from jmoe.bench.peers import TRITON_KERNELS
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
@@ -26,12 +27,6 @@ PARITY_COLUMNS = {
     "triton_kernels": "triton_kernels",
     "torch_bf16": "torch bf16",
 }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def source(results: dict[str, Any], command: str) -> str:
@@ -64,7 +59,7 @@ def compact(names: tuple[str, list[str]], columns: Sequence[tuple[str, list[str]
         for i, name in enumerate(names[1])
         if any(cells[i] for _, cells in filled)
     ]
-    return table([names[0], *(header for header, _ in filled)], rows) if rows else ""
+    return table([names[0], *(header for header, _ in filled)], rows)
 
 
 def without_lora(rows: Sequence[Row], experts: int) -> str:

@@ -10,11 +10,10 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import Attention, delta
+from jmoe.gpt_oss.layer import Attention, delta, through_experts
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
 from jmoe.ops.experts import Lora
-from jmoe.ops.moe import moe
 from jmoe.ops.norm_linear import Narrow, norm_linear
 from jmoe.ops.stacked_linear import Expand, stacked_linear
 
@@ -113,16 +112,14 @@ def layer_of_few[S](
         narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)
         routed = norm_linear(before.sum, index, addend=addend, norm=stack.moe_norm, eps=eps, narrow=narrow)
     with jax.named_scope("experts"):
-        y = moe(
+        y = through_experts(
             routed.normal.reshape(x.shape),
             routed.product.reshape(*shape, -1),
             stack.experts,
-            top_k=config.num_experts_per_tok,
-            lora=on_experts,
-            adapter_ids=None if on_experts is None else adapter_ids,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
-            layer=index,
+            on_experts,
+            config,
+            adapter_ids=adapter_ids,
+            index=index,
         )
     return routed.sum.reshape(x.shape), y, kept
 

@@ -12,7 +12,7 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear
-from jmoe.ops.experts import Lora
+from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
 from jmoe.ops.norm import rms_norm
 
@@ -96,17 +96,45 @@ def layer[S](
     if observe is not None:
         kept = observe(router_logits, kept)
     with jax.named_scope("experts"):
-        y = moe(
+        y = through_experts(
             normal,
             router_logits,
             weights.experts,
-            top_k=config.num_experts_per_tok,
-            lora=on_experts,
-            adapter_ids=None if on_experts is None else adapter_ids,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
-            layer=index,
+            on_experts,
+            config,
+            adapter_ids=adapter_ids,
+            index=index,
             recompute=recompute,
-            backend="xla" if x.dtype == jnp.float32 else None,
         )
     return x + y, kept
+
+
+def through_experts(
+    x: Float[Array, "B T H"],
+    router_logits: Float[Array, "B T E"],
+    experts: Experts,
+    lora: Lora | None,
+    config: Config,
+    *,
+    adapter_ids: Int32[Array, "B T"] | None,
+    index: Int32[Array, ""],
+    recompute: bool = False,
+) -> Float[Array, "B T H"]:
+    """What a layer's experts make of each token: jmoe.moe with the model's constants, by XLA in float32.
+
+    experts: of all layers.
+    lora: of this layer or of all.
+    """
+    return moe(
+        x,
+        router_logits,
+        experts,
+        top_k=config.num_experts_per_tok,
+        lora=lora,
+        adapter_ids=None if lora is None else adapter_ids,
+        swiglu_alpha=config.swiglu_alpha,
+        swiglu_limit=config.swiglu_limit,
+        layer=index,
+        recompute=recompute,
+        backend="xla" if x.dtype == jnp.float32 else None,
+    )

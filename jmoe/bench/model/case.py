@@ -13,7 +13,8 @@ class ModelCase:
     """One measurement of a model with random weights.
 
     kind: "generate": prefill and steps of decoding; "finetune": a step of the optimizer; "parts": where the time of
-      either goes; "load": a checkpoint from disk; "transformers": a step of the optimizer by transformers and PEFT.
+      a step of decoding goes; "load": a checkpoint from disk; "transformers": a step of the optimizer by transformers
+      and PEFT.
     size: "20b", "120b", or "tiny", which a CPU takes in seconds.
     sequences: decoded together, or of a step's batch.
     length: tokens of each prompt, or of each sequence.

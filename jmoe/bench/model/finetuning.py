@@ -3,6 +3,7 @@
 import statistics
 import time
 
+import jax
 import numpy as np
 
 from jmoe.bench.model.case import Figures, ModelCase
@@ -30,8 +31,6 @@ def measure(case: ModelCase) -> Figures:
         times.append(time.perf_counter() - began)
         if not finite:
             raise FloatingPointError(f"{case}: the loss of step {index + 1} is {float(outcome.loss)}")
-    import jax
-
     step = statistics.median(times[1:])
     rate = case.sequences * case.length / step
     figures = {"step_ms": 1e3 * step, "tokens_per_second": rate, "peak_gib": peak_gib(), "compile_seconds": times[0]}

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jmoe.bench.markdown import table
+
 type Row = dict[str, Any]
 
 
@@ -17,12 +19,6 @@ def section(results: dict[str, Any]) -> str:
 def of(rows: Sequence[Row], kind: str) -> list[Row]:
     """The rows of one kind."""
     return [row for row in rows if row["kind"] == kind]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; nothing without rows."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
 
 
 def lora(row: Row) -> str:
