@@ -11,6 +11,7 @@ from typing import Any
 from jmoe.bench.case import Case
 from jmoe.bench.figures import Row, figure, find, marlin_layer, peer_layer, ratio
 from jmoe.bench.markdown import table
+from jmoe.bench.model.tables import section as model_section
 from jmoe.bench.ours import CHECKPOINT, PACKED
 from jmoe.bench.peers import TRITON_KERNELS
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
@@ -136,7 +137,13 @@ def unmeasured(rows: Sequence[Row]) -> str:
     return f"Not measured at every size, and then not among the peers: {' and '.join(missing)}." if missing else ""
 
 
-SECTIONS = {"parity": parity, "bench": bench}
+def model() -> str:
+    """The tables of a whole model on the H100."""
+    results = json.loads((RESULTS / "model_h100.json").read_text())
+    return model_section(results) + "\n\n" + source(results, "jmoe bench-model")
+
+
+SECTIONS = {"parity": parity, "bench": bench, "model": model}
 
 
 def render(text: str) -> str:

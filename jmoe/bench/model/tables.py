@@ -62,7 +62,7 @@ def parts_of_a_step(rows: Sequence[Row]) -> str:
     header = ["kernels of a step, us", *names, "number of kernels"]
     cells = [
         [
-            f"{row['size']}, {row['sequences']} sequences, LoRA {lora(row)}",
+            f"{row['size']}, {row['sequences']} sequence{'s' * (row['sequences'] > 1)}, LoRA {lora(row)}",
             *(f"{row['microseconds'][name]:,.0f}" for name in names),
             f"{row['kernels']:.0f}",
         ]
