@@ -1,6 +1,5 @@
 """`jmoe bench-model`: a whole gpt-oss generates, is fine-tuned and loaded."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,10 @@ def bench_model(
     sizes: Annotated[str, typer.Option(help="Only these: 20b, 120b.")] = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the figures as JSON, with date, commit, GPU and versions, after each case."),
+        typer.Option(
+            help="Write the figures as JSON, with date, commit, GPU and versions, after each case. Other cases in "
+            "the file stay if commit, GPU and versions are the same."
+        ),
     ] = None,
 ) -> None:
     """Times a whole gpt-oss with random weights: prefill, decoding, a step of fine-tuning beside transformers and PEFT.
@@ -29,17 +31,21 @@ def bench_model(
     import json
 
     from jmoe.bench.model.case import CPU_CASES, GPU_CASES
+    from jmoe.bench.model.results import add, start
     from jmoe.bench.model.run import MODULES, certificate, run
     from jmoe.bench.record import write
 
-    results: dict[str, Any] = {**certificate(), "rows": []}
+    results, others = start(certificate(), out)
     every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
     wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
     console = Console(width=max(150, Console().width))
+    if others:
+        text = f"{out} is started anew: it holds figures of {', '.join(others)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     failed = False
     for case, figures in run(cases):
-        results["rows"].append({**dataclasses.asdict(case), **figures})
+        add(results, case, figures)
         console.print(f"{case}: {json.dumps(rounded(figures))}", markup=False, highlight=False, soft_wrap=True)
         failed |= "error" in figures and case.kind != "transformers"
         if out is not None:
