@@ -137,6 +137,23 @@ def test_nan_ends_where_autograd_has_it() -> None:
         assert relative_error(ours[name], exact[name]) <= 2 * RELATIVE, name
 
 
+def test_differences_of_the_float64_layer_are_the_gradient_in_x() -> None:
+    layer = random_layer(tokens=6, adapters=1, gate_up_rank=5, down_rank=3)
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours = gradients(layer, moe, dy)["x"].double()
+
+    def moved(row: int, column: int, step: float) -> torch.Tensor:
+        x = layer.x.double()
+        x[row, column] += step
+        y = reference.moe(x, layer.router_logits, layer.experts, **layer.options)
+        return (y * dy.double()).sum()
+
+    usual = ours.square().mean().sqrt()
+    for row, column in ((0, 0), (1, 40), (3, 17), (5, 63)):
+        difference = (moved(row, column, 1e-4) - moved(row, column, -1e-4)) / 2e-4
+        assert abs(ours[row, column] - difference) <= 3e-2 * usual
+
+
 def test_twice_the_same_bits() -> None:
     layer = random_layer(tokens=50, adapters=2, gate_up_rank=5, down_rank=3, mixed=True)
     dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
