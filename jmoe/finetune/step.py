@@ -17,7 +17,7 @@ from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loss import cross_entropy
 from jmoe.gpt_oss.attention import Implementation
-from jmoe.gpt_oss.flash_attention import fit_segments, why_not
+from jmoe.gpt_oss.flash_attention import SEGMENTS, segments_a_row, why_not
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import EXPERTS
 
@@ -73,16 +73,34 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     return optax.chain(clip, optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay))
 
 
-def attention_for(dtype: DTypeLike, width: int, batch: Batch) -> Implementation:
+class Attention(NamedTuple):
+    """What jmoe.gpt_oss.GptOss.hidden is told of attention."""
+
+    implementation: Implementation
+    most_segments: int = SEGMENTS
+
+
+MANY_SEGMENTS = 128
+"""A row, on average: the most for which FlashAttention is taken. In rows of 4096 tokens they are 32 tokens long."""
+
+
+def attention_for(dtype: DTypeLike, width: int, batch: Batch) -> Attention:
     """Which attention heads of this width take for arrays [..., B, T]: known on the host, so that one is compiled."""
     rows = batch.segment_ids.reshape(-1, *batch.segment_ids.shape[-2:])
-    runs = jax.default_backend() == "gpu" and why_not([dtype], width) is None
-    return "flash" if runs and all(map(fit_segments, rows)) else "xla"
+    most = max(map(segments_a_row, rows))
+    if jax.default_backend() == "gpu" and why_not([dtype], width) is None and most <= MANY_SEGMENTS:
+        return Attention("flash", SEGMENTS if most <= SEGMENTS else MANY_SEGMENTS)
+    return Attention("xla")
 
 
-def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Implementation) -> Float[Array, ""]:
+def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Attention) -> Float[Array, ""]:
     """The sum of one batch's losses; its arrays are [B, T]."""
-    hidden = model.hidden(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids), attention=attention)
+    hidden = model.hidden(
+        jnp.asarray(batch.tokens),
+        segment_ids=jnp.asarray(batch.segment_ids),
+        attention=attention.implementation,
+        most_segments=attention.most_segments,
+    )
     return cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head.get_value(),
@@ -110,7 +128,7 @@ class Trainer:
             functools.partial(take_step, merge, optimizer, loss_chunk), donate_argnums=0, static_argnames="attention"
         )
 
-        def loss(factors: Any, frozen: Any, batch: Batch, attention: Implementation) -> Array:
+        def loss(factors: Any, frozen: Any, batch: Batch, attention: Attention) -> Array:
             return loss_of(merge(factors, frozen), batch, loss_chunk, attention)
 
         self._loss = jax.jit(loss, static_argnames="attention")
@@ -139,7 +157,7 @@ def take_step(
     state: TrainState,
     frozen: Any,
     batches: Batch,
-    attention: Implementation,
+    attention: Attention,
 ) -> tuple[TrainState, Outcome]:
     """One step on the mean loss over all trained tokens of N batches, one after another."""
     tokens = batches.weights.sum()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jmoe.gpt_oss.flash_attention import fit_segments, flash_attend, why_not
+from jmoe.gpt_oss.flash_attention import SEGMENTS, flash_attend, segments_a_row, why_not
 
 type Implementation = Literal["xla", "flash"] | None
 
@@ -33,6 +33,7 @@ def attend(
     window: int | None,
     segment_ids: Int32[Array, "B T"] | None = None,
     implementation: Implementation = None,
+    most_segments: int = SEGMENTS,
 ) -> Float[Array, "B T N D"]:
     """Each query's mean of the values up to its own, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum.
 
@@ -43,9 +44,10 @@ def attend(
       window: keys that a query sees, its own among them; None: all.
       segment_ids: of sequences packed in a row, one after another; a query sees its own segment alone. None: one
         segment.
-      implementation: "xla"; "flash", which takes bfloat16 on a Hopper GPU, and gives NaN for more segments than
-        jmoe.gpt_oss.flash_attention.SEGMENTS a row; or None: "flash" where it can run and this is lowered for CUDA,
-        but for batches of more segments, "xla" elsewhere.
+      implementation: "xla"; "flash", which takes bfloat16 on a Hopper GPU, and gives NaN for more than most_segments;
+        or None: "flash" where it can run and this is lowered for CUDA, but for batches of more segments, "xla"
+        elsewhere.
+      most_segments: a row, on average.
 
     Raises:
       NotImplementedError: "flash" cannot run on these arrays or on this machine; the message says what is missing.
@@ -54,7 +56,7 @@ def attend(
     if implementation not in (None, "xla", "flash"):
         raise ValueError(f'implementation must be "xla", "flash" or None, got {implementation!r}')
     by_xla = functools.partial(attend_by_xla, window=window)
-    by_flash = functools.partial(flash_attend, window=window)
+    by_flash = functools.partial(flash_attend, window=window, most_segments=most_segments)
     reason = None if implementation == "xla" else why_not((q.dtype, k.dtype, v.dtype), q.shape[-1])
     if implementation == "xla" or (implementation is None and reason is not None):
         return by_xla(q, k, v, sinks, segment_ids=segment_ids)
@@ -69,7 +71,7 @@ def attend(
         # Rare, and so not worth the compilation of many groups.
         by_one_group = functools.partial(by_xla, groups=1)
         choices = (functools.partial(by, segment_ids=segment_ids) for by in (by_flash, by_one_group))
-        return lax.cond(fit_segments(segment_ids), *choices, *arrays)
+        return lax.cond(segments_a_row(segment_ids) <= most_segments, *choices, *arrays)
 
     return lax.platform_dependent(
         q,

@@ -15,8 +15,8 @@ WIDEST = 256
 """Of heads that the kernels take."""
 
 SEGMENTS = 32
-"""Packed sequences that the rows of a batch may hold, a row, on average. The kernels' backward pass starts blocks for
-each that there may be, and those of the others end at once."""
+"""Packed sequences that the rows of a batch may hold, a row, on average, if nothing else is said. The kernels' backward
+pass starts blocks for each that there may be, and those of the others end at once."""
 
 
 def available() -> str | None:
@@ -60,8 +60,9 @@ def flash_attend(
     *,
     window: int | None,
     segment_ids: Int32[Array, "B T"] | None = None,
+    most_segments: int = SEGMENTS,
 ) -> Float[Array, "B T N D"]:
-    """As jmoe.gpt_oss.attend, for segments that follow each other; NaN if there are more than fit_segments allows."""
+    """As jmoe.gpt_oss.attend, for segments that follow each other; NaN if there are more than most_segments a row."""
     import dew_flash_attn
 
     # Keys to the left and to the right of a query, without its own; -1 is all.
@@ -70,26 +71,25 @@ def flash_attend(
         return dew_flash_attn.flash_mha(q, k, v, is_causal=True, window_size=sizes, sinks=sinks)
     batch, length = segment_ids.shape
     # Every query reads a value, and there are fewer values than results.
-    v = jnp.where(fit_segments(segment_ids), v, jnp.nan)
+    v = jnp.where(segments_a_row(segment_ids) <= most_segments, v, jnp.nan)
     packed = (array.reshape(batch * length, *array.shape[2:]) for array in (q, k, v))
-    offsets = segment_offsets(segment_ids)
+    offsets = segment_offsets(segment_ids, most_segments)
     out = dew_flash_attn.flash_mha_varlen(*packed, offsets, length, is_causal=True, window_size=sizes, sinks=sinks)
     return out.reshape(q.shape)
 
 
-def segment_offsets(segment_ids: Int32[Array, "B T"]) -> Int32[Array, " S"]:
+def segment_offsets(segment_ids: Int32[Array, "B T"], most_segments: int) -> Int32[Array, " S"]:
     """Where each segment begins in the rows behind each other, then their length as often as segments are missing."""
     batch, length = segment_ids.shape
     begins = segment_begins(segment_ids).reshape(-1)
-    room = batch * min(SEGMENTS, length)
+    room = batch * min(most_segments, length)
     offsets = jnp.nonzero(begins, size=room, fill_value=batch * length)[0]
     return jnp.append(offsets, batch * length).astype(jnp.int32)
 
 
-def fit_segments(segment_ids: Int32[Array | np.ndarray, "B T"]) -> Bool[Array | np.ndarray, ""]:
-    """Whether there are at most SEGMENTS segments a row, on average; of numpy's arrays it is known at once."""
-    rows = segment_ids.shape[0]
-    return rows + (segment_ids[:, 1:] != segment_ids[:, :-1]).sum() <= SEGMENTS * rows  # type: ignore[no-any-return]
+def segments_a_row(segment_ids: Int32[Array | np.ndarray, "B T"]) -> Float[Array | np.ndarray, ""]:
+    """How many segments rows have on average; of numpy's arrays it is known at once."""
+    return 1 + (segment_ids[:, 1:] != segment_ids[:, :-1]).sum() / segment_ids.shape[0]  # type: ignore[no-any-return]
 
 
 def segment_begins(segment_ids: Int32[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -16,6 +16,7 @@ from jmoe.gpt_oss.attention import Implementation, attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.few_tokens import through_layers_of_few
+from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import layer
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
@@ -130,6 +131,7 @@ class GptOss(nnx.Module):
         segment_ids: Int32[Array, "B T"] | None = None,
         adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
         attention: Implementation = None,
+        most_segments: int = SEGMENTS,
     ) -> Float[Array, "B T H"]:
         """The last layer's results, after the norm, before the head.
 
@@ -139,7 +141,7 @@ class GptOss(nnx.Module):
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
             from a traced one that there is not.
-          attention: as jmoe.gpt_oss.attend's implementation.
+          attention, most_segments: jmoe.gpt_oss.attend's implementation, and how many segments a row it may have.
 
         Raises:
           ValueError: tokens, positions or segment_ids are not [B, T] integers, tokens are not all in the vocabulary, or
@@ -159,7 +161,13 @@ class GptOss(nnx.Module):
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
         def attention_of(window: int | None) -> CarriedAttention:
-            within = functools.partial(attend, window=window, segment_ids=segment_ids, implementation=attention)
+            within = functools.partial(
+                attend,
+                window=window,
+                segment_ids=segment_ids,
+                implementation=attention,
+                most_segments=most_segments,
+            )
 
             def attend_within(heads: Heads, sinks: Array, state: None, group: Array) -> tuple[Array, None]:
                 return within(*heads.rotated(), sinks), state

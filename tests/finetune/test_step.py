@@ -14,7 +14,7 @@ from flax import nnx
 from jmoe.bench.model.case import sizes
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.step import Trainer, TrainState, attention_for, learning_rate, make_optimizer
+from jmoe.finetune.step import Attention, Trainer, TrainState, attention_for, learning_rate, make_optimizer
 from jmoe.gpt_oss import GptOss, flash_attention, load
 from jmoe.gpt_oss.config import alternating
 from jmoe.gpt_oss.new_adapter import new_adapter
@@ -122,7 +122,7 @@ def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
     config = dataclasses.replace(sizes()["tiny"], num_hidden_layers=4, layer_types=alternating(4), hidden_size=96)
     base = random_model(config, packed=False, remat=True)
     one = Trainer(base.with_adapters(new_adapter(config, rank=2, scale=2.0)), make_optimizer(CONFIG, 10), loss_chunk=16)
-    program = one._step.lower(one.start, one.frozen, random_batch(1), attention="xla").as_text()
+    program = one._step.lower(one.start, one.frozen, random_batch(1), attention=Attention("xla")).as_text()
     qkv, o = "512x96", "96x256"
     assert f"tensor<4x{qkv}xbf16>" in program, "the stack itself"
     # In two groups of two layers, the backward pass would have a stack of each layer of a group.
@@ -130,18 +130,26 @@ def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
     assert f"tensor<2x{o}" not in program
 
 
-@pytest.mark.parametrize(("segments", "wanted"), [(1, "flash"), (2, "flash"), (3, "xla")])
-def test_flash_is_for_batches_whose_segments_fit(segments: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_attention, "SEGMENTS", 2)
+@pytest.mark.parametrize(
+    ("segments", "wanted"),
+    [
+        (1, Attention("flash", 32)),
+        (32, Attention("flash", 32)),
+        (33, Attention("flash", 128)),
+        (128, Attention("flash", 128)),
+        (129, Attention("xla")),
+    ],
+)
+def test_flash_is_for_batches_whose_segments_fit(
+    segments: int, wanted: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flash_attention, "available", lambda: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    fitting = np.zeros((3, 2, 12), np.int32)
-    batch = random_batch(3)
-    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=fitting)) == "flash"
-    one_of_three = fitting.copy()
-    one_of_three[1] = np.minimum(np.arange(12), segments - 1)
-    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=one_of_three)) == wanted
-    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=one_of_three[0])) == "flash"
-    assert attention_for(jnp.float32, 64, batch._replace(segment_ids=fitting)) == "xla"
+    ids = np.zeros((3, 2, 256), np.int32)
+    ids[1] = np.minimum(np.arange(256), segments - 1)
+    batch = random_batch(3)._replace(segment_ids=ids)
+    assert attention_for(jnp.bfloat16, 64, batch) == wanted
+    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=ids[0])) == Attention("flash", 32)
+    assert attention_for(jnp.float32, 64, batch) == Attention("xla")
     monkeypatch.setattr(flash_attention, "available", lambda: "it is not there")
-    assert attention_for(jnp.bfloat16, 64, batch._replace(segment_ids=fitting)) == "xla"
+    assert attention_for(jnp.bfloat16, 64, batch) == Attention("xla")

@@ -85,16 +85,15 @@ def test_windows_sinks_and_segments_mean_the_same(window: int | None) -> None:
 
 def test_offsets_are_those_of_the_segments() -> None:
     segments = jnp.array([[3, 3, 7, 7], [7, 1, 1, 1]])
-    assert flash_attention.segment_offsets(segments).tolist() == [0, 2, 4, 5, 8, 8, 8, 8, 8]
+    assert flash_attention.segment_offsets(segments, 32).tolist() == [0, 2, 4, 5, 8, 8, 8, 8, 8]
 
 
 @pytest.mark.usefixtures("package")
-def test_segments_that_do_not_fit_are_nan_or_run_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_attention, "SEGMENTS", 3)
+def test_segments_that_do_not_fit_are_nan() -> None:
     arrays, segments = inputs(8), jnp.stack([jnp.arange(8), jnp.zeros(8, jnp.int32)])
-    assert jnp.isnan(attend(*arrays, window=4, segment_ids=segments, implementation="flash")).all()
-    few = segments.at[0].min(4)
-    assert not jnp.isnan(attend(*arrays, window=4, segment_ids=few, implementation="flash")).any()
+    call = functools.partial(attend, *arrays, window=4, implementation="flash", most_segments=3)
+    assert jnp.isnan(call(segment_ids=segments)).all()
+    assert not jnp.isnan(call(segment_ids=segments.at[0].min(4))).any()
 
 
 def lowered(*arrays: jax.Array, platform: str, **options: object) -> str:

@@ -42,11 +42,14 @@ def test_values_and_gradients_are_those_of_xla(length: int, window: int | None, 
             assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
 
 
-def test_more_segments_than_fit_are_nan() -> None:
+@pytest.mark.parametrize("most", [SEGMENTS, 128])
+def test_more_segments_than_fit_are_nan(most: int) -> None:
     if (reason := available()) is not None:
         pytest.skip(f"FlashAttention: {reason}")
-    q, k, v = (jnp.ones((2, 100, n, DIM), jnp.bfloat16) for n in (HEADS, KEY_HEADS, KEY_HEADS))
-    call = functools.partial(attend, q, k, v, jnp.zeros(HEADS, jnp.bfloat16), window=None, implementation="flash")
-    fit = jnp.stack([jnp.arange(100) // 2, jnp.minimum(jnp.arange(100), 2 * SEGMENTS - 51)])
+    q, k, v = (jnp.ones((2, 400, n, DIM), jnp.bfloat16) for n in (HEADS, KEY_HEADS, KEY_HEADS))
+    sinks = jnp.zeros(HEADS, jnp.bfloat16)
+    call = functools.partial(attend, q, k, v, sinks, window=None, implementation="flash", most_segments=most)
+    index = jnp.arange(400)
+    fit = jnp.stack([jnp.minimum(index // 2, most - 2), jnp.minimum(index, most)])
     assert not jnp.isnan(call(segment_ids=fit)).any()
     assert jnp.isnan(call(segment_ids=fit.at[1, -1].add(1))).all()
