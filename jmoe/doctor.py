@@ -17,7 +17,8 @@ from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
-from jmoe.ops.launch import INSTALL, kernel_of_experts_here, tiles_here, why_no_triton
+from jmoe.ops.launch.installed import INSTALL
+from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
 from jmoe.ops.stacked_linear import MOST_ROWS
 
 PACKAGES = (

@@ -93,7 +93,7 @@ def test_triton_has_one_door() -> None:
     for found in imports("jmoe"):
         if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
             tables = starts(found.module, "jmoe.triton_src.tile_tables") and found.file in TUNING
-            assert found.file == "jmoe/ops/launch.py" or tables, found
+            assert found.file.startswith("jmoe/ops/launch/") or tables, found
             assert found.inside_function, found
 
 

@@ -23,7 +23,7 @@ from jmoe.finetune.run import validation_batches
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
-from jmoe.ops.launch import reads_packed_here
+from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.packed import pack as pack_experts
 
 ROWS = 32

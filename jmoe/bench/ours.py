@@ -13,7 +13,7 @@ from jmoe.bench.implementation import Figures, Implementation, Measure, Unavaila
 from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.weights import Weights, random_adapter_ids, random_input
 from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.launch import route_and_sort
+from jmoe.ops.launch.layer import route_and_sort
 from jmoe.ops.moe import moe
 
 PACKED, CHECKPOINT, ROUTING = "jmoe packed", "jmoe", "jmoe routing"

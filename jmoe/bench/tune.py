@@ -14,7 +14,8 @@ from jmoe.bench.run import attempt
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.buffers import Options, name_buffers
 from jmoe.ops.experts import Experts
-from jmoe.ops.launch import launch_layer, local_capability
+from jmoe.ops.launch.layer import launch_layer
+from jmoe.ops.launch.local_gpu import local_capability
 
 if TYPE_CHECKING:
     from jmoe.triton_src.tiles import TileTables

@@ -19,7 +19,7 @@ from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
-from jmoe.ops.launch import reads_packed_here
+from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.packed import empty_packed, pack_into
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jmoe.ops.buffers import Buffers, Options
-from jmoe.ops.launch import moe_p
+from jmoe.ops.launch.layer import moe_p
 
 TOKEN_BUFFERS = frozenset({"x", "router_logits", "adapter_ids", "experts", "weights"})
 """Buffers whose leading axis is the token, so that a batch of them is a longer one."""

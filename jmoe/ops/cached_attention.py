@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch import decoding_plans, launch, local_capability, register
+from jmoe.ops.launch.calls import decoding_plans, launch, register
+from jmoe.ops.launch.local_gpu import local_capability
 from jmoe.ops.rotary import rotate
 
 cached_attention_p = jex.core.Primitive("jmoe_cached_attention")

@@ -19,7 +19,7 @@ from jax.interpreters import mlir, xla
 
 from jmoe.ops.batching import moe_of_batches, one_after_another
 from jmoe.ops.buffers import Buffers, Options, moe_xla
-from jmoe.ops.launch import moe_backward_p, moe_forward_p
+from jmoe.ops.launch.layer import moe_backward_p, moe_forward_p
 from jmoe.ops.routing import route
 
 KEPT = "jmoe_pre_activations"

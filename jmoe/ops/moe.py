@@ -11,7 +11,7 @@ from jmoe.ops.buffers import Options, moe_xla, name_buffers
 from jmoe.ops.check import check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
-from jmoe.ops.launch import check_dtypes
+from jmoe.ops.launch.layer import check_dtypes
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing
 from jmoe.ops.sharding import vary_alike

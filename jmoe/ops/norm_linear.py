@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch import decoding_plans, launch, local_capability, register
+from jmoe.ops.launch.calls import decoding_plans, launch, register
+from jmoe.ops.launch.local_gpu import local_capability
 from jmoe.ops.norm import rms_norm
 
 norm_linear_p = jex.core.Primitive("jmoe_norm_linear")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch import decoding_plans, launch, local_capability, register
+from jmoe.ops.launch.calls import decoding_plans, launch, register
+from jmoe.ops.launch.local_gpu import local_capability
 
 MOST_ROWS = 64
 """Rows of stacked_linear at most. For more a product is no longer bound by reading the weights."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jmoe
-from jmoe.ops import launch
+from jmoe.ops.launch import installed
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 
 LAYER = random_layer(LayerShape(6, hidden=64, intermediate=96, experts=5, top_k=2, adapters=2, rank=4, mixed=True))
@@ -179,9 +179,9 @@ def test_too_old_or_missing_packages(
 
 
 def test_versions_are_compared_by_number() -> None:
-    assert launch.release("3.10.0") > launch.release("3.7")
-    assert launch.release("3.8.0+git1234") == (3, 8, 0)
-    assert launch.release("0.4.1.dev3") == (0, 4, 1)
+    assert installed.release("3.10.0") > installed.release("3.7")
+    assert installed.release("3.8.0+git1234") == (3, 8, 0)
+    assert installed.release("0.4.1.dev3") == (0, 4, 1)
 
 
 def test_no_gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:

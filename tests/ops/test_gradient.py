@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jmoe
-from jmoe.ops import launch
+from jmoe.ops.launch import layer as launches
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 
 SMALL = LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2, adapters=2, rank=3, mixed=True)
@@ -86,7 +86,7 @@ def test_under_checkpoint_scan_and_vmap() -> None:
 
 
 def test_bf16_experts_are_differentiated_where_xla_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "gpu_of", lambda options: (90, None))  # as on a machine with an H100
+    monkeypatch.setattr(launches, "gpu_of", lambda options: (90, None))  # as on a machine with an H100
     layer = random_layer(dataclasses.replace(SMALL, mxfp4=False))
 
     def of_weights(gate_up: jax.Array, backend: object) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jmoe
-from jmoe.ops.launch import route_and_sort
+from jmoe.ops.launch.layer import route_and_sort
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from jmoe.triton_src.tile_tables import as_json, user_table
 from jmoe.triton_src.tiles import TILES, TileTables

@@ -1,33 +1,23 @@
-"""The one door to Triton: a JAX primitive that becomes the layer's launches when it is lowered for CUDA.
+"""A mixture-of-experts layer, its gradients and its routing as launches: primitives for what is traced anywhere."""
 
-Everything that needs Triton, jax-triton or a GPU happens in lowering, so the primitive can be traced on any machine.
-"""
-
-import functools
-import importlib.metadata
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import mlir, xla
 
 from jmoe.ops.buffers import Buffers, Options, names_of_stacks, of_one_layer
-from jmoe.ops.gluon import compile_gluon_as_gluon
+from jmoe.ops.launch.calls import launch, register
+from jmoe.ops.launch.installed import check_installed
+from jmoe.ops.launch.local_gpu import local_capability, local_tables
 from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
     from jmoe.triton_src.moe import MoeProblem
     from jmoe.triton_src.plan import Plan
     from jmoe.triton_src.tiles import TileTables
-
-OLDEST = {"jax-triton": (0, 4, 1), "triton": (3, 7)}
-"""jax-triton 0.3.1 launches cannot be captured into CUDA graphs; 0.4.1 needs Triton 3.7."""
-
-INSTALL = 'pip install "jmoe[cuda13]"'
 
 moe_p = jex.core.Primitive("jmoe_moe")
 """Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
@@ -203,71 +193,6 @@ def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables
     return plan_routing(problem)
 
 
-def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
-    """Of one of jmoe.triton_src.decoding's operations; for the sizes see its plan."""
-    check_installed()
-    from jmoe.triton_src.decoding import PLANS
-
-    return PLANS[operation](**sizes)
-
-
-def _moe_elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
-    platforms = ctx.platforms or ctx.module_context.platforms
-    raise NotImplementedError(
-        f"the Triton backend runs on CUDA GPUs, but was lowered for {', '.join(platforms)}; "
-        f'use backend="xla" there, or backend=None to choose by platform'
-    )
-
-
-def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
-    """Lowers the primitive to these launches for CUDA, and to an error elsewhere."""
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    mlir.register_lowering(primitive, _moe_elsewhere)
-    lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
-    mlir.register_lowering(primitive, lowering, platform="cuda")
-
-
-register(moe_p, _moe_launches)
-register(moe_forward_p, _forward_launches)
-register(moe_backward_p, _backward_launches)
-
-
-def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:
-    """Traces the plans in order and returns every buffer, given and written, by name."""
-    jax_triton = import_jax_triton()
-    everything = dict(buffers)
-    for plan in plans:
-        if not hasattr(plan.kernel, "params"):
-            raise NotImplementedError(
-                "JAX cannot launch kernels that were decorated for Triton's interpreter: "
-                "start anew without TRITON_INTERPRET"
-            )
-        plan.check_names()
-        # jax-triton hands out results in the order of the kernel's parameters.
-        outputs = [plan.outputs[parameter] for parameter in plan.kernel.arg_names if parameter in plan.outputs]
-        operands: dict[str, Any] = {p: name and everything[name] for p, name in plan.operands.items()}
-        # What is passed as a reference is an operand and a result in one buffer.
-        references = {parameter: jax.new_ref(operands[parameter]) for parameter in plan.updates}
-        results = jax_triton.triton_call(
-            kernel=plan.kernel,
-            out_type=[jax.ShapeDtypeStruct(buffer.shape, jnp.dtype(buffer.dtype)) for buffer in outputs],
-            grid=plan.grid,
-            name=plan.name,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-            backend_options=None if plan.max_registers is None else {"maxnreg": plan.max_registers},
-            compute_capability=capability,
-            cost_estimate={"flops": plan.flops, "bytes_accessed": plan.bytes_accessed},
-            **operands | references,
-            **plan.scalars,
-            **plan.constexprs,
-        )
-        everything |= {buffer.name: result for buffer, result in zip(outputs, results, strict=True)}
-        for parameter, reference in references.items():
-            everything[str(plan.operands[parameter])] = jax.freeze(reference)
-    return everything
-
-
 def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
     """Raises NotImplementedError for what only backend "xla" computes."""
     for name in ("x", "gate_up", "down"):
@@ -276,120 +201,6 @@ def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
             raise NotImplementedError(f'the Triton backend takes bfloat16 {name}, got {dtype}; use backend="xla"')
 
 
-def check_installed() -> None:
-    """Raises ImportError unless Triton and jax-triton are there and recent enough."""
-    for package, oldest in OLDEST.items():
-        wanted = ".".join(map(str, oldest))
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise ImportError(
-                f"the Triton backend needs {package} >= {wanted}, which is not installed: {INSTALL}"
-            ) from None
-        if release(version) < oldest:
-            raise ImportError(f"the Triton backend needs {package} >= {wanted}, got {version}: {INSTALL}")
-
-
-def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (3, 8, 0) of "3.8.0+git1a2b"."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
-def import_jax_triton() -> Any:
-    """jax_triton, compiling Gluon as Gluon, and without what its import does: it deletes TRITON_CACHE_DIR."""
-    kept = os.environ.get("TRITON_CACHE_DIR")
-    import jax_triton
-    import jax_triton.triton_lib
-
-    compile_gluon_as_gluon(jax_triton.triton_lib)
-
-    if kept is not None:
-        os.environ["TRITON_CACHE_DIR"] = kept
-    return jax_triton
-
-
-def local_capability() -> int:
-    """The compute capability of this machine's GPU (90 is 9.0).
-
-    Raises:
-      NotImplementedError: there is none, so that the target must be named.
-    """
-    try:
-        device = jax.local_devices(backend="cuda")[0]
-    except RuntimeError:
-        raise NotImplementedError(
-            "lowering for CUDA on a machine without a GPU: "
-            'name the GPU to compile for, as in backend=jmoe.Target("sm_90")'
-        ) from None
-    major, minor = device.compute_capability.split(".")
-    return int(major) * 10 + int(minor)
-
-
-def reads_packed_here() -> bool:
-    """Whether JAX's default device has kernels that read packed experts.
-
-    Raises:
-      ImportError: it is a GPU, and Triton or jax-triton is not there.
-    """
-    if jax.default_backend() != "gpu":
-        return False
-    check_installed()
-    from jmoe.triton_src.moe import reads_packed
-
-    return reads_packed(local_capability())
-
-
-def local_tables() -> "TileTables | None":
-    """The tile tables that the user has measured for this machine's GPU with `jmoe tune`, if any.
-
-    Raises:
-      ValueError: the user's file is no such table.
-    """
-    from jmoe.triton_src.tile_tables import read_user_table
-
-    return read_user_table(jax.local_devices(backend="cuda")[0].device_kind)
-
-
-def why_no_triton() -> str | None:
-    """Why backend "triton" cannot run on JAX's default device, or None if it can."""
-    if jax.default_backend() != "gpu":
-        return "JAX sees no GPU"
-    try:
-        check_installed()
-        import_jax_triton()
-        from jmoe.triton_src.tiles import tiles_of
-
-        tiles_of(local_capability())
-    except (ImportError, NotImplementedError) as error:
-        return str(error)
-    return None
-
-
-def tiles_here() -> str:
-    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on."""
-    from jmoe.triton_src.tile_tables import user_table
-    from jmoe.triton_src.tiles import PACKED_TILES
-
-    capability = local_capability()
-    if local_tables() is not None:
-        return f"the user's, {user_table(jax.local_devices(backend='cuda')[0].device_kind)}"
-    if capability in PACKED_TILES:
-        return f"jmoe's own for sm_{capability}"
-    return f"jmoe's own, of which none was measured on sm_{capability}: run jmoe tune"
-
-
-def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
-    """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
-    from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.tiles import FewRowsTile, choose_packed_tile
-
-    capability = local_capability()
-    if not reads_packed(capability):
-        return "grouped_matmul"
-    tile = choose_packed_tile(capability, tokens * top_k, experts, local_tables())
-    return "packed_few_rows" if isinstance(tile, FewRowsTile) else "packed_many_rows"
+register(moe_p, _moe_launches)
+register(moe_forward_p, _forward_launches)
+register(moe_backward_p, _backward_launches)

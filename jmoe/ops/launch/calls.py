@@ -1,0 +1,75 @@
+"""Plans as calls of jax-triton, and primitives that become such calls when they are lowered for CUDA."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.interpreters import mlir, xla
+
+from jmoe.ops.launch.installed import check_installed, import_jax_triton
+
+if TYPE_CHECKING:
+    from jmoe.triton_src.plan import Plan
+
+
+def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
+    """Lowers the primitive to these launches for CUDA, and to an error elsewhere."""
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    mlir.register_lowering(primitive, _elsewhere)
+    lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
+    mlir.register_lowering(primitive, lowering, platform="cuda")
+
+
+def _elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    raise NotImplementedError(
+        f"the Triton backend runs on CUDA GPUs, but was lowered for {', '.join(platforms)}; "
+        f'use backend="xla" there, or backend=None to choose by platform'
+    )
+
+
+def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:
+    """Traces the plans in order and returns every buffer, given and written, by name."""
+    jax_triton = import_jax_triton()
+    everything = dict(buffers)
+    for plan in plans:
+        if not hasattr(plan.kernel, "params"):
+            raise NotImplementedError(
+                "JAX cannot launch kernels that were decorated for Triton's interpreter: "
+                "start anew without TRITON_INTERPRET"
+            )
+        plan.check_names()
+        # jax-triton hands out results in the order of the kernel's parameters.
+        outputs = [plan.outputs[parameter] for parameter in plan.kernel.arg_names if parameter in plan.outputs]
+        operands: dict[str, Any] = {p: name and everything[name] for p, name in plan.operands.items()}
+        # What is passed as a reference is an operand and a result in one buffer.
+        references = {parameter: jax.new_ref(operands[parameter]) for parameter in plan.updates}
+        results = jax_triton.triton_call(
+            kernel=plan.kernel,
+            out_type=[jax.ShapeDtypeStruct(buffer.shape, jnp.dtype(buffer.dtype)) for buffer in outputs],
+            grid=plan.grid,
+            name=plan.name,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+            backend_options=None if plan.max_registers is None else {"maxnreg": plan.max_registers},
+            compute_capability=capability,
+            cost_estimate={"flops": plan.flops, "bytes_accessed": plan.bytes_accessed},
+            **operands | references,
+            **plan.scalars,
+            **plan.constexprs,
+        )
+        everything |= {buffer.name: result for buffer, result in zip(outputs, results, strict=True)}
+        for parameter, reference in references.items():
+            everything[str(plan.operands[parameter])] = jax.freeze(reference)
+    return everything
+
+
+def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
+    """Of one of jmoe.triton_src.decoding's operations; for the sizes see its plan."""
+    check_installed()
+    from jmoe.triton_src.decoding import PLANS
+
+    return PLANS[operation](**sizes)
