@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jmoe.checkpoint import read_json
+
 PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")
 
 
@@ -40,6 +42,25 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def start(certificate: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """Results: a certificate and no rows, or those of `out` if it exists.
+
+    Raises:
+      ValueError: `out` holds no JSON object, or figures of another certificate, but for its date.
+    """
+    results = {**certificate, "rows": []}
+    if out is None or not out.exists():
+        return results
+    earlier = read_json(out)
+    for key, value in certificate.items():
+        if key != "date" and earlier.get(key) != value:
+            raise ValueError(
+                f"{out} holds figures of {key} {earlier.get(key)}, this run is of {value}: "
+                "remove the file or name another"
+            )
+    return {**results, "rows": earlier["rows"]}
 
 
 def write(file: Path, results: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ def bench_model(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the figures as JSON, with date, commit, GPU and versions, after each case. Other cases in "
-            "the file stay if commit, GPU and versions are the same."
+            help="Write the figures as JSON, with date, commit, GPU and versions, after each case; a file of the same "
+            "commit, GPU and versions keeps its other cases."
         ),
     ] = None,
 ) -> None:
@@ -31,18 +31,14 @@ def bench_model(
     import json
 
     from jmoe.bench.model.case import CPU_CASES, GPU_CASES
-    from jmoe.bench.model.results import add, start
-    from jmoe.bench.model.run import MODULES, certificate, run
-    from jmoe.bench.record import write
+    from jmoe.bench.model.run import MODULES, add, certificate, run
+    from jmoe.bench.record import start, write
 
-    results, others = start(certificate(), out)
+    results = start(certificate(), out)
     every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
     wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
     console = Console(width=max(150, Console().width))
-    if others:
-        text = f"{out} is started anew: it holds figures of {', '.join(others)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
     failed = False
     for case, figures in run(cases):
         add(results, case, figures)

@@ -14,8 +14,8 @@ from jmoe.cli import app
 HERE = {"date": "2000-01-01", "commit": "abc", "device": "cpu", "versions": {"jax": "1", "vllm": None}}
 
 
-def call(monkeypatch: pytest.MonkeyPatch, kinds: str, figures: Figures, out: Path, **other: object) -> str:
-    """What the command prints where every case gives these figures."""
+def call(monkeypatch: pytest.MonkeyPatch, kinds: str, figures: Figures, out: Path, **other: object) -> None:
+    """The command, where every case gives these figures."""
 
     def measured(cases: Iterable[ModelCase]) -> Iterator[tuple[ModelCase, Figures]]:
         return ((case, figures) for case in cases)
@@ -24,7 +24,6 @@ def call(monkeypatch: pytest.MonkeyPatch, kinds: str, figures: Figures, out: Pat
     monkeypatch.setattr(run, "run", measured)
     done = CliRunner().invoke(app, ["bench-model", "--kinds", kinds, "--out", str(out)])
     assert done.exit_code == ("error" in figures), done.output
-    return done.stdout
 
 
 def rows(out: Path) -> list[tuple[str, Figures]]:
@@ -39,11 +38,10 @@ def rows(out: Path) -> list[tuple[str, Figures]]:
 def test_a_second_call_adds_its_cases_and_replaces_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.json"
     call(monkeypatch, "generate,load", {"error": "out of memory"}, out)
-    said = call(monkeypatch, "generate,finetune", {"ms": 2.0}, out, date="2000-01-02")
+    call(monkeypatch, "generate,finetune", {"ms": 2.0}, out, date="2000-01-02")
     assert rows(out) == [("generate", {"ms": 2.0}), ("load", {"error": "out of memory"}), ("finetune", {"ms": 2.0})]
     results = json.loads(out.read_text())
     assert {name: results[name] for name in HERE} == HERE | {"date": "2000-01-02"}
-    assert "anew" not in said
 
 
 def test_cases_that_differ_in_a_number_have_each_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,15 +53,15 @@ def test_cases_that_differ_in_a_number_have_each_a_row(tmp_path: Path, monkeypat
     assert rows(out) == [("load", {"ms": 0.0}), ("load", {"ms": 4.0})]
 
 
-@pytest.mark.parametrize(("key", "value"), [("commit", "def"), ("device", "GPU"), ("versions", {"jax": "2"})])
-def test_figures_of_different_things_do_not_mix(
-    key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_figures_of_another_commit_are_kept_and_the_command_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "model.json"
-    call(monkeypatch, "load", {"ms": 1.0}, out, **{key: value})
-    said = call(monkeypatch, "generate", {"ms": 2.0}, out)
-    assert f"{out} is started anew: it holds figures of {key} {value}\n" in said
-    assert rows(out) == [("generate", {"ms": 2.0})]
+    call(monkeypatch, "load", {"ms": 1.0}, out, commit="def")
+    monkeypatch.setattr(run, "certificate", lambda: HERE)
+    done = CliRunner().invoke(app, ["bench-model", "--kinds", "generate", "--out", str(out)])
+    assert "model.json holds figures of commit def, this run is of abc: remove" in str(done.exception)
+    assert rows(out) == [("load", {"ms": 1.0})]
 
 
 def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
