@@ -275,7 +275,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
     check_specs(checkpoint, others | gate_up | down)
 
     def read(name: str) -> Any:
-        return checkpoint.tensor(name) if on_host else jnp.asarray(checkpoint.tensor(name))
+        return checkpoint.tensor(name)
 
     def read_weight(names: dict[str, Spec]) -> Any:
         if len(names) == 2:
@@ -283,7 +283,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
         (name,) = names
         return read(name).swapaxes(1, 2)  # stored [E, in, out]
 
-    return MoeLayer(
+    moe = MoeLayer(
         config=config,
         norm_weight=read(norm),
         router_weight=read(f"{router}weight"),
@@ -295,6 +295,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
             down_bias=read(f"{mlp}down_proj_bias"),
         ),
     )
+    return moe if on_host else jax.tree.map(jnp.asarray, moe)
 
 
 def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int) -> dict[str, Spec]:
