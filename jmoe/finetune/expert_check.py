@@ -2,15 +2,23 @@
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Array, Bool, Int32, Int64
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.display import Display
-from jmoe.finetune.step import Outcome, Trainer, TrainState, experts_not_zero
+from jmoe.finetune.step import Attention, Outcome, Trainer, TrainState, experts_not_zero
 from jmoe.gpt_oss.expert_counts import expert_counts
+from jmoe.gpt_oss.model import GptOss
 
 FEWEST = 8
 """Trained tokens from which on an expert must have a gradient; fewer may be the rounding of another compiled router."""
+
+
+def count(
+    model: GptOss, tokens: Array, weights: Array, segment_ids: Array, attention: Attention
+) -> Int32[Array, "L E"]:
+    """expert_counts of trained tokens, by the attention of the step."""
+    return expert_counts(model, tokens, counted=weights > 0, segment_ids=segment_ids, **attention._asdict())
 
 
 class ExpertCheck:
@@ -20,9 +28,7 @@ class ExpertCheck:
         """A check of the trainer's steps that says on the display what it finds."""
         self.trainer = trainer
         self.display = display
-        self._count = jax.jit(
-            lambda model, tokens, counted, segments: expert_counts(model, tokens, counted=counted, segment_ids=segments)
-        )
+        self._count = jax.jit(count, static_argnames="attention")
         self._counts: Int64[np.ndarray, "L E"] = np.zeros((0, 0), np.int64)
         self._b_not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
 
@@ -32,7 +38,8 @@ class ExpertCheck:
             return
         model = self.trainer.model(state)
         micro_batches = zip(batch.tokens, batch.weights, batch.segment_ids, strict=True)
-        counts = [self._count(model, tokens, weights > 0, segments) for tokens, weights, segments in micro_batches]
+        attention = self.trainer.attention_for(batch)
+        counts = [self._count(model, *arrays, attention=attention) for arrays in micro_batches]
         self._counts = np.sum(counts, axis=0)
         not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
         self._b_not_zero = {name[:-2]: found for name, found in not_zero.items() if name.endswith("_b")}

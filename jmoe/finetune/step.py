@@ -74,9 +74,9 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
 
 
 class Attention(NamedTuple):
-    """What jmoe.gpt_oss.GptOss.hidden is told of attention."""
+    """What jmoe.gpt_oss.GptOss.hidden is told of attention, by its names."""
 
-    implementation: Implementation
+    attention: Implementation
     most_segments: int = SEGMENTS
 
 
@@ -98,8 +98,7 @@ def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Attention) -> Fl
     hidden = model.hidden(
         jnp.asarray(batch.tokens),
         segment_ids=jnp.asarray(batch.segment_ids),
-        attention=attention.implementation,
-        most_segments=attention.most_segments,
+        **attention._asdict(),
     )
     return cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -119,7 +118,7 @@ class Trainer:
             raise ValueError("the model has no adapter: there is nothing to train")
         graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[misc]
         self.config = model.config
-        self._attention_for = functools.partial(attention_for, model.dtype, model.config.head_dim)
+        self.attention_for = functools.partial(attention_for, model.dtype, model.config.head_dim)
         self.frozen = frozen
         self.start = TrainState(factors, optimizer.init(factors))
         merge = functools.partial(nnx.merge, graph)
@@ -139,15 +138,15 @@ class Trainer:
 
     def step(self, state: TrainState, batches: Batch) -> tuple[TrainState, Outcome]:
         """(the next state, what happened) on N batches, of arrays [N, B, T]; the state given is used up."""
-        return self._step(state, self.frozen, batches, attention=self._attention_for(batches))
+        return self._step(state, self.frozen, batches, attention=self.attention_for(batches))
 
     def loss(self, state: TrainState, batch: Batch) -> Float[Array, ""]:
         """The sum of the losses of one batch, whose arrays are [B, T]."""
-        return self._loss(state.factors, self.frozen, batch, attention=self._attention_for(batch))
+        return self._loss(state.factors, self.frozen, batch, attention=self.attention_for(batch))
 
     def compile(self, state: TrainState, batches: Batch) -> jax.stages.Compiled:
         """`step`, compiled for arrays like these: for its memory and cost."""
-        return self._step.lower(state, self.frozen, batches, attention=self._attention_for(batches)).compile()
+        return self._step.lower(state, self.frozen, batches, attention=self.attention_for(batches)).compile()
 
 
 def take_step(

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from jmoe.gpt_oss.attention import attend
-from jmoe.gpt_oss.model import CarriedAttention, GptOss, positions_in_segments
-from jmoe.gpt_oss.rope import Heads
+from jmoe.gpt_oss.attention import Implementation
+from jmoe.gpt_oss.flash_attention import SEGMENTS
+from jmoe.gpt_oss.model import GptOss, attentions_within, positions_in_segments
 from jmoe.ops.routing import route
 
 
@@ -16,15 +16,11 @@ def expert_counts(
     counted: Bool[Array, "B T"],
     segment_ids: Int32[Array, "B T"] | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
+    attention: Implementation = None,
+    most_segments: int = SEGMENTS,
 ) -> Int32[Array, "L E"]:
     """Of the tokens `counted`, how many chose each expert of each layer; the other arguments as in GptOss.hidden."""
     config = model.config
-
-    def attention(window: int | None) -> CarriedAttention:
-        def attend_within(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple:
-            return attend(*heads.rotated(), sinks, window=window, segment_ids=segment_ids), state
-
-        return attend_within
 
     def observe(router_logits: Array, state: Array, group: Array) -> Array:
         chosen = route(router_logits.reshape(-1, config.num_local_experts), config.num_experts_per_tok).experts
@@ -37,7 +33,7 @@ def expert_counts(
         tokens,
         positions_in_segments(tokens.shape, segment_ids),
         adapter_ids,
-        [attention(window) for window in config.windows],
+        attentions_within(config, segment_ids, attention, most_segments),
         [nothing] * model.period,
         observe=observe,
     )

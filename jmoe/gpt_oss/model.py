@@ -160,21 +160,7 @@ class GptOss(nnx.Module):
         if adapter_ids is not None and adapter_ids.ndim == 1:
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
-        def attention_of(window: int | None) -> CarriedAttention:
-            within = functools.partial(
-                attend,
-                window=window,
-                segment_ids=segment_ids,
-                implementation=attention,
-                most_segments=most_segments,
-            )
-
-            def attend_within(heads: Heads, sinks: Array, state: None, group: Array) -> tuple[Array, None]:
-                return within(*heads.rotated(), sinks), state
-
-            return attend_within
-
-        attentions = [attention_of(window) for window in self.config.windows]
+        attentions = attentions_within(self.config, segment_ids, attention, most_segments)
         return self.through_layers(tokens, positions, adapter_ids, attentions, [None] * self.period)[0]
 
     def through_layers[S](
@@ -273,6 +259,27 @@ class GptOss(nnx.Module):
     def period(self) -> int:
         """Layers in a group."""
         return shortest_period(self.config.windows)
+
+
+def attentions_within(
+    config: Config,
+    segment_ids: Int32[Array, "B T"] | None,
+    implementation: Implementation = None,
+    most_segments: int = SEGMENTS,
+) -> list[CarriedAttention]:
+    """Each layer's attention to tokens of the same call; nothing is carried. Arguments as in jmoe.gpt_oss.attend."""
+
+    def attention_of(window: int | None) -> CarriedAttention:
+        within = functools.partial(
+            attend, window=window, segment_ids=segment_ids, implementation=implementation, most_segments=most_segments
+        )
+
+        def attend_within[S](heads: Heads, sinks: Array, state: S, group: Array) -> tuple[Array, S]:
+            return within(*heads.rotated(), sinks), state
+
+        return attend_within
+
+    return [attention_of(window) for window in config.windows]
 
 
 def shortest_period(windows: tuple[int | None, ...]) -> int:
