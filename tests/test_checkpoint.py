@@ -199,6 +199,12 @@ def test_layer_holds_the_bytes_of_the_file(directory, layer, single):
     assert len(jax.tree.leaves(got)) == len(want)
 
 
+def test_a_layer_that_stays_on_the_host_is_numpys(directory):
+    got = load_moe_layer(Checkpoint(directory), 0, on_host=True)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(got))
+    assert tree_equal(jax.tree.map(jnp.asarray, got), load_moe_layer(Checkpoint(directory), 0))
+
+
 def test_layer_reads_its_own_tensors_once_and_opens_no_other_shard(directory, reads):
     checkpoint = Checkpoint(directory)
     assert reads["files"] == set()
