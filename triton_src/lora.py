@@ -9,7 +9,7 @@ from jmoe.triton_src.stacked import Stacked, in_stack
 
 @triton.jit(do_not_specialize=["pairs"])
 def shrink_kernel(
-    x_ptr,  # (T, WIDTH) bf16 by token, or (P, WIDTH) by position
+    x_ptr,  # (T, K) bf16 by token, or (P, K) by position
     a_ptr,  # (A, E, R, K) bf16 or float32; (A, E, K, R) if TRANSPOSED
     scale_ptr,  # (A,) float32
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
@@ -19,7 +19,6 @@ def shrink_kernel(
     shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
     pairs,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ADAPTERS: tl.constexpr,
@@ -27,7 +26,6 @@ def shrink_kernel(
     RANK_PADDED: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,8 +56,8 @@ def shrink_kernel(
         written = mine | (row_ok & (adapter == 0) & ((used < 0) | (used >= ADAPTERS)))
         if tl.max(written.to(tl.int32), axis=0) == 0:
             return
-    # rows * WIDTH passes 2^31 at 131,072 tokens.
-    x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * WIDTH
+    # rows * K passes 2^31 at 131,072 tokens.
+    x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * K
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = ranks < RANK
     RANK_STRIDE: tl.constexpr = 1 if TRANSPOSED else K
@@ -70,9 +68,7 @@ def shrink_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for step in range(0, steps):
         k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = tl.load(x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < WIDTH)[None, :], other=0.0)
-        if INTERLEAVED:
-            x = natural_order(x, BLOCK_M, BLOCK_K)
+        x = tl.load(x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0)
         a = tl.load(a_rows[:, None] + k[None, :] * K_STRIDE, mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(x, a.to(x.dtype).T, acc)
     scale = tl.load(scale_ptr + in_stack(adapter, lora_layer_ptr, ADAPTERS))
@@ -80,13 +76,6 @@ def shrink_kernel(
     shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * scale, 0.0)
     part = shrunk_ptr + split.to(tl.int64) * pairs * RANK_PADDED
     tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=written[:, None])
-
-
-@triton.jit
-def natural_order(x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Undoes interleave in each 64 columns of x (BLOCK_M, BLOCK_K)."""
-    x = tl.reshape(x, (BLOCK_M, BLOCK_K // 64, 4, 4, 2, 2))
-    return tl.reshape(tl.permute(x, (0, 1, 3, 4, 2, 5)), (BLOCK_M, BLOCK_K))
 
 
 @triton.jit
@@ -182,13 +171,11 @@ def plan_shrink(
     splits: int,
     tile_m: int,
     transposed: bool = False,
-    width: int | None = None,
 ) -> Plan:
     """Parts of `out` [splits, P, RANK_PADDED] from rows of `source` and from `matrix`, "gate_up_a" for example.
 
     gather: the source has a row for each token, not for each position.
     transposed: the matrix is [A, E, k, rank], as B is, and not [A, E, rank, k], as A is.
-    width: columns of the source where they are interleaved and padded, as packed_few_rows_kernel writes them.
     """
     block_k = 64
     block_r, rank_padded = rank_blocks(rank)
@@ -208,7 +195,6 @@ def plan_shrink(
         scalars={"pairs": pairs},
         constexprs={
             "K": k,
-            "WIDTH": width or k,
             "EXPERTS": experts,
             "TOP_K": top_k,
             "ADAPTERS": adapters,
@@ -216,7 +202,6 @@ def plan_shrink(
             "RANK_PADDED": rank_padded,
             "GATHER": gather,
             "TRANSPOSED": transposed,
-            "INTERLEAVED": width is not None,
             "SPLITS": splits,
             "TILE_M": tile_m,
             "BLOCK_M": max(16, tile_m),

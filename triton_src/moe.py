@@ -6,9 +6,8 @@ from typing import Any, Self
 
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
-from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import plan_shrink
-from jmoe.triton_src.packed_few_rows import plan_packed_few_rows
+from jmoe.triton_src.packed_experts import plan_packed_experts
 from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.route_problem import RouteProblem, tile_slots
@@ -101,8 +100,8 @@ class MoeProblem:
         """LoRA's rank of "gate_up" or "down"; None without."""
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
 
-    def routing(self, block_m: int, interleave: bool) -> RouteProblem:
-        """The layer's routing into tiles of block_m rows; `interleave`: with x in the order of packed weights."""
+    def routing(self, block_m: int, packed_experts: bool) -> RouteProblem:
+        """The layer's routing into tiles of block_m rows; with what packed_experts reads beside, if that follows."""
         return RouteProblem(
             tokens=self.tokens,
             top_k=self.top_k,
@@ -110,7 +109,7 @@ class MoeProblem:
             router_experts=self.router_experts,
             expert_offset=self.expert_offset,
             block_m=block_m,
-            hidden=self.hidden if interleave else None,
+            hidden=self.hidden if packed_experts else None,
         )
 
 
@@ -127,10 +126,32 @@ def plan_moe(
     """
     p = problem
     tile = choose_layer_tile(problem, capability, tables, keep)
-    few = isinstance(tile, FewRowsTile)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
+    if isinstance(tile, FewRowsTile):
+        return [
+            *plan_routing(problem.routing(tile.block_m, packed_experts=True)),
+            plan_packed_experts(
+                hidden=p.hidden,
+                intermediate=p.intermediate,
+                slots=slots,
+                pairs=p.pairs,
+                top_k=p.top_k,
+                experts=p.experts,
+                gate_up_bias=p.gate_up_bias,
+                down_bias=p.down_bias,
+                adapters=p.adapters,
+                gate_up_rank=p.gate_up_rank,
+                down_rank=p.down_rank,
+                adapter_ids=p.adapter_ids,
+                stacked=p.stacked,
+                swiglu_alpha=p.swiglu_alpha,
+                swiglu_limit=p.swiglu_limit,
+                tile=tile,
+            ),
+            plan_sum("pair_out", "y", problem),
+        ]
     return [
-        *plan_routing(problem.routing(tile.block_m, interleave=few)),
+        *plan_routing(problem.routing(tile.block_m, packed_experts=False)),
         *plan_projection("gate_up", problem, tile, slots, keep),
         *plan_projection("down", problem, tile, slots),
         plan_sum("pair_out", "y", problem),
@@ -157,13 +178,12 @@ def choose_layer_tile(
 def plan_projection(
     projection: str,
     problem: MoeProblem,
-    tile: Tile | FewRowsTile | ManyRowsTile,
+    tile: Tile | ManyRowsTile,
     slots: int,
     keep: bool = False,
 ) -> list[Plan]:
     """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
     p = problem
-    few = isinstance(tile, FewRowsTile)
     gate_up = projection == "gate_up"
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
     rank = p.rank(projection)
@@ -180,17 +200,14 @@ def plan_projection(
     }
     plans = []
     if rank is not None:
-        width = interleaved_width(k) if few and not gate_up else None
         source = "x" if gate_up else "activations"
-        plans.append(plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", p, tile, slots, width=width))
+        plans.append(plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", p, tile, slots))
     shared |= {
         "n": n,
         "bias": p.gate_up_bias if gate_up else p.down_bias,
         "swiglu_alpha": p.swiglu_alpha,
         "swiglu_limit": p.swiglu_limit,
     }
-    if isinstance(tile, FewRowsTile):
-        return [*plans, plan_packed_few_rows(projection, tile=tile, **shared)]
     if isinstance(tile, ManyRowsTile):
         return [*plans, plan_packed_many_rows(projection, tile=tile, keep=keep, **shared)]
     mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
@@ -202,9 +219,8 @@ def plan_shrink_of(
     matrix: str,
     out: str,
     problem: MoeProblem,
-    tile: Tile | FewRowsTile | ManyRowsTile,
+    tile: Tile | ManyRowsTile,
     slots: int,
-    width: int | None = None,
 ) -> Plan:
     """plan_shrink of a layer's rows through one of its LoRA matrices, "gate_up_a" for example."""
     p = problem
@@ -219,7 +235,6 @@ def plan_shrink_of(
         gather=source in ("x", "dy"),
         transposed=part == "b",
         k=k if part == "a" else n,
-        width=width,
         slots=slots,
         pairs=p.pairs,
         top_k=p.top_k,

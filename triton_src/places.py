@@ -27,6 +27,7 @@ def write_tiles(
     count,  # (columns,) positions
     tiles_an_expert,  # the most that one expert can have
     slots,
+    finished_ptr,  # (slots,) int32, to be zero; or None
     program,
     programs,
     BLOCK_M: tl.constexpr,
@@ -46,6 +47,8 @@ def write_tiles(
         tl.store(tile + 2, (begin + count)[None, :] + tl.zeros_like(nth), mask=ok)
     for start in range(program * BLOCK_SLOTS, slots, programs * BLOCK_SLOTS):
         slot = start + tl.arange(0, BLOCK_SLOTS)
+        if finished_ptr is not None:
+            tl.store(finished_ptr + slot, 0, mask=slot < slots)
         unused = (slot >= used) & (slot < slots)
         tl.store(tiles_ptr + 3 * slot, -1, mask=unused)
         tl.store(tiles_ptr + 3 * slot + 1, 0, mask=unused)

@@ -19,6 +19,7 @@ def route_few_kernel(
     weights_ptr,  # (T, k) float32; None where experts are given
     order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
     tiles_ptr,  # as in write_tiles
+    finished_ptr,  # as in write_tiles
     x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
     rows,
     tokens,
@@ -50,7 +51,20 @@ def route_few_kernel(
         count = tl.where(held, count, 0)
         begin = tl.cumsum(count, axis=0) - count
         tl.store(order_ptr + begin[None, None, :] + earlier, pair, mask=chosen & held[None, None, :])
-        write_tiles(tiles_ptr, expert, begin, count, tiles_an_expert, slots, 0, 1, BLOCK_M, BLOCK_TILES, BLOCK_SLOTS)
+        write_tiles(
+            tiles_ptr,
+            expert,
+            begin,
+            count,
+            tiles_an_expert,
+            slots,
+            finished_ptr,
+            0,
+            1,
+            BLOCK_M,
+            BLOCK_TILES,
+            BLOCK_SLOTS,
+        )
     else:
         if x_ptr is not None:
             interleave_blocks(x_ptr, x_interleaved_ptr, tokens, tl.program_id(0) - 1, K, INTERLEAVE_BLOCKS)
@@ -79,7 +93,7 @@ def plan_route_few(problem: RouteProblem) -> Plan:
     return Plan(
         kernel=route_few_kernel,
         grid=(1 + p.interleave_programs,),
-        operands=p.operands,
+        operands=p.operands | p.sort_operands,
         scalars={
             "rows": p.rows,
             "tokens": p.tokens,

@@ -77,6 +77,7 @@ def sort_kernel(
     counts_ptr,  # (programs, E) int32, of count
     order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
     tiles_ptr,  # as in write_tiles
+    finished_ptr,  # as in write_tiles
     pairs,
     programs,
     tiles_an_expert,
@@ -130,7 +131,18 @@ def sort_kernel(
         tl.store(order_ptr + position, pair, mask=held)
         pair, expert, place = next_pair, next_expert, next_place
     write_tiles(
-        tiles_ptr, bins, begin, total, tiles_an_expert, slots, program, programs, BLOCK_M, BLOCK_TILES, BLOCK_SLOTS
+        tiles_ptr,
+        bins,
+        begin,
+        total,
+        tiles_an_expert,
+        slots,
+        finished_ptr,
+        program,
+        programs,
+        BLOCK_M,
+        BLOCK_TILES,
+        BLOCK_SLOTS,
     )
 
 
@@ -190,6 +202,7 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "expert_offset_ptr": "expert_offset" if p.expert_offset else None,
             "places_ptr": "places",
             "counts_ptr": "counts",
+            **p.sort_operands,
         },
         scalars={
             "pairs": p.pairs,

@@ -39,14 +39,16 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class FewRowsTile:
-    """packed_few_rows_kernel's parameters, for experts with up to `rows` rows on average."""
+    """packed_experts_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
     block_m: int
     ahead: int
     tokens_ahead: int
-    column_warps: int  # of the four; the others share these' columns along K
-    shrink_splits: int = 8
+    column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
+    down_column_warps: int  # in down's product, whose last programs end sooner with fewer
+    max_registers: int
+    shrink_splits: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +76,18 @@ class DgradTile:
 
 type PackedTile = FewRowsTile | ManyRowsTile
 
-# Beside each: microseconds on the H100, launched from torch, of this tile and of the next best tried: the whole layer's
-# up to 256 tokens, gate_up's and down's for more.
+# Beside each: microseconds on the H100 of this tile and of the next best tried: the whole layer's up to 64 tokens, in
+# jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        FewRowsTile(rows=0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1),  # 1 token: 41, 43
-        FewRowsTile(rows=1, block_m=8, ahead=9, tokens_ahead=2, column_warps=4),  # 4 tokens: 82, 84
-        FewRowsTile(rows=4, block_m=8, ahead=5, tokens_ahead=2, column_warps=4),  # 16 tokens: 150, 152
-        FewRowsTile(rows=8, block_m=16, ahead=9, tokens_ahead=3, column_warps=4),  # 64 tokens: 181, 184
+        # 1 token: 30.4, 30.7
+        FewRowsTile(0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1, down_column_warps=1, max_registers=80),
+        # 4 tokens: 72.0, 72.6
+        FewRowsTile(1, block_m=8, ahead=5, tokens_ahead=2, column_warps=4, down_column_warps=1, max_registers=80),
+        # 16 tokens: 134.2, 135.2
+        FewRowsTile(4, block_m=8, ahead=4, tokens_ahead=2, column_warps=4, down_column_warps=2, max_registers=72),
+        # 64 tokens: 166.6, 167.6
+        FewRowsTile(8, block_m=16, ahead=3, tokens_ahead=1, column_warps=4, down_column_warps=2, max_registers=80),
         # 256 tokens: 220, 224
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688

@@ -73,6 +73,8 @@ def packed(layer: Layer) -> Layer:
         LayerShape(33, experts=128, bias=False),
         LayerShape(5, hidden=96, intermediate=160, experts=3, top_k=2),
         LayerShape(8, hidden=32, intermediate=32, experts=1, top_k=1),
+        LayerShape(2, hidden=96, intermediate=160, experts=17, top_k=2, adapters=2, rank=3, mixed=True),
+        LayerShape(6, hidden=96, intermediate=160, experts=20, top_k=2, adapters=1, rank=100),
     ],
     ids=str,
 )
@@ -94,6 +96,19 @@ def test_parity(shape: LayerShape) -> None:
     )
     assert torch.equal(from_torch, to_torch(y))
     assert jnp.array_equal(y, call(packed(layer)))
+
+
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+@pytest.mark.parametrize("tokens", [1, 30, 500])
+def test_lora_on_one_projection(tokens: int, projection: str) -> None:
+    from jmoe.interop import to_torch
+
+    layer = random_layer(LayerShape(tokens, 160, 96, 4, 2, adapters=2, rank=20, mixed=True))
+    other = {"gate_up": "down", "down": "gate_up"}[projection]
+    nothing = {f"{other}_a": None, f"{other}_b": None, f"{other}_scale": None}
+    layer = dataclasses.replace(layer, lora=dataclasses.replace(layer.lora, **nothing))
+    y = jax.jit(functools.partial(run, top_k=2))(packed(layer))
+    assert torch_layers.relative_error(to_torch(y), exact(layer, 2)) <= BFLOAT16.relative
 
 
 @pytest.mark.parametrize("tokens", [24, 400])

@@ -6,10 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jmoe.interop import launch as launches
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
 from jmoe.interop.reference import route
 from jmoe.triton_src.interleave import interleaved_width
+from jmoe.triton_src.plan import Buffer
 from jmoe.triton_src.route_few import plan_route_few
 from jmoe.triton_src.route_many import plan_route_many
 from jmoe.triton_src.route_problem import RouteProblem
@@ -151,6 +153,21 @@ def test_x_is_interleaved_beside_the_routing(plan: str, tokens: int, hidden: int
     padded = torch.nn.functional.pad(x, (0, width - hidden))
     want = padded.reshape(tokens, width // 64, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(tokens, width)
     assert torch.equal(done["x_interleaved"], want)
+
+
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+@pytest.mark.parametrize("tokens", [1, 60, 200])
+def test_every_tile_has_a_counter_at_zero(plan: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(buffer: Buffer, device: torch.device) -> torch.Tensor:
+        return torch.full(buffer.shape, 7, dtype=getattr(torch, buffer.dtype), device=device)
+
+    monkeypatch.setattr(launches, "allocate", filled)
+    few = problem(tokens, 4, 30, hidden=64, block_m=8)
+    buffers = {"x": torch.randn(tokens, 64).bfloat16(), "router_logits": torch.randn(tokens, 30).bfloat16()}
+    with bfloat16_arithmetic():
+        done = launch(PLANS[plan](few), buffers)
+    assert done["finished"].shape == done["tiles"].shape[:1]
+    assert not done["finished"].any()
 
 
 def test_many_pairs_take_several_steps_a_program() -> None:

@@ -15,6 +15,7 @@ from jmoe.triton_src.plan import Plan
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
 KINDS |= {"gate_up_grad_shrunk": "*fp32", "down_grad_shrunk": "*fp32"}
+KINDS |= {"finished": "*i32", "gate_up_scale": "*fp32", "down_scale": "*fp32"}
 KINDS |= {"tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32", "gate_up_shrunk": "*fp32", "down_shrunk": "*fp32"}
 
 PROBLEM = MoeProblem(
@@ -63,7 +64,7 @@ def test_products_overlap_with_mixed_adapters_too(tokens: int, rank: int, tmp_pa
 
 
 @pytest.mark.parametrize("rank", [None, 16, 64])
-@pytest.mark.parametrize(("tokens", "programs"), [(1, 4), (16, 4), (64, 3), (256, 3), (4096, 2)])
+@pytest.mark.parametrize(("tokens", "programs"), [(1, 4), (16, 4), (64, 4), (256, 3), (4096, 2)])
 def test_several_programs_fit_a_multiprocessor(tokens: int, programs: int, rank: int | None, tmp_path: Path) -> None:
     problem = PROBLEM if rank is None else dataclasses.replace(PROBLEM, adapters=1, gate_up_rank=rank, down_rank=rank)
     problem = dataclasses.replace(problem, tokens=tokens)

@@ -89,4 +89,4 @@ def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     if not reads_packed(capability):
         return "grouped_matmul"
     tile = choose_packed_tile(capability, tokens * top_k, experts, local_tables())
-    return "packed_few_rows" if isinstance(tile, FewRowsTile) else "packed_many_rows"
+    return "packed_experts" if isinstance(tile, FewRowsTile) else "packed_many_rows"

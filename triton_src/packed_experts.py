@@ -1,0 +1,250 @@
+"""Both of the experts' products from packed MXFP4, with LoRA, in one launch: for few rows an expert.
+
+Beside launches of their own, the products then have one end at which some multiprocessors have nothing left to do, and
+not two, and down's weights stream in while the last of gate_up's programs run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from jmoe.triton_src.interleave import interleaved_width
+from jmoe.triton_src.lora import rank_blocks
+from jmoe.triton_src.packed_few_rows import product
+from jmoe.triton_src.packed_shrink import shrink
+from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.stacked import Stacked
+from jmoe.triton_src.tiles import FewRowsTile
+
+
+@gluon.jit
+def product_of_tile(
+    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
+    layer_ptr, lora_layer_ptr, finished_ptr, out_ptr, program, pairs,
+    N: gl.constexpr,
+    KP: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    AHEAD: gl.constexpr,
+    TOKENS_AHEAD: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    X_READY: gl.constexpr,
+    SHRUNK_READY: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """The program's product, of 8 rows where the tile has no more: a tile of 16 waits for its tokens most."""
+    tile = program // PROGRAMS
+    expert = gl.load(tiles_ptr + tile * 3)
+    if expert >= 0:
+        first = gl.load(tiles_ptr + tile * 3 + 1)
+        end = gl.load(tiles_ptr + tile * 3 + 2)
+        if end - first <= min(8, BLOCK_M):
+            product(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
+                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
+                min(8, BLOCK_M), AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
+            )  # fmt: skip
+        elif BLOCK_M > 8:
+            product(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
+                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
+                BLOCK_M, AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
+            )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["pairs", "slots"])
+def packed_experts_kernel(
+    x_ptr,  # (T, HP) bf16, interleaved
+    gate_up_words_ptr,  # (E, 2 I / 64, HP / 64, 512) int32
+    gate_up_scales_ptr,  # (E, 2 I / 64, HP / 64, 32) int32
+    gate_up_bias_ptr,  # (E, 2 I) bf16 or float32, or None
+    gate_up_a_ptr,  # (A, E, R, H) bf16 or float32, or None
+    gate_up_b_ptr,  # (A, E, 2 I, R) bf16 or float32, or None
+    gate_up_scale_ptr,  # (A,) float32, or None
+    down_words_ptr,  # (E, H / 64, IP / 64, 512) int32
+    down_scales_ptr,  # (E, H / 64, IP / 64, 32) int32
+    down_bias_ptr,  # (E, H) bf16 or float32, or None
+    down_a_ptr,  # (A, E, R, I) bf16 or float32, or None
+    down_b_ptr,  # (A, E, H, R) bf16 or float32, or None
+    down_scale_ptr,  # (A,) float32, or None
+    adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
+    gates_ptr,  # (P,) float32, routing weight by pair
+    order_ptr,  # (P,) int32, position -> pair
+    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
+    finished_ptr,  # (slots,) int32, zero at first: a tile's programs that have finished, of those that others wait for
+    gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
+    activations_ptr,  # (P, IP) bf16 by position, interleaved
+    down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
+    pair_out_ptr,  # (P, H) bf16 by pair
+    pairs,
+    slots,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    GATE_UP_RANK: gl.constexpr,
+    GATE_UP_BLOCK_R: gl.constexpr,
+    DOWN_RANK: gl.constexpr,
+    DOWN_BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    AHEAD: gl.constexpr,
+    TOKENS_AHEAD: gl.constexpr,
+    GATE_UP_ROWS: gl.constexpr,
+    DOWN_ROWS: gl.constexpr,
+):
+    """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
+
+    activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
+    grouped_matmul_kernel. Programs start in the order of their numbers, so those that one waits for run or have ended.
+    Grid: (slots * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
+    """
+    HP: gl.constexpr = (H + 63) // 64 * 64
+    IP: gl.constexpr = (I + 63) // 64 * 64
+    # Programs of a tile in each role, and how many have finished when down's rows can be read.
+    GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
+    GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_ROWS)
+    DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
+    DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
+    ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
+    program = gl.program_id(0)
+    if GATE_UP_SHRINK > 0:
+        if program < slots * GATE_UP_SHRINK:
+            shrink(
+                x_ptr, gate_up_a_ptr, gate_up_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, lora_layer_ptr,
+                finished_ptr, gate_up_shrunk_ptr, program, pairs, H, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK,
+                GATE_UP_BLOCK_R, SPLITS, True, BLOCK_M, 0, GATE_UP_SHRINK,
+            )  # fmt: skip
+        program -= slots * GATE_UP_SHRINK
+    if program >= 0:
+        if program < slots * GATE_UP:
+            product_of_tile(
+                x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
+                gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                activations_ptr, program, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
+                SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
+                GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
+            )  # fmt: skip
+        else:
+            program -= slots * GATE_UP
+            if DOWN_SHRINK > 0:
+                if program < slots * DOWN_SHRINK:
+                    shrink(
+                        activations_ptr, down_a_ptr, down_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
+                        lora_layer_ptr, finished_ptr, down_shrunk_ptr, program, pairs, I, EXPERTS, TOP_K, ADAPTERS,
+                        DOWN_RANK, DOWN_BLOCK_R, SPLITS, False, BLOCK_M, ACTIVATED, DOWN_SHRINK,
+                    )  # fmt: skip
+                program -= slots * DOWN_SHRINK
+            if program >= 0:
+                product_of_tile(
+                    activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
+                    down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                    pair_out_ptr, program, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
+                    False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
+                    ACTIVATED + DOWN_SHRINK, DOWN,
+                )  # fmt: skip
+
+
+def plan_packed_experts(
+    *,
+    hidden: int,
+    intermediate: int,
+    slots: int,
+    pairs: int,
+    top_k: int,
+    experts: int,
+    gate_up_bias: bool,
+    down_bias: bool,
+    adapters: int,
+    gate_up_rank: int | None,
+    down_rank: int | None,
+    adapter_ids: bool,
+    stacked: Stacked,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    tile: FewRowsTile,
+) -> Plan:
+    """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
+    width = interleaved_width(intermediate)
+    programs = 2 * width // (16 * tile.column_warps) + cdiv(hidden, 16 * tile.down_column_warps)
+    weights = 3 * hidden * intermediate
+    outputs = {
+        "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
+        "pair_out_ptr": Buffer("pair_out", (pairs, hidden), "bfloat16"),
+    }
+    operands: dict[str, str | None] = {}
+    ranks: dict[str, int] = {}
+    for projection, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
+        block_r, rank_padded = rank_blocks(rank or 1)
+        ranks |= {f"{projection}_RANK".upper(): rank or 0, f"{projection}_BLOCK_R".upper(): block_r}
+        for part in ("a", "b", "scale"):
+            operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank else None
+        if rank:
+            programs += rank_padded // block_r * tile.shrink_splits * adapters
+            shrunk = Buffer(f"{projection}_shrunk", (tile.shrink_splits, pairs, rank_padded), "float32")
+            outputs[f"{projection}_shrunk_ptr"] = shrunk
+        else:
+            operands[f"{projection}_shrunk_ptr"] = None
+    return Plan(
+        kernel=packed_experts_kernel,
+        grid=(slots * programs,),
+        operands={
+            "x_ptr": "x_interleaved",
+            "gate_up_words_ptr": "gate_up",
+            "gate_up_scales_ptr": "gate_up_scales",
+            "gate_up_bias_ptr": "gate_up_bias" if gate_up_bias else None,
+            "down_words_ptr": "down",
+            "down_scales_ptr": "down_scales",
+            "down_bias_ptr": "down_bias" if down_bias else None,
+            "adapter_ids_ptr": "adapter_ids" if adapters and adapter_ids else None,
+            "gates_ptr": "weights",
+            "order_ptr": "order",
+            "tiles_ptr": "tiles",
+            "finished_ptr": "finished",
+            **operands,
+            **stacked.weights_operand,
+            **stacked.lora_operand,
+        },
+        updates=("finished_ptr",),
+        outputs=outputs,
+        scalars={"pairs": pairs, "slots": slots},
+        constexprs={
+            "H": hidden,
+            "I": intermediate,
+            "EXPERTS": experts,
+            "TOP_K": top_k,
+            "ADAPTERS": adapters,
+            **ranks,
+            "SPLITS": tile.shrink_splits,
+            "ALPHA": swiglu_alpha,
+            "LIMIT": swiglu_limit,
+            "BLOCK_M": tile.block_m,
+            "AHEAD": tile.ahead,
+            "TOKENS_AHEAD": tile.tokens_ahead,
+            "GATE_UP_ROWS": tile.column_warps,
+            "DOWN_ROWS": tile.down_column_warps,
+        },
+        num_warps=4,
+        num_stages=1,
+        max_registers=tile.max_registers,
+        flops=2
+        * pairs
+        * (weights + (gate_up_rank or 0) * (2 * intermediate + hidden) + (down_rank or 0) * (hidden + intermediate)),
+        bytes_accessed=min(pairs, experts) * weights * 17 // 32 + 4 * pairs * (hidden + width),
+    )
