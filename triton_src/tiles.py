@@ -80,14 +80,14 @@ type PackedTile = FewRowsTile | ManyRowsTile
 # jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        # 1 token: 30.4, 30.7
+        # 1 token: 29.6, 30.7
         FewRowsTile(0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1, down_column_warps=1, max_registers=80),
-        # 4 tokens: 72.0, 72.6
+        # 4 tokens: 71.8, 71.3
         FewRowsTile(1, block_m=8, ahead=5, tokens_ahead=2, column_warps=4, down_column_warps=1, max_registers=80),
-        # 16 tokens: 134.2, 135.2
-        FewRowsTile(4, block_m=8, ahead=4, tokens_ahead=2, column_warps=4, down_column_warps=2, max_registers=72),
-        # 64 tokens: 166.6, 167.6
-        FewRowsTile(8, block_m=16, ahead=3, tokens_ahead=1, column_warps=4, down_column_warps=2, max_registers=80),
+        # 16 tokens: 132.8, 133.0
+        FewRowsTile(4, block_m=8, ahead=3, tokens_ahead=2, column_warps=4, down_column_warps=2, max_registers=72),
+        # 64 tokens: 164.0, 164.8
+        FewRowsTile(8, block_m=16, ahead=3, tokens_ahead=1, column_warps=4, down_column_warps=2, max_registers=72),
         # 256 tokens: 220, 224
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
