@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 from jmoe.triton_src.combine import plan_combine
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
@@ -100,8 +100,8 @@ class MoeProblem:
         """LoRA's rank of "gate_up" or "down"; None without."""
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
 
-    def routing(self, block_m: int, *, interleave: bool = False, counters: bool = False) -> RouteProblem:
-        """The layer's routing into tiles of block_m rows; see RouteProblem for what goes beside it."""
+    def routing(self, block_m: int, packed_experts: bool) -> RouteProblem:
+        """The layer's routing into tiles of block_m rows; with what packed_experts reads beside, if that follows."""
         return RouteProblem(
             tokens=self.tokens,
             top_k=self.top_k,
@@ -109,8 +109,7 @@ class MoeProblem:
             router_experts=self.router_experts,
             expert_offset=self.expert_offset,
             block_m=block_m,
-            hidden=self.hidden if interleave else None,
-            counters=counters,
+            hidden=self.hidden if packed_experts else None,
         )
 
 
@@ -130,7 +129,7 @@ def plan_moe(
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     if isinstance(tile, FewRowsTile):
         return [
-            *plan_routing(problem.routing(tile.block_m, interleave=True, counters=True)),
+            *plan_routing(problem.routing(tile.block_m, packed_experts=True)),
             plan_packed_experts(
                 hidden=p.hidden,
                 intermediate=p.intermediate,
@@ -144,21 +143,15 @@ def plan_moe(
                 gate_up_rank=p.gate_up_rank,
                 down_rank=p.down_rank,
                 adapter_ids=p.adapter_ids,
-                expert_offset=p.expert_offset,
                 stacked=p.stacked,
                 swiglu_alpha=p.swiglu_alpha,
                 swiglu_limit=p.swiglu_limit,
                 tile=tile,
             ),
-        ]
-    if isinstance(tile, ManyRowsTile) and p.down_rank is None:
-        return [
-            *plan_routing(problem.routing(tile.block_m, counters=True)),
-            *plan_projections(("gate_up", "down"), problem, tile, slots, keep),
             plan_sum("pair_out", "y", problem),
         ]
     return [
-        *plan_routing(problem.routing(tile.block_m)),
+        *plan_routing(problem.routing(tile.block_m, packed_experts=False)),
         *plan_projection("gate_up", problem, tile, slots, keep),
         *plan_projection("down", problem, tile, slots),
         plan_sum("pair_out", "y", problem),
@@ -183,68 +176,42 @@ def choose_layer_tile(
 
 
 def plan_projection(
-    projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int, keep: bool = False
+    projection: str,
+    problem: MoeProblem,
+    tile: Tile | ManyRowsTile,
+    slots: int,
+    keep: bool = False,
 ) -> list[Plan]:
     """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
     p = problem
-    if isinstance(tile, ManyRowsTile):
-        return plan_projections((projection,), problem, tile, slots, keep)
     gate_up = projection == "gate_up"
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-    product = plan_grouped_matmul(
-        projection,
-        n=n,
-        k=k,
-        slots=slots,
-        pairs=p.pairs,
-        top_k=p.top_k,
-        experts=p.experts,
-        mxfp4=p.gate_up_mxfp4 if gate_up else p.down_mxfp4,
-        bias=p.gate_up_bias if gate_up else p.down_bias,
-        adapters=p.adapters,
-        rank=p.rank(projection),
-        adapter_ids=p.adapter_ids,
-        stacked=p.stacked,
-        swiglu_alpha=p.swiglu_alpha,
-        swiglu_limit=p.swiglu_limit,
-        tile=tile,
-        keep=keep,
-    )
-    return [*plan_shrink_before(projection, problem, tile, slots), product]
-
-
-def plan_projections(
-    projections: tuple[str, ...], problem: MoeProblem, tile: ManyRowsTile, slots: int, keep: bool
-) -> list[Plan]:
-    """LoRA's shrink for the first of the projections, if that has LoRA, and their products from packed weights."""
-    p = problem
-    products = plan_packed_many_rows(
-        projections,
-        hidden=p.hidden,
-        intermediate=p.intermediate,
-        slots=slots,
-        pairs=p.pairs,
-        top_k=p.top_k,
-        experts=p.experts,
-        biases=[name for name, bias in (("gate_up", p.gate_up_bias), ("down", p.down_bias)) if bias],
-        adapters=p.adapters,
-        ranks={"gate_up": p.gate_up_rank, "down": p.down_rank},
-        adapter_ids=p.adapter_ids,
-        stacked=p.stacked,
-        swiglu_alpha=p.swiglu_alpha,
-        swiglu_limit=p.swiglu_limit,
-        tile=tile,
-        keep=keep,
-    )
-    return [*plan_shrink_before(projections[0], problem, tile, slots), products]
-
-
-def plan_shrink_before(projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int) -> list[Plan]:
-    """The shrink of what goes into a product, if that has LoRA."""
-    if problem.rank(projection) is None:
-        return []
-    source = "x" if projection == "gate_up" else "activations"
-    return [plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", problem, tile, slots)]
+    rank = p.rank(projection)
+    shared: dict[str, Any] = {
+        "k": k,
+        "slots": slots,
+        "pairs": p.pairs,
+        "top_k": p.top_k,
+        "experts": p.experts,
+        "adapters": p.adapters,
+        "rank": rank,
+        "adapter_ids": p.adapter_ids,
+        "stacked": p.stacked,
+    }
+    plans = []
+    if rank is not None:
+        source = "x" if gate_up else "activations"
+        plans.append(plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", p, tile, slots))
+    shared |= {
+        "n": n,
+        "bias": p.gate_up_bias if gate_up else p.down_bias,
+        "swiglu_alpha": p.swiglu_alpha,
+        "swiglu_limit": p.swiglu_limit,
+    }
+    if isinstance(tile, ManyRowsTile):
+        return [*plans, plan_packed_many_rows(projection, tile=tile, keep=keep, **shared)]
+    mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
+    return [*plans, plan_grouped_matmul(projection, tile=tile, mxfp4=mxfp4, keep=keep, **shared)]
 
 
 def plan_shrink_of(

@@ -7,12 +7,10 @@ not two, and down's weights stream in while the last of gate_up's programs run.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from jmoe.triton_src.finished import finish
 from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.packed_few_rows import product
 from jmoe.triton_src.packed_shrink import shrink
-from jmoe.triton_src.packed_sum import BLOCK_H, sum_experts
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.stacked import Stacked
 from jmoe.triton_src.tiles import FewRowsTile
@@ -81,19 +79,16 @@ def packed_experts_kernel(
     down_b_ptr,  # (A, E, H, R) bf16 or float32, or None
     down_scale_ptr,  # (A,) float32, or None
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
-    experts_ptr,  # (T, k) int32
-    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
     gates_ptr,  # (P,) float32, routing weight by pair
     order_ptr,  # (P,) int32, position -> pair
     tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    finished_ptr,  # (slots + 1,) int32, zero at first: a tile's programs that have finished and are waited for; down's
+    finished_ptr,  # (slots,) int32, zero at first: a tile's programs that have finished, of those that others wait for
     gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     activations_ptr,  # (P, IP) bf16 by position, interleaved
     down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     pair_out_ptr,  # (P, H) bf16 by pair
-    y_ptr,  # (T, H) bf16
     pairs,
     slots,
     H: gl.constexpr,
@@ -112,15 +107,13 @@ def packed_experts_kernel(
     AHEAD: gl.constexpr,
     TOKENS_AHEAD: gl.constexpr,
     GATE_UP_ROWS: gl.constexpr,
-    GATE_UP_PARTS: gl.constexpr,
     DOWN_ROWS: gl.constexpr,
-    DOWN_PARTS: gl.constexpr,
 ):
-    """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down; then the sum.
+    """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. Each waits for those before it that have its rows.
-    Grid: (slots * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN) + T * cdiv(H, BLOCK_H),).
+    grouped_matmul_kernel. Programs start in the order of their numbers, so those that one waits for run or have ended.
+    Grid: (slots * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
     """
     HP: gl.constexpr = (H + 63) // 64 * 64
     IP: gl.constexpr = (I + 63) // 64 * 64
@@ -145,7 +138,7 @@ def packed_experts_kernel(
                 x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
                 gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
                 activations_ptr, program, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
-                SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, GATE_UP_PARTS,
+                SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
                 GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
             )  # fmt: skip
         else:
@@ -159,21 +152,13 @@ def packed_experts_kernel(
                     )  # fmt: skip
                 program -= slots * DOWN_SHRINK
             if program >= 0:
-                if program < slots * DOWN:
-                    product_of_tile(
-                        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
-                        down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                        pair_out_ptr, program, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
-                        False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, DOWN_PARTS, DOWN_ROWS, ACTIVATED,
-                        ACTIVATED + DOWN_SHRINK, DOWN,
-                    )  # fmt: skip
-                    # Those of unused tiles too, so that the sum knows how many there are.
-                    finish(finished_ptr + slots)
-                else:
-                    sum_experts(
-                        pair_out_ptr, experts_ptr, expert_offset_ptr, adapter_ids_ptr, y_ptr, finished_ptr + slots,
-                        slots * DOWN, program - slots * DOWN, H, EXPERTS, TOP_K, ADAPTERS,
-                    )  # fmt: skip
+                product_of_tile(
+                    activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
+                    down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                    pair_out_ptr, program, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
+                    False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
+                    ACTIVATED + DOWN_SHRINK, DOWN,
+                )  # fmt: skip
 
 
 def plan_packed_experts(
@@ -190,20 +175,18 @@ def plan_packed_experts(
     gate_up_rank: int | None,
     down_rank: int | None,
     adapter_ids: bool,
-    expert_offset: bool,
     stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: FewRowsTile,
 ) -> Plan:
-    """y [T, H] from x_interleaved, by way of activations [P, I padded to 64], interleaved, and pair_out [P, H]."""
+    """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
     width = interleaved_width(intermediate)
-    programs = 2 * width // tile.gate_up_columns + cdiv(hidden, tile.down_columns)
+    programs = 2 * width // (16 * tile.column_warps) + cdiv(hidden, 16 * tile.down_column_warps)
     weights = 3 * hidden * intermediate
     outputs = {
         "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
         "pair_out_ptr": Buffer("pair_out", (pairs, hidden), "bfloat16"),
-        "y_ptr": Buffer("y", (pairs // top_k, hidden), "bfloat16"),
     }
     operands: dict[str, str | None] = {}
     ranks: dict[str, int] = {}
@@ -220,7 +203,7 @@ def plan_packed_experts(
             operands[f"{projection}_shrunk_ptr"] = None
     return Plan(
         kernel=packed_experts_kernel,
-        grid=(slots * programs + pairs // top_k * cdiv(hidden, BLOCK_H.value),),
+        grid=(slots * programs,),
         operands={
             "x_ptr": "x_interleaved",
             "gate_up_words_ptr": "gate_up",
@@ -229,9 +212,7 @@ def plan_packed_experts(
             "down_words_ptr": "down",
             "down_scales_ptr": "down_scales",
             "down_bias_ptr": "down_bias" if down_bias else None,
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
-            "experts_ptr": "experts",
-            "expert_offset_ptr": "expert_offset" if expert_offset else None,
+            "adapter_ids_ptr": "adapter_ids" if adapters and adapter_ids else None,
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
@@ -256,10 +237,8 @@ def plan_packed_experts(
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "TOKENS_AHEAD": tile.tokens_ahead,
-            "GATE_UP_ROWS": tile.gate_up_columns // 16,
-            "GATE_UP_PARTS": tile.gate_up_parts,
-            "DOWN_ROWS": tile.down_columns // 16,
-            "DOWN_PARTS": tile.down_parts,
+            "GATE_UP_ROWS": tile.column_warps,
+            "DOWN_ROWS": tile.down_column_warps,
         },
         num_warps=4,
         num_stages=1,

@@ -5,7 +5,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
-from jmoe.triton_src.finished import finish, wait_for
 from jmoe.triton_src.packed_lora import load_adapters, load_shrunk, packed_column
 from jmoe.triton_src.packed_weight import (
     nan_bits,
@@ -112,6 +111,22 @@ def multiply(acc, nan, w, s, x, A: gl.constexpr, B: gl.constexpr, BLOCK_M: gl.co
 
 
 @gluon.jit
+def wait_for(counter, COUNT: gl.constexpr):
+    """Until COUNT programs have called finish; what they wrote before is there then."""
+    if COUNT > 0:
+        finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        while finished < COUNT:
+            finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+
+
+@gluon.jit
+def finish(counter):
+    """Tells those who wait that this program has written."""
+    gl.barrier()
+    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
 def load_shrunk_blocks(
     shrunk_ptr, pairs, first, end,
     RANK_PADDED: gl.constexpr,
@@ -119,6 +134,7 @@ def load_shrunk_blocks(
     SPLITS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
     B: gl.constexpr,
 ):  # fmt: skip
     """(x A^T)^T of the tile's rows, each by its own adapter, as the products take it: a block for each BLOCK_R ranks.
@@ -127,7 +143,7 @@ def load_shrunk_blocks(
     """
     blocks = ()
     for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
-        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 4)
+        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, PARTS * ROWS)
         shrunk = shrunk.permute((1, 0)).reshape([1, BLOCK_R, BLOCK_M])
         zeros = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
         part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
@@ -173,11 +189,11 @@ def add_lora(
     ROWS: gl.constexpr,
 ):  # fmt: skip
     """acc with each row's own adapter, if it has one."""
-    C: gl.constexpr = accumulator_layout(PARTS, 4 // PARTS)
+    C: gl.constexpr = accumulator_layout(PARTS, ROWS)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
     RANK_PADDED: gl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
-    shrunk = load_shrunk_blocks(shrunk_ptr, pairs, first, end, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, B)
+    shrunk = load_shrunk_blocks(shrunk_ptr, pairs, first, end, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, B)
     if adapter_ids_ptr is None:
         acc = expand(acc, shrunk, lora_b_ptr, expert.to(gl.int64) * N, program, N, RANK, BLOCK_R, PARTS, ROWS, A)
     else:
@@ -233,21 +249,19 @@ def product(
     X_READY: gl.constexpr,
     SHRUNK_READY: gl.constexpr,
 ):  # fmt: skip
-    """ROWS groups of 16 columns of a tile of at most BLOCK_M rows, from `program` * ROWS on, with four warps.
+    """Columns `program` * 16 * ROWS and on, of a tile of at most BLOCK_M rows, with PARTS * ROWS warps.
 
-    A warp takes turns along K with PARTS - 1 others that have the same columns: 16, or several strips of 16, which use
-    the tokens that it loads. AHEAD blocks of weights of each strip are in flight. x can be read when `counter` is at
-    X_READY, and shrunk at SHRUNK_READY. gate_up's N is padded to 128.
+    A warp has 16 columns and takes turns along K with PARTS - 1 others; AHEAD blocks of weights are in flight. x can be
+    read when `counter` is at X_READY, and shrunk at SHRUNK_READY. gate_up's N is padded to 128.
     """
     # Layouts of the accumulators, the product's two operands, words, scales and tokens.
-    COLUMN_WARPS: gl.constexpr = 4 // PARTS
-    C: gl.constexpr = accumulator_layout(PARTS, COLUMN_WARPS)
+    C: gl.constexpr = accumulator_layout(PARTS, ROWS)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    GROUPS: gl.constexpr = PARTS * ROWS
-    W: gl.constexpr = words_layout(COLUMN_WARPS, ROWS // COLUMN_WARPS, PARTS)
-    S: gl.constexpr = scales_layout(COLUMN_WARPS, ROWS // COLUMN_WARPS, PARTS)
-    X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, COLUMN_WARPS)
+    WARPS: gl.constexpr = PARTS * ROWS
+    W: gl.constexpr = words_layout(WARPS)
+    S: gl.constexpr = scales_layout(WARPS)
+    X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, ROWS)
     BLOCKS: gl.constexpr = KP // 64
     COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
     STEPS: gl.constexpr = (BLOCKS + PARTS - 1) // PARTS
@@ -259,12 +273,12 @@ def product(
     row_of_block = program * ROWS % 4
     matrix = in_stack(expert, layer_ptr, EXPERTS).to(gl.int64)
     block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
-    group = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
-    word_part = group // ROWS
-    words = words_ptr + block * 512 + row_of_block * 128 + word_offsets(GROUPS, 128, W) + word_part * (512 - ROWS * 128)
-    group = gl.arange(0, GROUPS, gl.SliceLayout(1, S))[:, None]
-    scale_part = group // ROWS
-    scales = scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(GROUPS, 8, S) + scale_part * (32 - ROWS * 8)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
+    word_part = warp // ROWS
+    words = words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
+    scale_part = warp // ROWS
+    scales = scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
     w = ()
     s = ()
     for i in gl.static_range(min(AHEAD, STEPS)):
@@ -275,7 +289,7 @@ def product(
 
     wait_for(counter, X_READY)
     acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
-    nan = gl.zeros([GROUPS, 8], gl.int32, S)
+    nan = gl.zeros([WARPS, 8], gl.int32, S)
     xs = ()
     for i in gl.static_range(min(TOKENS_AHEAD, STEPS)):
         xs = xs + (load_tokens(x, i, x_part, BLOCKS, PARTS, i >= WHOLE),)
@@ -289,7 +303,7 @@ def product(
             keep_order(program)
 
     # What the end needs is loaded now, behind the last weights.
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, 4], [0, 1])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, WARPS], [0, 1])
     column = program * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
     column_ok = 2 * column < N
     out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))

@@ -29,39 +29,22 @@ _SCALES = gl.constexpr("""{ prmt.b32 $0, $4, 0, 0x4040; shl.b32 $0, $0, 7;
 
 
 @gluon.constexpr_function
-def group_bases(column_warps, strips, parts):
-    """(bits of a thread's registers, bits of the warps) in the number of a group of 16 columns.
-
-    Groups are numbered by part of K, then strip, then warp along the columns; there may be several strips a warp.
-    """
-    warps = [warp for warp in (1, 2, 4) if warp < column_warps]
-    parts = [part * strips * column_warps for part in (1, 2) if part < parts]
-    return [strip * column_warps for strip in (1, 2) if strip < strips], warps + parts
-
-
-@gluon.constexpr_function
-def words_layout(column_warps, strips=1, parts=1):
-    """The layout of words (groups, 8, 4, 4) in which a thread holds the four of its 16-byte loads."""
-    registers, warps = group_bases(column_warps, strips, parts)
+def words_layout(warps):
+    """The layout of words (warps, 8, 4, 4) in which a thread holds the four of its 16-byte load."""
     return gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2]] + [[group, 0, 0, 0] for group in registers],
+        [[0, 0, 0, 1], [0, 0, 0, 2]],
         [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[group, 0, 0, 0] for group in warps],
+        [[warp, 0, 0, 0] for warp in (1, 2, 4) if warp < warps],
         [],
-        [column_warps * strips * parts, 8, 4, 4],
+        [warps, 8, 4, 4],
     )
 
 
 @gluon.constexpr_function
-def scales_layout(column_warps, strips=1, parts=1):
-    """The layout of scales (groups, 8): each thread holds those of its rows."""
-    registers, warps = group_bases(column_warps, strips, parts)
+def scales_layout(warps):
+    """The layout of scales (warps, 8): each thread holds those of its two rows."""
     return gl.DistributedLinearLayout(
-        [[group, 0] for group in registers],
-        [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]],
-        [[group, 0] for group in warps],
-        [],
-        [column_warps * strips * parts, 8],
+        [], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[warp, 0] for warp in (1, 2, 4) if warp < warps], [], [warps, 8]
     )
 
 

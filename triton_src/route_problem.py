@@ -22,8 +22,7 @@ class RouteProblem:
     router_experts: int | None  # columns of the router's logits; None: experts and weights are given
     expert_offset: bool
     block_m: int  # rows of a tile
-    hidden: int | None  # of x, if it is to be interleaved
-    counters: bool = False  # a zero for each tile and one for all, where programs of a launch wait for others
+    hidden: int | None  # of x, if packed_experts follows: it reads x interleaved, and a counter for each tile
 
     @property
     def pairs(self) -> int:
@@ -75,14 +74,14 @@ class RouteProblem:
             "order_ptr": Buffer("order", (self.pairs,), "int32"),
             "tiles_ptr": Buffer("tiles", (self.slots, 3), "int32"),
         }
-        if self.counters:
-            outputs["finished_ptr"] = Buffer("finished", (self.slots + 1,), "int32")
+        if self.hidden is not None:
+            outputs["finished_ptr"] = Buffer("finished", (self.slots,), "int32")
         return outputs
 
     @property
     def sort_operands(self) -> dict[str, str | None]:
         """None for what sorting does not write."""
-        return {} if self.counters else {"finished_ptr": None}
+        return {"finished_ptr": None} if self.hidden is None else {}
 
     @property
     def interleave_outputs(self) -> dict[str, Buffer]:

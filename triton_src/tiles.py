@@ -45,10 +45,8 @@ class FewRowsTile:
     block_m: int
     ahead: int
     tokens_ahead: int
-    gate_up_columns: int  # of a program, up to 64
-    gate_up_parts: int  # warps of the four that share their columns along K
-    down_columns: int
-    down_parts: int
+    column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
+    down_column_warps: int  # in down's product, whose last programs end sooner with fewer
     max_registers: int
     shrink_splits: int = 4
 
@@ -83,53 +81,13 @@ type PackedTile = FewRowsTile | ManyRowsTile
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
         # 1 token: 29.6, 30.7
-        FewRowsTile(
-            0.25,
-            block_m=8,
-            ahead=3,
-            tokens_ahead=1,
-            gate_up_columns=16,
-            gate_up_parts=4,
-            down_columns=16,
-            down_parts=4,
-            max_registers=80,
-        ),
+        FewRowsTile(0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1, down_column_warps=1, max_registers=80),
         # 4 tokens: 71.8, 71.3
-        FewRowsTile(
-            1,
-            block_m=8,
-            ahead=5,
-            tokens_ahead=2,
-            gate_up_columns=64,
-            gate_up_parts=1,
-            down_columns=16,
-            down_parts=4,
-            max_registers=80,
-        ),
+        FewRowsTile(1, block_m=8, ahead=5, tokens_ahead=2, column_warps=4, down_column_warps=1, max_registers=80),
         # 16 tokens: 132.8, 133.0
-        FewRowsTile(
-            4,
-            block_m=8,
-            ahead=3,
-            tokens_ahead=2,
-            gate_up_columns=64,
-            gate_up_parts=1,
-            down_columns=32,
-            down_parts=2,
-            max_registers=72,
-        ),
+        FewRowsTile(4, block_m=8, ahead=3, tokens_ahead=2, column_warps=4, down_column_warps=2, max_registers=72),
         # 64 tokens: 164.0, 164.8
-        FewRowsTile(
-            8,
-            block_m=16,
-            ahead=3,
-            tokens_ahead=1,
-            gate_up_columns=64,
-            gate_up_parts=1,
-            down_columns=32,
-            down_parts=2,
-            max_registers=72,
-        ),
+        FewRowsTile(8, block_m=16, ahead=3, tokens_ahead=1, column_warps=4, down_column_warps=2, max_registers=72),
         # 256 tokens: 220, 224
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688

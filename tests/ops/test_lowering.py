@@ -99,16 +99,14 @@ def test_every_gradient_compiles(shape: LayerShape, architecture: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_packed_gradients_compile_for_hopper(recompute: bool, lora: dict[str, int]) -> None:
     program = lower_gradient(LayerShape(4096, **lora), "sm_90", packed=True, recompute=recompute)
-    # Without LoRA both products are one launch.
-    assert launches(program) == 4 + 2 + 5 + 2 + (11 if lora else 0) + recompute * (2 if lora else 1)
+    assert launches(program) == 4 + 3 + 5 + 2 + (10 if lora else 0) + recompute * (2 if lora else 1)
 
 
 @pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
-@pytest.mark.parametrize(("tokens", "expected", "more"), [(1, 2, 0), (64, 2, 0), (256, 3, 3), (4096, 4, 3)])
-def test_packed_plans_compile_for_hopper(tokens: int, expected: int, more: int, lora: dict[str, int]) -> None:
+@pytest.mark.parametrize(("tokens", "expected", "shrinks"), [(1, 3, 0), (64, 3, 0), (256, 4, 2), (4096, 5, 2)])
+def test_packed_plans_compile_for_hopper(tokens: int, expected: int, shrinks: int, lora: dict[str, int]) -> None:
     program = lower(LayerShape(tokens, **lora), "sm_90", packed=True)
-    # LoRA's are two shrinks, the second between the products, which are one launch otherwise.
-    assert launches(program) == expected + (more if lora else 0)
+    assert launches(program) == expected + (shrinks if lora else 0)
 
 
 @pytest.mark.parametrize("shape", [LayerShape(16), LayerShape(9, adapters=2, rank=5, mixed=True)], ids=str)
@@ -221,17 +219,12 @@ def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: 
     capability = jmoe.Target(architecture).capability
     route = functools.partial(route_and_sort, top_k=4, capability=capability)
     logits = jax.ShapeDtypeStruct((tokens, experts), jnp.bfloat16)
-    zeros = jax.ShapeDtypeStruct((1,), jnp.int32)
-    written = jax.eval_shape(route, logits, zeros)
-    assert written["weights"].shape == (tokens, 4)
-    assert written["order"].shape == (4 * tokens,)
-    assert written["tiles"].shape == (written["finished"].shape[0] - 1, 3)
-
-    def twice(logits: jax.Array, zeros: jax.Array) -> dict[str, jax.Array]:
-        return route(logits, route(logits, zeros)["finished"])
-
-    program = jax.jit(twice).trace(logits, zeros).lower(lowering_platforms=("cuda",)).as_text()
-    assert launches(program) == (2 if tokens == 1 else 4)
+    weights, order, tiles = jax.eval_shape(route, logits)
+    assert weights.shape == (tokens, 4)
+    assert order.shape == (4 * tokens,)
+    assert tiles.shape[1] == 3
+    program = jax.jit(route).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert 1 <= launches(program) <= 2
 
 
 def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -140,10 +140,10 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "product", "shrinks"),
-    [(1, "packed_experts", 0), (16, "packed_experts", 0), (1024, "packed_many_rows", 2)],
+    ("tokens", "product", "launches"),
+    [(1, "packed_experts", 1), (16, "packed_experts", 1), (1024, "packed_many_rows", 2)],
 )
-def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: int, lora: bool) -> None:
+def test_packed_plans_name_every_parameter(tokens: int, product: str, launches: int, lora: bool) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)
     if lora:
         problem = dataclasses.replace(problem, adapters=3, gate_up_rank=8, down_rank=5, adapter_ids=True)
@@ -151,10 +151,9 @@ def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: i
     for plan in plans:
         plan.check_names()
     names = [plan.name for plan in plans]
-    # down's shrink comes between the products, where it is a launch of its own.
-    assert names.count(product) == (2 if lora and shrinks else 1)
-    assert names.count("shrink") == shrinks * lora
-    assert names[-1] == ("combine" if shrinks else "packed_experts")
+    assert names.count(product) == launches
+    assert names.count("shrink") == (2 if lora and launches == 2 else 0)
+    assert names[-1] == "combine"
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
