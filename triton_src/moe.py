@@ -101,7 +101,7 @@ class MoeProblem:
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
 
     def routing(self, block_m: int, packed_experts: bool) -> RouteProblem:
-        """The layer's routing into tiles of block_m rows; with what packed_experts reads beside, if that follows."""
+        """The layer's routing into tiles of block_m rows; with interleaved x and counters if packed_experts follows."""
         return RouteProblem(
             tokens=self.tokens,
             top_k=self.top_k,
@@ -110,6 +110,7 @@ class MoeProblem:
             expert_offset=self.expert_offset,
             block_m=block_m,
             hidden=self.hidden if packed_experts else None,
+            counters=packed_experts,
         )
 
 

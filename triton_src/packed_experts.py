@@ -112,7 +112,8 @@ def packed_experts_kernel(
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. Programs start in the order of their numbers, so those that one waits for run or have ended.
+    grouped_matmul_kernel. A program waits for those before it that have its rows. Programs start in the order of their
+    numbers, so that these run or have ended: CUDA does not promise it, but its GPUs do so.
     Grid: (slots * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
     """
     HP: gl.constexpr = (H + 63) // 64 * 64

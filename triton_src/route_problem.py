@@ -22,7 +22,8 @@ class RouteProblem:
     router_experts: int | None  # columns of the router's logits; None: experts and weights are given
     expert_offset: bool
     block_m: int  # rows of a tile
-    hidden: int | None  # of x, if packed_experts follows: it reads x interleaved, and a counter for each tile
+    hidden: int | None  # of x, if it is to be interleaved
+    counters: bool = False  # a zero for each tile, for programs of a launch that wait for others
 
     @property
     def pairs(self) -> int:
@@ -74,14 +75,14 @@ class RouteProblem:
             "order_ptr": Buffer("order", (self.pairs,), "int32"),
             "tiles_ptr": Buffer("tiles", (self.slots, 3), "int32"),
         }
-        if self.hidden is not None:
+        if self.counters:
             outputs["finished_ptr"] = Buffer("finished", (self.slots,), "int32")
         return outputs
 
     @property
     def sort_operands(self) -> dict[str, str | None]:
         """None for what sorting does not write."""
-        return {"finished_ptr": None} if self.hidden is None else {}
+        return {} if self.counters else {"finished_ptr": None}
 
     @property
     def interleave_outputs(self) -> dict[str, Buffer]:

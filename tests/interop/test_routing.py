@@ -162,7 +162,7 @@ def test_every_tile_has_a_counter_at_zero(plan: str, tokens: int, monkeypatch: p
         return torch.full(buffer.shape, 7, dtype=getattr(torch, buffer.dtype), device=device)
 
     monkeypatch.setattr(launches, "allocate", filled)
-    few = problem(tokens, 4, 30, hidden=64, block_m=8)
+    few = problem(tokens, 4, 30, hidden=64, block_m=8, counters=True)
     buffers = {"x": torch.randn(tokens, 64).bfloat16(), "router_logits": torch.randn(tokens, 30).bfloat16()}
     with bfloat16_arithmetic():
         done = launch(PLANS[plan](few), buffers)

@@ -16,7 +16,6 @@ from jmoe.ops.packed import unpack_buffers
 
 if TYPE_CHECKING:
     from jmoe.triton_src.moe import MoeProblem
-    from jmoe.triton_src.plan import Plan
     from jmoe.triton_src.tiles import TileTables
 
 moe_p = jex.core.Primitive("jmoe_moe")
@@ -158,39 +157,37 @@ def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buf
 
 
 def route_and_sort(
-    router_logits: jax.Array, *, top_k: int, capability: int | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(weights, order, tiles): the launches that precede a layer's products, alone, for a GPU. For measuring them."""
-    check_installed()
-    tables = None
-    if capability is None:
-        capability, tables = local_capability(), local_tables()
-    tokens, experts = router_logits.shape
-    plans = routing_plans(tokens, experts, top_k, capability, tables)
-    buffers = launch(plans, {"router_logits": router_logits}, capability)
-    return buffers["weights"], buffers["order"], buffers["tiles"]
+    router_logits: jax.Array, zeros: jax.Array, *, top_k: int, capability: int | None = None
+) -> dict[str, jax.Array]:
+    """The launches that precede a layer's products on packed experts, alone, for a GPU. For measuring them.
 
-
-def routing_plans(tokens: int, experts: int, top_k: int, capability: int, tables: "TileTables | None") -> list["Plan"]:
-    """The routing of a layer on packed experts where there is a kernel for them, else on the checkpoint's layout."""
+    zeros: int32, of which the first is read. The result's "finished" are zeros: given to the next call, they make the
+    calls run one after another, which as nodes of one CUDA graph would run side by side.
+    """
     from jmoe.triton_src.moe import reads_packed
     from jmoe.triton_src.route_problem import RouteProblem
     from jmoe.triton_src.routing import plan_routing
     from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
 
-    tile = (choose_packed_tile if reads_packed(capability) else choose_tile)(
-        capability, tokens * top_k, experts, tables
-    )
+    check_installed()
+    tables = None
+    if capability is None:
+        capability, tables = local_capability(), local_tables()
+    tokens, experts = router_logits.shape
+    choose = choose_packed_tile if reads_packed(capability) else choose_tile
     problem = RouteProblem(
         tokens=tokens,
         top_k=top_k,
         experts=experts,
         router_experts=experts,
-        expert_offset=False,
-        block_m=tile.block_m,
+        expert_offset=True,
+        block_m=choose(capability, tokens * top_k, experts, tables).block_m,
         hidden=None,
+        counters=True,
     )
-    return plan_routing(problem)
+    given = {"router_logits": router_logits, "expert_offset": zeros}
+    buffers = launch(plan_routing(problem), given, capability)
+    return {name: buffers[name] for name in ("weights", "order", "tiles", "finished")}
 
 
 def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
