@@ -47,14 +47,15 @@ def product_of_tile(
     if expert >= 0:
         first = gl.load(tiles_ptr + tile * 3 + 1)
         end = gl.load(tiles_ptr + tile * 3 + 2)
-        if end - first <= min(8, BLOCK_M):
+        short = end - first <= 8 if BLOCK_M > 8 else True
+        if short:
             product(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
                 layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
                 N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
                 min(8, BLOCK_M), AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
             )  # fmt: skip
-        elif BLOCK_M > 8:
+        else:
             product(
                 x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
                 layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,

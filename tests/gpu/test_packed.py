@@ -98,6 +98,18 @@ def test_parity(shape: LayerShape) -> None:
     assert jnp.array_equal(y, call(packed(layer)))
 
 
+@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize("tokens", [9, 16, 60, 300])
+def test_experts_that_all_tokens_choose(tokens: int, rank: int) -> None:
+    from jmoe.interop import to_torch
+
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = random_layer(LayerShape(tokens, 160, 96, 32, 2, **adapters))
+    layer = dataclasses.replace(layer, router_logits=layer.router_logits.at[:, jnp.array([3, 20])].add(100))
+    y = jax.jit(functools.partial(run, top_k=2))(packed(layer))
+    assert torch_layers.relative_error(to_torch(y), exact(layer, 2)) <= BFLOAT16.relative
+
+
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 @pytest.mark.parametrize("tokens", [1, 30, 500])
 def test_lora_on_one_projection(tokens: int, projection: str) -> None:
