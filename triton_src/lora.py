@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.plan import Buffer, Plan
 from jmoe.triton_src.stacked import Stacked, in_stack
 
 
@@ -129,10 +129,11 @@ def expand_tile(
     return acc
 
 
+@triton.constexpr_function
 def rank_blocks(rank: int) -> tuple[int, int]:
     """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
-    block = min(64, max(16, next_power_of_2(rank)))
-    return block, cdiv(rank, block) * block
+    block = min(64, max(16, 1 << (rank - 1).bit_length()))
+    return block, -(-rank // block) * block
 
 
 def lora_operands(projection: str, rank: int | None, adapter_ids: bool) -> dict[str, str | None]:

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 from jmoe.triton_src.combine import plan_combine
+from jmoe.triton_src.fetch import Fetch
 from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
 from jmoe.triton_src.lora import plan_shrink
 from jmoe.triton_src.packed_experts import plan_packed_experts
 from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
-from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.route_problem import RouteProblem, tile_slots
+from jmoe.triton_src.plan import Plan, cdiv
+from jmoe.triton_src.route_problem import RouteProblem, spread_slots, tile_slots
 from jmoe.triton_src.routing import plan_routing
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 from jmoe.triton_src.tiles import (
@@ -100,8 +101,10 @@ class MoeProblem:
         """LoRA's rank of "gate_up" or "down"; None without."""
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
 
-    def routing(self, block_m: int, packed_experts: bool) -> RouteProblem:
-        """The layer's routing into tiles of block_m rows; with interleaved x and counters if packed_experts follows."""
+    def routing(
+        self, block_m: int, *, interleave: bool = False, counters: bool = False, fetch: Fetch | None = None
+    ) -> RouteProblem:
+        """The layer's routing into tiles of block_m rows; see RouteProblem for what goes beside it."""
         return RouteProblem(
             tokens=self.tokens,
             top_k=self.top_k,
@@ -109,8 +112,20 @@ class MoeProblem:
             router_experts=self.router_experts,
             expert_offset=self.expert_offset,
             block_m=block_m,
-            hidden=self.hidden if packed_experts else None,
-            counters=packed_experts,
+            hidden=self.hidden if interleave else None,
+            counters=counters,
+            fetch=fetch,
+        )
+
+    def fetch(self, tile: FewRowsTile) -> Fetch:
+        """What routing fetches of packed weights for the launch after it."""
+        return Fetch(
+            experts=self.experts,
+            column_blocks=cdiv(2 * self.intermediate, 64),
+            blocks=cdiv(self.hidden, 64),
+            fetched_experts=min(self.experts, tile.fetched_experts),
+            fetched_blocks=min(cdiv(self.hidden, 64), tile.fetched_blocks),
+            stacked=self.stacked,
         )
 
 
@@ -130,11 +145,12 @@ def plan_moe(
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     if isinstance(tile, FewRowsTile):
         return [
-            *plan_routing(problem.routing(tile.block_m, packed_experts=True)),
+            *plan_routing(problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile))),
             plan_packed_experts(
                 hidden=p.hidden,
                 intermediate=p.intermediate,
                 slots=slots,
+                spread=spread_slots(p.pairs, p.experts, tile.block_m),
                 pairs=p.pairs,
                 top_k=p.top_k,
                 experts=p.experts,
@@ -151,8 +167,14 @@ def plan_moe(
             ),
             plan_sum("pair_out", "y", problem),
         ]
+    if isinstance(tile, ManyRowsTile) and p.down_rank is None:
+        return [
+            *plan_routing(problem.routing(tile.block_m, counters=True)),
+            *plan_projections(("gate_up", "down"), problem, tile, slots, keep),
+            plan_sum("pair_out", "y", problem),
+        ]
     return [
-        *plan_routing(problem.routing(tile.block_m, packed_experts=False)),
+        *plan_routing(problem.routing(tile.block_m)),
         *plan_projection("gate_up", problem, tile, slots, keep),
         *plan_projection("down", problem, tile, slots),
         plan_sum("pair_out", "y", problem),
@@ -177,42 +199,68 @@ def choose_layer_tile(
 
 
 def plan_projection(
-    projection: str,
-    problem: MoeProblem,
-    tile: Tile | ManyRowsTile,
-    slots: int,
-    keep: bool = False,
+    projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int, keep: bool = False
 ) -> list[Plan]:
     """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
     p = problem
+    if isinstance(tile, ManyRowsTile):
+        return plan_projections((projection,), problem, tile, slots, keep)
     gate_up = projection == "gate_up"
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-    rank = p.rank(projection)
-    shared: dict[str, Any] = {
-        "k": k,
-        "slots": slots,
-        "pairs": p.pairs,
-        "top_k": p.top_k,
-        "experts": p.experts,
-        "adapters": p.adapters,
-        "rank": rank,
-        "adapter_ids": p.adapter_ids,
-        "stacked": p.stacked,
-    }
-    plans = []
-    if rank is not None:
-        source = "x" if gate_up else "activations"
-        plans.append(plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", p, tile, slots))
-    shared |= {
-        "n": n,
-        "bias": p.gate_up_bias if gate_up else p.down_bias,
-        "swiglu_alpha": p.swiglu_alpha,
-        "swiglu_limit": p.swiglu_limit,
-    }
-    if isinstance(tile, ManyRowsTile):
-        return [*plans, plan_packed_many_rows(projection, tile=tile, keep=keep, **shared)]
-    mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
-    return [*plans, plan_grouped_matmul(projection, tile=tile, mxfp4=mxfp4, keep=keep, **shared)]
+    product = plan_grouped_matmul(
+        projection,
+        n=n,
+        k=k,
+        slots=slots,
+        pairs=p.pairs,
+        top_k=p.top_k,
+        experts=p.experts,
+        mxfp4=p.gate_up_mxfp4 if gate_up else p.down_mxfp4,
+        bias=p.gate_up_bias if gate_up else p.down_bias,
+        adapters=p.adapters,
+        rank=p.rank(projection),
+        adapter_ids=p.adapter_ids,
+        stacked=p.stacked,
+        swiglu_alpha=p.swiglu_alpha,
+        swiglu_limit=p.swiglu_limit,
+        tile=tile,
+        keep=keep,
+    )
+    return [*plan_shrink_before(projection, problem, tile, slots), product]
+
+
+def plan_projections(
+    projections: tuple[str, ...], problem: MoeProblem, tile: ManyRowsTile, slots: int, keep: bool
+) -> list[Plan]:
+    """LoRA's shrink for the first of the projections, if that has LoRA, and their products from packed weights."""
+    p = problem
+    products = plan_packed_many_rows(
+        projections,
+        hidden=p.hidden,
+        intermediate=p.intermediate,
+        slots=slots,
+        pairs=p.pairs,
+        top_k=p.top_k,
+        experts=p.experts,
+        biases=[name for name, bias in (("gate_up", p.gate_up_bias), ("down", p.down_bias)) if bias],
+        adapters=p.adapters,
+        ranks={"gate_up": p.gate_up_rank, "down": p.down_rank},
+        adapter_ids=p.adapter_ids,
+        stacked=p.stacked,
+        swiglu_alpha=p.swiglu_alpha,
+        swiglu_limit=p.swiglu_limit,
+        tile=tile,
+        keep=keep,
+    )
+    return [*plan_shrink_before(projections[0], problem, tile, slots), products]
+
+
+def plan_shrink_before(projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int) -> list[Plan]:
+    """The shrink of what goes into a product, if that has LoRA."""
+    if problem.rank(projection) is None:
+        return []
+    source = "x" if projection == "gate_up" else "activations"
+    return [plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", problem, tile, slots)]
 
 
 def plan_shrink_of(

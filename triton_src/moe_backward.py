@@ -73,7 +73,7 @@ def plan_moe_backward(
             ),
         ]  # fmt: skip
 
-    plans = plan_routing(p.routing(tile.block_m, packed_experts=False))
+    plans = plan_routing(p.routing(tile.block_m))
     if not kept:
         plans += plan_projection("gate_up", p, tile, slots, keep=True)
     plans += [

@@ -4,11 +4,13 @@ Beside launches of their own, the products then have one end at which some multi
 not two, and down's weights stream in while the last of gate_up's programs run.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import rank_blocks
+from jmoe.triton_src.neighbours import neighbouring
 from jmoe.triton_src.packed_few_rows import product
 from jmoe.triton_src.packed_shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
@@ -64,7 +66,7 @@ def product_of_tile(
             )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots"])
+@gluon.jit(do_not_specialize=["pairs", "slots", "spread"])
 def packed_experts_kernel(
     x_ptr,  # (T, HP) bf16, interleaved
     gate_up_words_ptr,  # (E, 2 I / 64, HP / 64, 512) int32
@@ -92,6 +94,7 @@ def packed_experts_kernel(
     pair_out_ptr,  # (P, H) bf16 by pair
     pairs,
     slots,
+    spread,  # slots that have programs of their own
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     EXPERTS: gl.constexpr,
@@ -109,13 +112,14 @@ def packed_experts_kernel(
     TOKENS_AHEAD: gl.constexpr,
     GATE_UP_ROWS: gl.constexpr,
     DOWN_ROWS: gl.constexpr,
+    RESIDENT: gl.constexpr,
 ):
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. A program waits for those before it that have its rows. Programs start in the order of their
-    numbers, so that these run or have ended: CUDA does not promise it, but its GPUs do so.
-    Grid: (slots * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
+    grouped_matmul_kernel. A program waits for those before it that have its rows. Slots past the first `spread`, which
+    hold tiles if routing is uneven, are further work for programs of the first.
+    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
     """
     HP: gl.constexpr = (H + 63) // 64 * 64
     IP: gl.constexpr = (I + 63) // 64 * 64
@@ -126,41 +130,48 @@ def packed_experts_kernel(
     DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
     program = gl.program_id(0)
+    # What LLVM could take out of these loops would need registers in them, so it may not.
     if GATE_UP_SHRINK > 0:
-        if program < slots * GATE_UP_SHRINK:
-            shrink(
-                x_ptr, gate_up_a_ptr, gate_up_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, lora_layer_ptr,
-                finished_ptr, gate_up_shrunk_ptr, program, pairs, H, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK,
-                GATE_UP_BLOCK_R, SPLITS, True, BLOCK_M, 0, GATE_UP_SHRINK,
-            )  # fmt: skip
-        program -= slots * GATE_UP_SHRINK
-    if program >= 0:
-        if program < slots * GATE_UP:
-            product_of_tile(
-                x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
-                gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                activations_ptr, program, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
-                SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
-                GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
-            )  # fmt: skip
-        else:
-            program -= slots * GATE_UP
-            if DOWN_SHRINK > 0:
-                if program < slots * DOWN_SHRINK:
-                    shrink(
-                        activations_ptr, down_a_ptr, down_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
-                        lora_layer_ptr, finished_ptr, down_shrunk_ptr, program, pairs, I, EXPERTS, TOP_K, ADAPTERS,
-                        DOWN_RANK, DOWN_BLOCK_R, SPLITS, False, BLOCK_M, ACTIVATED, DOWN_SHRINK,
-                    )  # fmt: skip
-                program -= slots * DOWN_SHRINK
-            if program >= 0:
-                product_of_tile(
-                    activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
-                    down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                    pair_out_ptr, program, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
-                    False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
-                    ACTIVATED + DOWN_SHRINK, DOWN,
+        if program < spread * GATE_UP_SHRINK:
+            for work in tl.range(program, slots * GATE_UP_SHRINK, spread * GATE_UP_SHRINK, disable_licm=True):
+                shrink(
+                    x_ptr, gate_up_a_ptr, gate_up_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, lora_layer_ptr,
+                    finished_ptr, gate_up_shrunk_ptr, work, pairs, H, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK,
+                    GATE_UP_BLOCK_R, SPLITS, True, BLOCK_M, 0, GATE_UP_SHRINK,
                 )  # fmt: skip
+        program -= spread * GATE_UP_SHRINK
+    if program >= 0:
+        if program < spread * GATE_UP:
+            program = neighbouring(program, spread * GATE_UP, RESIDENT)
+            for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
+                product_of_tile(
+                    x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
+                    gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                    activations_ptr, work, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
+                    SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
+                    GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
+                )  # fmt: skip
+        else:
+            program -= spread * GATE_UP
+            if DOWN_SHRINK > 0:
+                if program < spread * DOWN_SHRINK:
+                    for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
+                        shrink(
+                            activations_ptr, down_a_ptr, down_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
+                            lora_layer_ptr, finished_ptr, down_shrunk_ptr, work, pairs, I, EXPERTS, TOP_K, ADAPTERS,
+                            DOWN_RANK, DOWN_BLOCK_R, SPLITS, False, BLOCK_M, ACTIVATED, DOWN_SHRINK,
+                        )  # fmt: skip
+                program -= spread * DOWN_SHRINK
+            if program >= 0:
+                program = neighbouring(program, spread * DOWN, RESIDENT)
+                for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
+                    product_of_tile(
+                        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
+                        down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                        pair_out_ptr, work, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
+                        False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
+                        ACTIVATED + DOWN_SHRINK, DOWN,
+                    )  # fmt: skip
 
 
 def plan_packed_experts(
@@ -168,6 +179,7 @@ def plan_packed_experts(
     hidden: int,
     intermediate: int,
     slots: int,
+    spread: int,
     pairs: int,
     top_k: int,
     experts: int,
@@ -205,7 +217,7 @@ def plan_packed_experts(
             operands[f"{projection}_shrunk_ptr"] = None
     return Plan(
         kernel=packed_experts_kernel,
-        grid=(slots * programs,),
+        grid=(spread * programs,),
         operands={
             "x_ptr": "x_interleaved",
             "gate_up_words_ptr": "gate_up",
@@ -225,7 +237,7 @@ def plan_packed_experts(
         },
         updates=("finished_ptr",),
         outputs=outputs,
-        scalars={"pairs": pairs, "slots": slots},
+        scalars={"pairs": pairs, "slots": slots, "spread": spread},
         constexprs={
             "H": hidden,
             "I": intermediate,
@@ -241,6 +253,7 @@ def plan_packed_experts(
             "TOKENS_AHEAD": tile.tokens_ahead,
             "GATE_UP_ROWS": tile.column_warps,
             "DOWN_ROWS": tile.down_column_warps,
+            "RESIDENT": tile.resident,
         },
         num_warps=4,
         num_stages=1,

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.finished import finish, wait_for
 from jmoe.triton_src.packed_lora import load_adapters, load_shrunk, packed_column
 from jmoe.triton_src.packed_weight import (
     nan_bits,
@@ -108,22 +109,6 @@ def keep_order(program):
 def multiply(acc, nan, w, s, x, A: gl.constexpr, B: gl.constexpr, BLOCK_M: gl.constexpr, PARTS: gl.constexpr):
     """(acc and nan) with one block a warp more."""
     return mma_v2(unpack_weights(w, s, A), tokens_operand(x, BLOCK_M, PARTS, B), acc), nan | nan_bits(s)
-
-
-@gluon.jit
-def wait_for(counter, COUNT: gl.constexpr):
-    """Until COUNT programs have called finish; what they wrote before is there then."""
-    if COUNT > 0:
-        finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        while finished < COUNT:
-            finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-
-
-@gluon.jit
-def finish(counter):
-    """Tells those who wait that this program has written."""
-    gl.barrier()
-    gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
 @gluon.jit

@@ -4,15 +4,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from jmoe.triton_src.finished import finish, wait_for
 from jmoe.triton_src.packed_few_rows import (
     accumulator_layout,
-    finish,
     load_tokens,
     token_parts,
     token_pointers,
     tokens_layout,
     tokens_operand,
-    wait_for,
 )
 from jmoe.triton_src.stacked import in_stack
 

@@ -34,13 +34,24 @@ def write_tiles(
     BLOCK_TILES: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """The tiles of BLOCK_M positions of one expert each, in the order of the experts: this program's share of them."""
+    """The tiles of BLOCK_M positions of one expert each, in the order of the experts: this program's share of them.
+
+    With counters experts whose tiles are no more than half full come after the others: shorter programs end a launch.
+    """
     tiles = (count + BLOCK_M - 1) // BLOCK_M
-    tiles_end = tl.cumsum(tiles, axis=0)
     used = tl.sum(tiles, axis=0)
+    if finished_ptr is None:
+        tiles_begin = tl.cumsum(tiles, axis=0) - tiles
+    else:
+        long = count > BLOCK_M // 2
+        long_tiles = tl.where(long, tiles, 0)
+        short_tiles = tiles - long_tiles
+        long_begin = tl.cumsum(long_tiles, axis=0) - long_tiles
+        short_begin = tl.sum(long_tiles, axis=0) + tl.cumsum(short_tiles, axis=0) - short_tiles
+        tiles_begin = tl.where(long, long_begin, short_begin)
     for start in range(program * BLOCK_TILES, tiles_an_expert, programs * BLOCK_TILES):
         nth = start + tl.arange(0, BLOCK_TILES)[:, None]
-        tile = tiles_ptr + 3 * ((tiles_end - tiles)[None, :] + nth)
+        tile = tiles_ptr + 3 * (tiles_begin[None, :] + nth)
         ok = nth < tiles[None, :]
         tl.store(tile, expert[None, :] + tl.zeros_like(nth), mask=ok)
         tl.store(tile + 1, begin[None, :] + nth * BLOCK_M, mask=ok)

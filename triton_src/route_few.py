@@ -4,17 +4,21 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.choose import chosen_pairs
+from jmoe.triton_src.fetch import fetch_lines
 from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots"])
+@triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots", "interleave_programs"])
 def route_few_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
     expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
     x_ptr,  # (T, K) bf16, or None
+    words_ptr,  # as in fetch_lines, or None
+    scales_ptr,  # as in fetch_lines, or None
+    layer_ptr,  # as in fetch_lines
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32; None where experts are given
     order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
@@ -25,6 +29,7 @@ def route_few_kernel(
     tokens,
     tiles_an_expert,
     slots,
+    interleave_programs,
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -36,8 +41,16 @@ def route_few_kernel(
     BLOCK_SLOTS: tl.constexpr,
     K: tl.constexpr,
     INTERLEAVE_BLOCKS: tl.constexpr,
+    MATRICES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FETCHED_MATRICES: tl.constexpr,
+    FETCHED_BLOCKS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
-    """All of routing in the first program; the others interleave x. Rows and columns are those of chosen_pairs."""
+    """All of routing in the first program; others interleave x, and others fetch weights.
+
+    Rows and columns are those of chosen_pairs.
+    """
     if tl.program_id(0) == 0:
         offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
         row = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -66,8 +79,24 @@ def route_few_kernel(
             BLOCK_SLOTS,
         )
     else:
-        if x_ptr is not None:
-            interleave_blocks(x_ptr, x_interleaved_ptr, tokens, tl.program_id(0) - 1, K, INTERLEAVE_BLOCKS)
+        program = tl.program_id(0) - 1
+        if program < interleave_programs:
+            if x_ptr is not None:
+                interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
+        else:
+            if words_ptr is not None:
+                program -= interleave_programs
+                fetch_lines(
+                    words_ptr,
+                    scales_ptr,
+                    layer_ptr,
+                    program,
+                    MATRICES,
+                    BLOCKS,
+                    FETCHED_MATRICES,
+                    FETCHED_BLOCKS,
+                    LINES,
+                )
 
 
 LARGEST_BLOCK = 8192
@@ -92,13 +121,14 @@ def plan_route_few(problem: RouteProblem) -> Plan:
     p = problem
     return Plan(
         kernel=route_few_kernel,
-        grid=(1 + p.interleave_programs,),
-        operands=p.operands | p.sort_operands,
+        grid=(1 + p.interleave_programs + p.fetch_programs,),
+        operands=p.operands | p.sort_operands | p.fetch_operands,
         scalars={
             "rows": p.rows,
             "tokens": p.tokens,
             "tiles_an_expert": cdiv(p.pairs, p.block_m),
             "slots": p.slots,
+            "interleave_programs": p.interleave_programs,
         },
         outputs=p.choice_outputs | p.sort_outputs | p.interleave_outputs,
         constexprs={
@@ -112,7 +142,8 @@ def plan_route_few(problem: RouteProblem) -> Plan:
             "BLOCK_TILES": BLOCK_TILES,
             "BLOCK_SLOTS": BLOCK_SLOTS,
             **p.interleave_constexprs,
+            **p.fetch_constexprs,
         },
-        num_warps=8,
+        num_warps=4 if padded_rows(p) * p.columns_padded <= 2048 else 8,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jmoe.triton_src.fetch import LINES, Fetch
 from jmoe.triton_src.interleave import INTERLEAVE_BLOCKS, interleaved_width
 from jmoe.triton_src.plan import Buffer, cdiv, next_power_of_2
 
@@ -23,7 +24,8 @@ class RouteProblem:
     expert_offset: bool
     block_m: int  # rows of a tile
     hidden: int | None  # of x, if it is to be interleaved
-    counters: bool = False  # a zero for each tile, for programs of a launch that wait for others
+    counters: bool = False  # a zero for each tile, where programs of a launch wait for others
+    fetch: Fetch | None = None  # weights to fetch meanwhile, which one launch alone does
 
     @property
     def pairs(self) -> int:
@@ -102,6 +104,20 @@ class RouteProblem:
         return {"K": self.hidden or 64, "INTERLEAVE_BLOCKS": INTERLEAVE_BLOCKS}
 
     @property
+    def fetch_programs(self) -> int:
+        return 0 if self.fetch is None else self.fetch.programs
+
+    @property
+    def fetch_operands(self) -> dict[str, str | None]:
+        return dict.fromkeys(("words_ptr", "scales_ptr", "layer_ptr")) if self.fetch is None else self.fetch.operands
+
+    @property
+    def fetch_constexprs(self) -> dict[str, int]:
+        if self.fetch is None:
+            return {"MATRICES": 1, "BLOCKS": 1, "FETCHED_MATRICES": 0, "FETCHED_BLOCKS": 1, "LINES": LINES}
+        return self.fetch.constexprs
+
+    @property
     def choice_bytes(self) -> int:
         return self.tokens * (4 * self.columns + 8 * self.top_k) + 12 * self.slots
 
@@ -119,3 +135,12 @@ def tile_slots(pairs: int, experts: int, block_m: int) -> int:
     """The most tiles of block_m rows that `pairs` rows of at most `experts` experts can need."""
     active = min(pairs, experts)
     return (pairs - active) // block_m + active
+
+
+def spread_slots(pairs: int, experts: int, block_m: int) -> int:
+    """Tiles that have programs of their own; those past them are extra work for the first ones'.
+
+    Where experts mostly have one tile few slots are used beyond one an expert, and programs without work cost time.
+    """
+    active = min(pairs, experts)
+    return active if 2 * pairs <= active * block_m else tile_slots(pairs, experts, block_m)

@@ -48,6 +48,9 @@ class FewRowsTile:
     column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
     down_column_warps: int  # in down's product, whose last programs end sooner with fewer
     max_registers: int
+    resident: int  # programs of a multiprocessor that get work of one tile
+    fetched_experts: int  # of the first of them routing fetches weights
+    fetched_blocks: int  # of 64 along K
     shrink_splits: int = 4
 
 
@@ -80,14 +83,58 @@ type PackedTile = FewRowsTile | ManyRowsTile
 # jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        # 1 token: 29.6, 30.7
-        FewRowsTile(0.25, block_m=8, ahead=3, tokens_ahead=1, column_warps=1, down_column_warps=1, max_registers=80),
-        # 4 tokens: 71.8, 71.3
-        FewRowsTile(1, block_m=8, ahead=5, tokens_ahead=2, column_warps=4, down_column_warps=1, max_registers=80),
-        # 16 tokens: 132.8, 133.0
-        FewRowsTile(4, block_m=8, ahead=3, tokens_ahead=2, column_warps=4, down_column_warps=2, max_registers=72),
-        # 64 tokens: 164.0, 164.8
-        FewRowsTile(8, block_m=16, ahead=3, tokens_ahead=1, column_warps=4, down_column_warps=2, max_registers=72),
+        # 1 token: 29.7, 30.1
+        FewRowsTile(
+            0.25,
+            block_m=8,
+            ahead=4,
+            tokens_ahead=2,
+            column_warps=1,
+            down_column_warps=1,
+            max_registers=80,
+            resident=1,
+            fetched_experts=32,
+            fetched_blocks=1,
+        ),
+        # 4 tokens: 67.9, 68.7
+        FewRowsTile(
+            1,
+            block_m=8,
+            ahead=4,
+            tokens_ahead=2,
+            column_warps=4,
+            down_column_warps=1,
+            max_registers=80,
+            resident=1,
+            fetched_experts=32,
+            fetched_blocks=2,
+        ),
+        # 16 tokens: 131.7, 132.0
+        FewRowsTile(
+            4,
+            block_m=8,
+            ahead=3,
+            tokens_ahead=2,
+            column_warps=4,
+            down_column_warps=2,
+            max_registers=72,
+            resident=7,
+            fetched_experts=9,
+            fetched_blocks=5,
+        ),
+        # 64 tokens: 161.9, 162.6
+        FewRowsTile(
+            8,
+            block_m=16,
+            ahead=3,
+            tokens_ahead=1,
+            column_warps=4,
+            down_column_warps=4,
+            max_registers=72,
+            resident=7,
+            fetched_experts=9,
+            fetched_blocks=5,
+        ),
         # 256 tokens: 220, 224
         ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688

@@ -170,6 +170,16 @@ def test_every_tile_has_a_counter_at_zero(plan: str, tokens: int, monkeypatch: p
     assert not done["finished"].any()
 
 
+@pytest.mark.parametrize("plan", ["one launch", "two launches"])
+def test_with_counters_half_empty_tiles_come_last(plan: str) -> None:
+    # 20, 3, 8, 0, 5 and 4 rows: in tiles of 8 experts 1 and 5 have half or less.
+    experts = torch.tensor([0] * 20 + [1] * 3 + [2] * 8 + [4] * 5 + [5] * 4, dtype=torch.int32)[torch.randperm(40)]
+    given = problem(40, 1, 6, router_experts=None, block_m=8, counters=True)
+    tiles = launch(PLANS[plan](given), {"experts": experts[:, None]})["tiles"]
+    wanted = [(0, 0, 20), (0, 8, 20), (0, 16, 20), (2, 23, 31), (4, 31, 36), (1, 20, 23), (5, 36, 40)]
+    assert [tuple(tile) for tile in tiles.tolist() if tile[0] >= 0] == wanted
+
+
 def test_many_pairs_take_several_steps_a_program() -> None:
     experts = torch.randint(0, 4, (128 * 256 + 1, 1), dtype=torch.int32)
     order, _ = sort(experts, 4, 128, None)

@@ -114,6 +114,26 @@ def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
     assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880))) == 1
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 16, 60, 64])
+def test_an_even_routing_gives_every_tile_a_program_and_few_are_idle(tokens: int) -> None:
+    experts = next(
+        plan for plan in plan_moe(dataclasses.replace(PACKED, tokens=tokens), 90) if "spread" in plan.scalars
+    )
+    active = min(PACKED.top_k * tokens, PACKED.experts)
+    assert active <= experts.scalars["spread"] <= min(experts.scalars["slots"], active + active // 4)
+
+
+def test_routing_fetches_no_weights_that_there_are_not() -> None:
+    one = dataclasses.replace(PACKED, hidden=64, intermediate=32, experts=1, router_experts=1, top_k=1)
+    for small in (PACKED, one):
+        routing = plan_moe(dataclasses.replace(small, tokens=1), 90)[0]
+        values = routing.constexprs
+        assert 0 < values["FETCHED_MATRICES"] <= values["MATRICES"] == small.experts * cdiv(2 * small.intermediate, 64)
+        assert 0 < values["FETCHED_BLOCKS"] <= values["BLOCKS"] == cdiv(small.hidden, 64)
+        lines = values["FETCHED_MATRICES"] * values["FETCHED_BLOCKS"] * 17
+        assert (routing.grid[0] - 1 - routing.scalars["interleave_programs"]) * values["LINES"] >= lines
+
+
 @pytest.mark.parametrize("rank", [1, 8, 16, 17, 64, 65, 200, 256])
 def test_ranks_are_padded_to_whole_blocks(rank: int) -> None:
     block, padded = rank_blocks(rank)
@@ -140,10 +160,10 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "product", "launches"),
-    [(1, "packed_experts", 1), (16, "packed_experts", 1), (1024, "packed_many_rows", 2)],
+    ("tokens", "product", "shrinks"),
+    [(1, "packed_experts", 0), (16, "packed_experts", 0), (1024, "packed_many_rows", 2)],
 )
-def test_packed_plans_name_every_parameter(tokens: int, product: str, launches: int, lora: bool) -> None:
+def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: int, lora: bool) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)
     if lora:
         problem = dataclasses.replace(problem, adapters=3, gate_up_rank=8, down_rank=5, adapter_ids=True)
@@ -151,8 +171,9 @@ def test_packed_plans_name_every_parameter(tokens: int, product: str, launches: 
     for plan in plans:
         plan.check_names()
     names = [plan.name for plan in plans]
-    assert names.count(product) == launches
-    assert names.count("shrink") == (2 if lora and launches == 2 else 0)
+    # down's shrink comes between the products, where it is a launch of its own.
+    assert names.count(product) == (2 if lora and shrinks else 1)
+    assert names.count("shrink") == shrinks * lora
     assert names[-1] == "combine"
 
 
