@@ -15,13 +15,6 @@ NORM_LINEAR_TILES = {4: NormLinearTile(1, 2, 4), 32: NormLinearTile(1, 4, 8), 64
 """By the most rows that they are for. For one row a program's own reads decide, for many how often weights are read."""
 
 
-AHEAD_BYTES = 8 << 20
-"""Of the next launch's weights that norm_linear, which memory waits for, fetches into L2. Not measured."""
-
-AHEAD_LINES = 512
-"""Lines of 128 bytes a program fetches."""
-
-
 class FewRowsLinearTile(NamedTuple):
     """Columns and depth of the blocks that a dense product's program reads, num_stages - 1 of them ahead."""
 

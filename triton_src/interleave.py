@@ -13,7 +13,6 @@ INTERLEAVE_BLOCKS = 16
 def interleave_blocks(
     x_ptr,  # (T, K) bf16
     out_ptr,  # (T, KP) bf16, KP being K in whole blocks of 64
-    arrived_ptr,  # (T, KP / 16) int32, to be zero; or None
     tokens,
     program,
     K: tl.constexpr,
@@ -30,9 +29,6 @@ def interleave_blocks(
     k = (block % ROW_BLOCKS)[:, None] * 64 + lane[None, :]
     x = tl.load(x_ptr + token[:, None] * K + k, mask=(token < tokens)[:, None] & (k < K), other=0.0)
     x = tl.permute(tl.reshape(x, (BLOCKS, 4, 2, 4, 2)), (0, 3, 1, 2, 4))
-    if arrived_ptr is not None:
-        counter = block[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(arrived_ptr + counter, 0, mask=(token < tokens)[:, None])
     tl.store(out_ptr + block[:, None] * 64 + lane[None, :], tl.reshape(x, (BLOCKS, 64)), mask=(token < tokens)[:, None])
 
 

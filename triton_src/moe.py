@@ -102,13 +102,7 @@ class MoeProblem:
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
 
     def routing(
-        self,
-        block_m: int,
-        *,
-        interleave: bool = False,
-        counters: bool = False,
-        sums: bool = False,
-        fetch: Fetch | None = None,
+        self, block_m: int, *, interleave: bool = False, counters: bool = False, fetch: Fetch | None = None
     ) -> RouteProblem:
         """The layer's routing into tiles of block_m rows; see RouteProblem for what goes beside it."""
         return RouteProblem(
@@ -120,7 +114,6 @@ class MoeProblem:
             block_m=block_m,
             hidden=self.hidden if interleave else None,
             counters=counters,
-            sums=sums,
             fetch=fetch,
         )
 
@@ -151,12 +144,8 @@ def plan_moe(
     tile = choose_layer_tile(problem, capability, tables, keep)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     if isinstance(tile, FewRowsTile):
-        # Of experts held elsewhere, or given and perhaps nowhere, none arrives.
-        sums = p.router_experts == p.experts and not p.expert_offset
         return [
-            *plan_routing(
-                problem.routing(tile.block_m, interleave=True, counters=True, sums=sums, fetch=problem.fetch(tile))
-            ),
+            *plan_routing(problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile))),
             plan_packed_experts(
                 hidden=p.hidden,
                 intermediate=p.intermediate,
@@ -171,13 +160,12 @@ def plan_moe(
                 gate_up_rank=p.gate_up_rank,
                 down_rank=p.down_rank,
                 adapter_ids=p.adapter_ids,
-                sums=sums,
                 stacked=p.stacked,
                 swiglu_alpha=p.swiglu_alpha,
                 swiglu_limit=p.swiglu_limit,
                 tile=tile,
             ),
-            *([] if sums else [plan_sum("pair_out", "y", problem)]),
+            plan_sum("pair_out", "y", problem),
         ]
     if isinstance(tile, ManyRowsTile) and p.down_rank is None:
         return [

@@ -6,17 +6,8 @@ The weights are read in place from stacks of layers. Each program makes the norm
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.decoding_tiles import AHEAD_BYTES, AHEAD_LINES, norm_linear_tile
+from jmoe.triton_src.decoding_tiles import norm_linear_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-
-
-@triton.jit
-def fetch_lines(pointer, program, LINES: tl.constexpr):
-    """Asks for LINES lines of 128 bytes of bf16 to be in L2, each program for its own."""
-    line = program * LINES + tl.arange(0, LINES)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer + line * 64], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,7 +18,6 @@ def norm_linear_kernel(
     weight_ptr,  # (L, P, K) bf16, of which the first N rows count, or None: no product
     scale_ptr,  # (L, P) float32, or None
     bias_ptr,  # (L, P) bf16, or None
-    ahead_ptr,  # (L, AHEAD) bf16: weights of the next launch, or None
     layer_ptr,  # (1,) int32
     sum_ptr,  # (T, K) bf16: x + addend, or None without
     normal_ptr,  # (T, K) bf16, or None
@@ -40,20 +30,12 @@ def norm_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    LINES: tl.constexpr,
 ):
     """sum = x + addend; normal = norm[layer] * sum / sqrt(mean(sum²) + EPS); product = scale * normal W^T + bias.
 
-    Each is rounded once. Grid: (cdiv(T, ROWS), COLUMN_BLOCKS and programs that fetch the first of `ahead` into L2).
+    Each is rounded once. Grid: (cdiv(T, ROWS), cdiv(N, BLOCK_N)).
     """
     layer = tl.load(layer_ptr)
-    if ahead_ptr is not None:  # noqa: SIM102 (the first is known when this is compiled)
-        if tl.program_id(1) >= COLUMN_BLOCKS:
-            fetch = (tl.program_id(1) - COLUMN_BLOCKS) * tl.num_programs(0) + tl.program_id(0)
-            fetch_lines(ahead_ptr + layer.to(tl.int64) * AHEAD, fetch, LINES)
-            return
     k = tl.arange(0, BLOCK_K)
     k_ok = k < K
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,27 +85,23 @@ def plan_norm_linear(
     norm: bool = False,
     scale: bool = False,
     bias: bool = False,
-    ahead: int = 0,
 ) -> list[Plan]:
     """Some of sum, normal and product, from x, layer [1] and what is there of addend, norm, weight, scale and bias.
 
     n: columns of the product, 0 for none; weight_rows: of the weight in each layer, of which the first n count.
-    ahead: elements a layer of what the next launch reads, 0 for none.
     """
     tile = norm_linear_tile(rows)
-    there = {"addend": addend, "norm": norm, "weight": n > 0, "scale": scale, "bias": bias, "ahead": ahead > 0}
+    there = {"addend": addend, "norm": norm, "weight": n > 0, "scale": scale, "bias": bias}
     results = {
         "sum_ptr": Buffer("sum", (rows, k), "bfloat16") if addend else None,
         "normal_ptr": Buffer("normal", (rows, k), "bfloat16") if norm else None,
         "product_ptr": Buffer("product", (rows, n), "bfloat16") if n else None,
     }
     columns = cdiv(max(n, 1), tile.columns)
-    fetched = min(AHEAD_BYTES, 2 * ahead) // (128 * AHEAD_LINES)
-    fetchers = cdiv(fetched, cdiv(rows, tile.rows)) if ahead else 0
     return [
         Plan(
             kernel=norm_linear_kernel,
-            grid=(cdiv(rows, tile.rows), columns + fetchers),
+            grid=(cdiv(rows, tile.rows), columns),
             operands={
                 "x_ptr": "x",
                 "layer_ptr": "layer",
@@ -140,9 +118,6 @@ def plan_norm_linear(
                 "ROWS": tile.rows,
                 "BLOCK_N": tile.columns,
                 "BLOCK_K": next_power_of_2(k),
-                "COLUMN_BLOCKS": columns,
-                "AHEAD": ahead,
-                "LINES": AHEAD_LINES,
             },
             num_warps=tile.num_warps,
             num_stages=1,

@@ -12,39 +12,61 @@ from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.neighbours import neighbouring
 from jmoe.triton_src.packed_few_rows import product
-from jmoe.triton_src.packed_operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed_shrink import shrink
-from jmoe.triton_src.packed_sum import sum_where_last
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.stacked import Stacked
 from jmoe.triton_src.tiles import FewRowsTile
 
 
 @gluon.jit
-def product_of_tile(p, rows, arrived_ptr, y_ptr, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
-    """The product of a tile's columns that `work` numbers, of PROGRAMS a tile, and the sum if y_ptr is not None.
-
-    Of 8 rows where the tile has no more: one of 16 waits for its tokens most.
-    """
-    index = work // PROGRAMS
-    expert = gl.load(rows.tiles_ptr + index * 3)
+def product_of_tile(
+    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
+    layer_ptr, lora_layer_ptr, finished_ptr, out_ptr, program, pairs,
+    N: gl.constexpr,
+    KP: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    RANK: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    AHEAD: gl.constexpr,
+    TOKENS_AHEAD: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    X_READY: gl.constexpr,
+    SHRUNK_READY: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """The program's product, of 8 rows where the tile has no more: a tile of 16 waits for its tokens most."""
+    tile = program // PROGRAMS
+    expert = gl.load(tiles_ptr + tile * 3)
     if expert >= 0:
-        first = gl.load(rows.tiles_ptr + index * 3 + 1)
-        end = gl.load(rows.tiles_ptr + index * 3 + 2)
-        tile = Tile(expert, first, end, rows.finished_ptr + index)
-        program = work % PROGRAMS
-        short = end - first <= 8 if rows.BLOCK_M > 8 else True
+        first = gl.load(tiles_ptr + tile * 3 + 1)
+        end = gl.load(tiles_ptr + tile * 3 + 2)
+        short = end - first <= 8 if BLOCK_M > 8 else True
         if short:
-            product(p, rows, tile, program, min(8, rows.BLOCK_M), ROWS)
-            if y_ptr is not None:
-                sum_where_last(p, rows, tile, arrived_ptr, y_ptr, program, min(8, rows.BLOCK_M), ROWS)
+            product(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
+                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
+                min(8, BLOCK_M), AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
+            )  # fmt: skip
         else:
-            product(p, rows, tile, program, rows.BLOCK_M, ROWS)
-            if y_ptr is not None:
-                sum_where_last(p, rows, tile, arrived_ptr, y_ptr, program, rows.BLOCK_M, ROWS)
+            product(
+                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
+                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
+                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
+                BLOCK_M, AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
+            )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots", "spread", "last"])
+@gluon.jit(do_not_specialize=["pairs", "slots", "spread"])
 def packed_experts_kernel(
     x_ptr,  # (T, HP) bf16, interleaved
     gate_up_words_ptr,  # (E, 2 I / 64, HP / 64, 512) int32
@@ -66,16 +88,13 @@ def packed_experts_kernel(
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     finished_ptr,  # (slots,) int32, zero at first: a tile's programs that have finished, of those that others wait for
-    arrived_ptr,  # as in sum_where_last, zero at first; or None: the sum is another launch's
     gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     activations_ptr,  # (P, IP) bf16 by position, interleaved
     down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     pair_out_ptr,  # (P, H) bf16 by pair
-    y_ptr,  # (T, H) bf16, or None: the sum is another launch's
     pairs,
     slots,
     spread,  # slots that have programs of their own
-    last,  # of these the last ones, whose programs of down are short
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     EXPERTS: gl.constexpr,
@@ -93,7 +112,6 @@ def packed_experts_kernel(
     TOKENS_AHEAD: gl.constexpr,
     GATE_UP_ROWS: gl.constexpr,
     DOWN_ROWS: gl.constexpr,
-    LAST_ROWS: gl.constexpr,
     RESIDENT: gl.constexpr,
 ):
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
@@ -101,64 +119,59 @@ def packed_experts_kernel(
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
     grouped_matmul_kernel. A program waits for those before it that have its rows. Slots past the first `spread`, which
     hold tiles if routing is uneven, are further work for programs of the first.
-    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * LAST_DOWN,).
+    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
     """
+    HP: gl.constexpr = (H + 63) // 64 * 64
     IP: gl.constexpr = (I + 63) // 64 * 64
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
     GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
     GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_ROWS)
     DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
     DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
-    LAST_DOWN: gl.constexpr = (H + 16 * LAST_ROWS - 1) // (16 * LAST_ROWS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
-    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
-    gate_up = Product(
-        x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
-        Lora(
-            gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
-            GATE_UP_BLOCK_R, SPLITS,
-        ),
-        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
-        X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
-    )  # fmt: skip
-    down = Product(
-        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
-        Lora(
-            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
-        ),
-        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
-        X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
-    )  # fmt: skip
     program = gl.program_id(0)
     # What LLVM could take out of these loops would need registers in them, so it may not.
     if GATE_UP_SHRINK > 0:
         if program < spread * GATE_UP_SHRINK:
             for work in tl.range(program, slots * GATE_UP_SHRINK, spread * GATE_UP_SHRINK, disable_licm=True):
-                shrink(gate_up, rows, work, GATE_UP_SHRINK)
+                shrink(
+                    x_ptr, gate_up_a_ptr, gate_up_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, lora_layer_ptr,
+                    finished_ptr, gate_up_shrunk_ptr, work, pairs, H, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK,
+                    GATE_UP_BLOCK_R, SPLITS, True, BLOCK_M, 0, GATE_UP_SHRINK,
+                )  # fmt: skip
         program -= spread * GATE_UP_SHRINK
     if program >= 0:
         if program < spread * GATE_UP:
             program = neighbouring(program, spread * GATE_UP, RESIDENT)
             for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
-                product_of_tile(gate_up, rows, None, None, work, GATE_UP_ROWS, GATE_UP)
+                product_of_tile(
+                    x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
+                    gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                    activations_ptr, work, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
+                    SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
+                    GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
+                )  # fmt: skip
         else:
             program -= spread * GATE_UP
             if DOWN_SHRINK > 0:
                 if program < spread * DOWN_SHRINK:
                     for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
-                        shrink(down, rows, work, DOWN_SHRINK)
+                        shrink(
+                            activations_ptr, down_a_ptr, down_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
+                            lora_layer_ptr, finished_ptr, down_shrunk_ptr, work, pairs, I, EXPERTS, TOP_K, ADAPTERS,
+                            DOWN_RANK, DOWN_BLOCK_R, SPLITS, False, BLOCK_M, ACTIVATED, DOWN_SHRINK,
+                        )  # fmt: skip
                 program -= spread * DOWN_SHRINK
-            if LAST_ROWS < DOWN_ROWS:
-                short = program - (spread - last) * DOWN
-                if short >= 0:
-                    short += (spread - last) * LAST_DOWN
-                    for work in tl.range(short, slots * LAST_DOWN, spread * LAST_DOWN, disable_licm=True):
-                        product_of_tile(down, rows, arrived_ptr, y_ptr, work, LAST_ROWS, LAST_DOWN)
-                    program = -1
             if program >= 0:
-                program = neighbouring(program, (spread - last) * DOWN, RESIDENT)
+                program = neighbouring(program, spread * DOWN, RESIDENT)
                 for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
-                    product_of_tile(down, rows, arrived_ptr, y_ptr, work, DOWN_ROWS, DOWN)
+                    product_of_tile(
+                        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
+                        down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
+                        pair_out_ptr, work, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
+                        False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
+                        ACTIVATED + DOWN_SHRINK, DOWN,
+                    )  # fmt: skip
 
 
 def plan_packed_experts(
@@ -176,32 +189,20 @@ def plan_packed_experts(
     gate_up_rank: int | None,
     down_rank: int | None,
     adapter_ids: bool,
-    sums: bool,
     stacked: Stacked,
     swiglu_alpha: float,
     swiglu_limit: float,
     tile: FewRowsTile,
 ) -> Plan:
-    """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows.
-
-    And y [T, H] if it `sums`, for which all of a token's experts must be held here.
-    """
+    """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
     width = interleaved_width(intermediate)
-    programs = 2 * width // (16 * tile.column_warps)
-    last = min(spread, tile.last) if tile.last_column_warps < tile.down_column_warps else 0
-    down = (spread - last) * cdiv(hidden, 16 * tile.down_column_warps) + last * cdiv(
-        hidden, 16 * tile.last_column_warps
-    )
+    programs = 2 * width // (16 * tile.column_warps) + cdiv(hidden, 16 * tile.down_column_warps)
     weights = 3 * hidden * intermediate
     outputs = {
         "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
         "pair_out_ptr": Buffer("pair_out", (pairs, hidden), "bfloat16"),
     }
     operands: dict[str, str | None] = {}
-    if sums:
-        outputs["y_ptr"] = Buffer("y", (pairs // top_k, hidden), "bfloat16")
-    else:
-        operands["y_ptr"] = None
     ranks: dict[str, int] = {}
     for projection, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
         block_r, rank_padded = rank_blocks(rank or 1)
@@ -216,7 +217,7 @@ def plan_packed_experts(
             operands[f"{projection}_shrunk_ptr"] = None
     return Plan(
         kernel=packed_experts_kernel,
-        grid=(spread * programs + down,),
+        grid=(spread * programs,),
         operands={
             "x_ptr": "x_interleaved",
             "gate_up_words_ptr": "gate_up",
@@ -225,19 +226,18 @@ def plan_packed_experts(
             "down_words_ptr": "down",
             "down_scales_ptr": "down_scales",
             "down_bias_ptr": "down_bias" if down_bias else None,
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
+            "adapter_ids_ptr": "adapter_ids" if adapters and adapter_ids else None,
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
             "finished_ptr": "finished",
-            "arrived_ptr": "arrived" if sums else None,
             **operands,
             **stacked.weights_operand,
             **stacked.lora_operand,
         },
-        updates=("finished_ptr", "arrived_ptr") if sums else ("finished_ptr",),
+        updates=("finished_ptr",),
         outputs=outputs,
-        scalars={"pairs": pairs, "slots": slots, "spread": spread, "last": last},
+        scalars={"pairs": pairs, "slots": slots, "spread": spread},
         constexprs={
             "H": hidden,
             "I": intermediate,
@@ -253,7 +253,6 @@ def plan_packed_experts(
             "TOKENS_AHEAD": tile.tokens_ahead,
             "GATE_UP_ROWS": tile.column_warps,
             "DOWN_ROWS": tile.down_column_warps,
-            "LAST_ROWS": tile.last_column_warps,
             "RESIDENT": tile.resident,
         },
         num_warps=4,

@@ -11,7 +11,7 @@ class Buffer:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # "bfloat16", "float32", "int32" or "int16"
+    dtype: str  # "bfloat16", "float32" or "int32"
 
 
 @dataclasses.dataclass(frozen=True)

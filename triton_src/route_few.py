@@ -25,7 +25,6 @@ def route_few_kernel(
     tiles_ptr,  # as in write_tiles
     finished_ptr,  # as in write_tiles
     x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
-    arrived_ptr,  # as in interleave_blocks
     rows,
     tokens,
     tiles_an_expert,
@@ -83,7 +82,7 @@ def route_few_kernel(
         program = tl.program_id(0) - 1
         if program < interleave_programs:
             if x_ptr is not None:
-                interleave_blocks(x_ptr, x_interleaved_ptr, arrived_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
+                interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
         else:
             if words_ptr is not None:
                 program -= interleave_programs
@@ -100,8 +99,8 @@ def route_few_kernel(
                 )
 
 
-LARGEST_BLOCK = 4096
-"""Rows times columns that the one program holds in registers: with twice as many it takes longer than two launches."""
+LARGEST_BLOCK = 8192
+"""Rows times columns that the one program holds in registers."""
 
 STRIPS = 4
 

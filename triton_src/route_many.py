@@ -7,31 +7,25 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.choose import chosen_pairs
-from jmoe.triton_src.fetch import fetch_lines
 from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "programs", "interleave_programs"])
+@triton.jit(do_not_specialize=["rows", "tokens", "programs"])
 def count_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
     expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
     x_ptr,  # (T, K) bf16, or None
-    words_ptr,  # as in fetch_lines, or None
-    scales_ptr,  # as in fetch_lines, or None
-    layer_ptr,  # as in fetch_lines
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32; None where experts are given
     places_ptr,  # (P,) int32: earlier pairs of the program with the same expert; not written for pairs not held
-    counts_ptr,  # (programs, E) int16 or int32: pairs of each expert held here
+    counts_ptr,  # (programs, E) int32: pairs of each expert held here
     x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
-    arrived_ptr,  # as in interleave_blocks
     rows,
     tokens,
     programs,
-    interleave_programs,
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -41,15 +35,8 @@ def count_kernel(
     STEPS: tl.constexpr,
     K: tl.constexpr,
     INTERLEAVE_BLOCKS: tl.constexpr,
-    MATRICES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    FETCHED_MATRICES: tl.constexpr,
-    FETCHED_BLOCKS: tl.constexpr,
-    LINES: tl.constexpr,
 ):
-    """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows.
-
-    Others interleave x, and others fetch weights.
+    """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows; the others interleave x.
 
     Rows and columns are those of chosen_pairs.
     """
@@ -70,7 +57,7 @@ def count_kernel(
             tl.store(places_ptr + pair, earlier + counts[None, None, :], mask=chosen & held[None, None, :])
             counts += count
         mine = counts_ptr + program * EXPERTS
-        tl.store(mine + expert, counts.to(counts_ptr.dtype.element_ty), mask=held)
+        tl.store(mine + expert, counts, mask=held)
         if logits_ptr is not None:
             # Experts held here that the router does not know.
             for start in tl.static_range(0, EXPERTS, COLUMNS_PADDED):
@@ -78,24 +65,8 @@ def count_kernel(
                 known = (unknown + offset >= 0) & (unknown + offset < COLUMNS)
                 tl.store(mine + unknown, 0, mask=(unknown < EXPERTS) & (known == 0))
     else:
-        program -= programs
-        if program < interleave_programs:
-            if x_ptr is not None:
-                interleave_blocks(x_ptr, x_interleaved_ptr, arrived_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
-        else:
-            if words_ptr is not None:
-                program -= interleave_programs
-                fetch_lines(
-                    words_ptr,
-                    scales_ptr,
-                    layer_ptr,
-                    program,
-                    MATRICES,
-                    BLOCKS,
-                    FETCHED_MATRICES,
-                    FETCHED_BLOCKS,
-                    LINES,
-                )
+        if x_ptr is not None:
+            interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program - programs, K, INTERLEAVE_BLOCKS)
 
 
 @triton.jit(do_not_specialize=["pairs", "programs", "tiles_an_expert", "slots"])
@@ -103,7 +74,7 @@ def sort_kernel(
     experts_ptr,  # (P,) int32
     expert_offset_ptr,  # (1,) int32, or None
     places_ptr,  # (P,) int32, of count
-    counts_ptr,  # (programs, E) int16 or int32, of count
+    counts_ptr,  # (programs, E) int32, of count
     order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
     tiles_ptr,  # as in write_tiles
     finished_ptr,  # as in write_tiles
@@ -143,7 +114,7 @@ def sort_kernel(
             counts_ptr + other * EXPERTS + bins[None, :],
             mask=(other < programs) & (bins < EXPERTS)[None, :],
             other=0,
-        ).to(tl.int32)
+        )
         totals += counts
         befores += tl.where(other < program, counts, 0)
     total = tl.sum(totals, axis=0)
@@ -200,21 +171,15 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
     programs = cdiv(p.rows, block_rows * steps)
     counted = {
         "places_ptr": Buffer("places", (p.pairs,), "int32"),
-        # Every program of sort reads all of them.
-        "counts_ptr": Buffer("counts", (programs, p.experts), "int16" if block_rows * steps < 2**15 else "int32"),
+        "counts_ptr": Buffer("counts", (programs, p.experts), "int32"),
     }
     run = block_rows * steps * p.pairs // p.rows
     block_counts = min(MOST_PROGRAMS, max(8, COUNTS_AT_ONCE // padded_experts(p.experts)), next_power_of_2(programs))
     count = Plan(
         kernel=count_kernel,
-        grid=(programs + p.interleave_programs + p.fetch_programs,),
-        operands=p.operands | p.fetch_operands,
-        scalars={
-            "rows": p.rows,
-            "tokens": p.tokens,
-            "programs": programs,
-            "interleave_programs": p.interleave_programs,
-        },
+        grid=(programs + p.interleave_programs,),
+        operands=p.operands,
+        scalars={"rows": p.rows, "tokens": p.tokens, "programs": programs},
         outputs=p.choice_outputs | counted | p.interleave_outputs,
         constexprs={
             "COLUMNS": p.columns,
@@ -225,7 +190,6 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "ROWS": block_rows // STRIPS,
             "STEPS": steps,
             **p.interleave_constexprs,
-            **p.fetch_constexprs,
         },
         num_warps=8 if block_rows * p.columns_padded > 1024 else 4,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,
@@ -258,6 +222,6 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "BLOCK_TILES": BLOCK_TILES,
             "BLOCK_SLOTS": BLOCK_SLOTS,
         },
-        bytes_accessed=4 * (3 * p.pairs + 3 * p.slots) + 2 * programs * programs * p.experts,
+        bytes_accessed=4 * (3 * p.pairs + programs * programs * p.experts + 3 * p.slots),
     )
     return [count, sort]

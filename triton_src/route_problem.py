@@ -25,8 +25,7 @@ class RouteProblem:
     block_m: int  # rows of a tile
     hidden: int | None  # of x, if it is to be interleaved
     counters: bool = False  # a zero for each tile, where programs of a launch wait for others
-    sums: bool = False  # zeros for sum_where_last, beside interleaved x
-    fetch: Fetch | None = None  # weights to fetch meanwhile
+    fetch: Fetch | None = None  # weights to fetch meanwhile, which one launch alone does
 
     @property
     def pairs(self) -> int:
@@ -54,16 +53,14 @@ class RouteProblem:
     def operands(self) -> dict[str, str | None]:
         """What choice and interleaving read, and None for what they do not write either."""
         given = self.router_experts is None
-        operands: dict[str, str | None] = {
+        operands = {
             "logits_ptr": None if given else "router_logits",
             "expert_offset_ptr": "expert_offset" if self.expert_offset else None,
             "x_ptr": None if self.hidden is None else "x",
         }
         if given:
             operands |= {"experts_ptr": "experts", "weights_ptr": None}
-        if self.hidden is None:
-            operands["x_interleaved_ptr"] = None
-        return operands if self.sums else operands | {"arrived_ptr": None}
+        return operands if self.hidden is not None else operands | {"x_interleaved_ptr": None}
 
     @property
     def choice_outputs(self) -> dict[str, Buffer]:
@@ -93,11 +90,8 @@ class RouteProblem:
     def interleave_outputs(self) -> dict[str, Buffer]:
         if self.hidden is None:
             return {}
-        width = interleaved_width(self.hidden)
-        outputs = {"x_interleaved_ptr": Buffer("x_interleaved", (self.tokens, width), "bfloat16")}
-        if self.sums:
-            outputs["arrived_ptr"] = Buffer("arrived", (self.tokens, width // 16), "int32")
-        return outputs
+        shape = (self.tokens, interleaved_width(self.hidden))
+        return {"x_interleaved_ptr": Buffer("x_interleaved", shape, "bfloat16")}
 
     @property
     def interleave_programs(self) -> int:

@@ -46,9 +46,7 @@ class FewRowsTile:
     ahead: int
     tokens_ahead: int
     column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
-    down_column_warps: int  # in down's product
-    last: int  # tiles of down that have other programs: shorter ones, which end the launch sooner
-    last_column_warps: int  # in these, if that is fewer
+    down_column_warps: int  # in down's product, whose last programs end sooner with fewer
     max_registers: int
     resident: int  # programs of a multiprocessor that get work of one tile
     fetched_experts: int  # of the first of them routing fetches weights
@@ -81,8 +79,8 @@ class DgradTile:
 
 type PackedTile = FewRowsTile | ManyRowsTile
 
-# Beside each: microseconds on an H100 of this tile and of the next best tried: the whole layer's up to 64 tokens, in
-# jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more. Cards differ by 3 % and more.
+# Beside each: microseconds on the H100 of this tile and of the next best tried: the whole layer's up to 64 tokens, in
+# jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
         # 1 token: 29.7, 30.1
@@ -93,8 +91,6 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             tokens_ahead=2,
             column_warps=1,
             down_column_warps=1,
-            last=1,
-            last_column_warps=1,
             max_registers=80,
             resident=1,
             fetched_experts=32,
@@ -108,14 +104,12 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             tokens_ahead=2,
             column_warps=4,
             down_column_warps=1,
-            last=1,
-            last_column_warps=1,
             max_registers=80,
             resident=1,
             fetched_experts=32,
             fetched_blocks=2,
         ),
-        # 16 tokens: 133.1, 133.2
+        # 16 tokens: 131.7, 132.0
         FewRowsTile(
             4,
             block_m=8,
@@ -123,14 +117,12 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             tokens_ahead=2,
             column_warps=4,
             down_column_warps=2,
-            last=6,
-            last_column_warps=1,
             max_registers=72,
             resident=7,
             fetched_experts=9,
             fetched_blocks=5,
         ),
-        # 64 tokens: 161.5, 161.8
+        # 64 tokens: 161.9, 162.6
         FewRowsTile(
             8,
             block_m=16,
@@ -138,8 +130,6 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             tokens_ahead=1,
             column_warps=4,
             down_column_warps=4,
-            last=6,
-            last_column_warps=2,
             max_registers=72,
             resident=7,
             fetched_experts=9,

@@ -99,20 +99,14 @@ def layer_of_few[S](
     with jax.named_scope("attention"):
         narrow = shrinking(on_qkv, adapter_ids)
         before = norm_linear(
-            rows_of(x),
-            index,
-            addend=rows_of(addend),
-            norm=stack.attention_norm,
-            eps=eps,
-            narrow=narrow,
-            ahead=stack.qkv.weight,
+            rows_of(x), index, addend=rows_of(addend), norm=stack.attention_norm, eps=eps, narrow=narrow
         )
         heads = multiply(before.normal, before.product, stack.qkv, on_qkv)
         heads = heads.reshape(*shape, -1, config.head_dim)
         attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), take(stack.sinks, index))
         attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
         narrow = shrinking(on_o, adapter_ids)
-        shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow, ahead=stack.o.weight).product
+        shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow).product
         addend = multiply(attended, shrunk, stack.o, on_o)
     with jax.named_scope("router"):
         narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)

@@ -1,6 +1,5 @@
 """A norm and a narrow product of what it makes: one launch by Triton on CUDA; by XLA elsewhere."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,20 +43,17 @@ def norm_linear(
     norm: BFloat16[Array, "L K"] | None = None,
     eps: float = 0.0,
     narrow: Narrow | None = None,
-    ahead: BFloat16[Array, "L N M"] | None = None,
     capability: int | None = None,
 ) -> NormLinear:
     """One layer's norm and product for few rows, each step summed in float32 and rounded once. It has no gradient.
 
     Args:
       norm, eps: the weight of all layers' norms, and what is added to the mean of squares.
-      ahead: weights of which the next launch reads this layer's: fetched meanwhile.
       capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
     """
     given = {"x": x, "layer": layer.reshape(1), "addend": addend, "norm": norm}
     if narrow is not None:
         given |= {"weight": narrow.weight, "scale": narrow.scale, "bias": narrow.bias}
-    given |= {"ahead": ahead}
     buffers = {name: array for name, array in given.items() if array is not None}
     names = tuple(buffers)
     columns = 0 if narrow is None else narrow.columns
@@ -130,7 +126,6 @@ def _launches(
         n=columns,
         weight_rows=buffers["weight"].shape[1] if columns else 0,
         eps=eps,
-        ahead=math.prod(buffers["ahead"].shape[1:]) if "ahead" in buffers else 0,
         **{name: name in buffers for name in ("addend", "norm", "scale", "bias")},
     )
     written = launch(plans, buffers, local_capability() if capability is None else capability)

@@ -171,23 +171,6 @@ def test_every_tile_has_a_counter_at_zero(plan: str, tokens: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("plan", ["one launch", "two launches"])
-@pytest.mark.parametrize("hidden", [64, 90])
-def test_every_16_columns_of_a_token_have_a_counter_at_zero(
-    plan: str, hidden: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def filled(buffer: Buffer, device: torch.device) -> torch.Tensor:
-        return torch.full(buffer.shape, 7, dtype=getattr(torch, buffer.dtype), device=device)
-
-    monkeypatch.setattr("jmoe.interop.launch.allocate", filled)
-    few = problem(60, 4, 30, hidden=hidden, block_m=8, counters=True, sums=True)
-    buffers = {"x": torch.randn(60, hidden).bfloat16(), "router_logits": torch.randn(60, 30).bfloat16()}
-    with bfloat16_arithmetic():
-        arrived = launch(PLANS[plan](few), buffers)["arrived"]
-    assert arrived.shape == (60, (hidden + 63) // 64 * 4)
-    assert not arrived.any()
-
-
-@pytest.mark.parametrize("plan", ["one launch", "two launches"])
 def test_with_counters_half_empty_tiles_come_last(plan: str) -> None:
     # 20, 3, 8, 0, 5 and 4 rows: in tiles of 8 experts 1 and 5 have half or less.
     experts = torch.tensor([0] * 20 + [1] * 3 + [2] * 8 + [4] * 5 + [5] * 4, dtype=torch.int32)[torch.randperm(40)]

@@ -109,13 +109,7 @@ def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bo
     assert sort.grid[0] * sort.constexprs["RUN"] >= problem.pairs
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(4096, "int16"), (128 * 2**15 - 4096, "int16"), (128 * 2**15, "int32")])
-def test_a_programs_counts_hold_its_rows(tokens: int, dtype: str) -> None:
-    count, _ = plan_route_many(RouteProblem(tokens, 4, 32, 32, False, 128, None))
-    assert count.outputs["counts_ptr"].dtype == dtype
-
-
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (64, 32), (32, 128)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (64, 32), (64, 128)])
 def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
     assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880))) == 1
 
@@ -180,7 +174,7 @@ def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: i
     # down's shrink comes between the products, where it is a launch of its own.
     assert names.count(product) == (2 if lora and shrinks else 1)
     assert names.count("shrink") == shrinks * lora
-    assert (names[-1] == "combine") == (product != "packed_experts" or problem.expert_offset)
+    assert names[-1] == "combine"
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
