@@ -12,6 +12,7 @@ from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.neighbours import neighbouring
 from jmoe.triton_src.packed_few_rows import product
+from jmoe.triton_src.packed_operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed_shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.stacked import Stacked
@@ -19,51 +20,22 @@ from jmoe.triton_src.tiles import FewRowsTile
 
 
 @gluon.jit
-def product_of_tile(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
-    layer_ptr, lora_layer_ptr, finished_ptr, out_ptr, program, pairs,
-    N: gl.constexpr,
-    KP: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    AHEAD: gl.constexpr,
-    TOKENS_AHEAD: gl.constexpr,
-    PARTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    X_READY: gl.constexpr,
-    SHRUNK_READY: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):  # fmt: skip
-    """The program's product, of 8 rows where the tile has no more: a tile of 16 waits for its tokens most."""
-    tile = program // PROGRAMS
-    expert = gl.load(tiles_ptr + tile * 3)
+def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
+    """The product of a tile's columns that `work` numbers, of PROGRAMS a tile.
+
+    Of 8 rows where the tile has no more: one of 16 waits for its tokens most.
+    """
+    index = work // PROGRAMS
+    expert = gl.load(rows.tiles_ptr + index * 3)
     if expert >= 0:
-        first = gl.load(tiles_ptr + tile * 3 + 1)
-        end = gl.load(tiles_ptr + tile * 3 + 2)
-        short = end - first <= 8 if BLOCK_M > 8 else True
+        first = gl.load(rows.tiles_ptr + index * 3 + 1)
+        end = gl.load(rows.tiles_ptr + index * 3 + 2)
+        tile = Tile(expert, first, end, rows.finished_ptr + index)
+        short = end - first <= 8 if rows.BLOCK_M > 8 else True
         if short:
-            product(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
-                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
-                min(8, BLOCK_M), AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
-            )  # fmt: skip
+            product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), ROWS)
         else:
-            product(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                layer_ptr, lora_layer_ptr, out_ptr, finished_ptr + tile, expert, first, end, program % PROGRAMS, pairs,
-                N, KP, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, OUT_WIDTH,
-                BLOCK_M, AHEAD, TOKENS_AHEAD, PARTS, ROWS, X_READY, SHRUNK_READY,
-            )  # fmt: skip
+            product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, ROWS)
 
 
 @gluon.jit(do_not_specialize=["pairs", "slots", "spread"])
@@ -121,7 +93,6 @@ def packed_experts_kernel(
     hold tiles if routing is uneven, are further work for programs of the first.
     Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
     """
-    HP: gl.constexpr = (H + 63) // 64 * 64
     IP: gl.constexpr = (I + 63) // 64 * 64
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
     GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
@@ -129,49 +100,47 @@ def packed_experts_kernel(
     DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
     DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
+    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
+    gate_up = Product(
+        x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
+        Lora(
+            gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
+            GATE_UP_BLOCK_R, SPLITS,
+        ),
+        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
+        X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
+    )  # fmt: skip
+    down = Product(
+        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
+        Lora(
+            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
+        ),
+        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
+        X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
+    )  # fmt: skip
     program = gl.program_id(0)
     # What LLVM could take out of these loops would need registers in them, so it may not.
     if GATE_UP_SHRINK > 0:
         if program < spread * GATE_UP_SHRINK:
             for work in tl.range(program, slots * GATE_UP_SHRINK, spread * GATE_UP_SHRINK, disable_licm=True):
-                shrink(
-                    x_ptr, gate_up_a_ptr, gate_up_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, lora_layer_ptr,
-                    finished_ptr, gate_up_shrunk_ptr, work, pairs, H, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK,
-                    GATE_UP_BLOCK_R, SPLITS, True, BLOCK_M, 0, GATE_UP_SHRINK,
-                )  # fmt: skip
+                shrink(gate_up, rows, work, GATE_UP_SHRINK)
         program -= spread * GATE_UP_SHRINK
     if program >= 0:
         if program < spread * GATE_UP:
             program = neighbouring(program, spread * GATE_UP, RESIDENT)
             for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
-                product_of_tile(
-                    x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
-                    gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                    activations_ptr, work, pairs, 2 * I, HP, EXPERTS, TOP_K, ADAPTERS, GATE_UP_RANK, GATE_UP_BLOCK_R,
-                    SPLITS, True, ALPHA, LIMIT, IP, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // GATE_UP_ROWS,
-                    GATE_UP_ROWS, 0, GATE_UP_SHRINK, GATE_UP,
-                )  # fmt: skip
+                product_of_tile(gate_up, rows, work, GATE_UP_ROWS, GATE_UP)
         else:
             program -= spread * GATE_UP
             if DOWN_SHRINK > 0:
                 if program < spread * DOWN_SHRINK:
                     for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
-                        shrink(
-                            activations_ptr, down_a_ptr, down_scale_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
-                            lora_layer_ptr, finished_ptr, down_shrunk_ptr, work, pairs, I, EXPERTS, TOP_K, ADAPTERS,
-                            DOWN_RANK, DOWN_BLOCK_R, SPLITS, False, BLOCK_M, ACTIVATED, DOWN_SHRINK,
-                        )  # fmt: skip
+                        shrink(down, rows, work, DOWN_SHRINK)
                 program -= spread * DOWN_SHRINK
             if program >= 0:
                 program = neighbouring(program, spread * DOWN, RESIDENT)
                 for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
-                    product_of_tile(
-                        activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
-                        down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                        pair_out_ptr, work, pairs, H, IP, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
-                        False, ALPHA, LIMIT, H, BLOCK_M, AHEAD, TOKENS_AHEAD, 4 // DOWN_ROWS, DOWN_ROWS, ACTIVATED,
-                        ACTIVATED + DOWN_SHRINK, DOWN,
-                    )  # fmt: skip
+                    product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
 
 
 def plan_packed_experts(

@@ -112,83 +112,59 @@ def multiply(acc, nan, w, s, x, A: gl.constexpr, B: gl.constexpr, BLOCK_M: gl.co
 
 
 @gluon.jit
-def load_shrunk_blocks(
-    shrunk_ptr, pairs, first, end,
-    RANK_PADDED: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    PARTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    B: gl.constexpr,
-):  # fmt: skip
+def load_shrunk_blocks(lora, rows, tile, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr):
     """(x A^T)^T of the tile's rows, each by its own adapter, as the products take it: a block for each BLOCK_R ranks.
 
     Of the parts of K the first has it and the others zeros.
     """
+    B: gl.constexpr = gl.DotOperandLayout(1, accumulator_layout(PARTS, ROWS), 2)
+    RANK_PADDED: gl.constexpr = (lora.RANK + lora.BLOCK_R - 1) // lora.BLOCK_R * lora.BLOCK_R
     blocks = ()
-    for rank in gl.static_range(0, RANK_PADDED, BLOCK_R):
-        shrunk = load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, PARTS * ROWS)
-        shrunk = shrunk.permute((1, 0)).reshape([1, BLOCK_R, BLOCK_M])
-        zeros = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
+    for rank in gl.static_range(0, RANK_PADDED, lora.BLOCK_R):
+        shrunk = load_shrunk(
+            lora.shrunk_ptr, tile.first, tile.end, rank, rows.pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R,
+            PARTS * ROWS,
+        )  # fmt: skip
+        shrunk = shrunk.permute((1, 0)).reshape([1, lora.BLOCK_R, BLOCK_M])
+        zeros = gl.zeros([PARTS, lora.BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
         part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
         blocks = blocks + (gl.convert_layout(gl.where(part == 0, shrunk, zeros), B),)
     return blocks
 
 
 @gluon.jit
-def expand(
-    acc, shrunk, lora_b_ptr, rows, program,
-    N: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    PARTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    A: gl.constexpr,
-):  # fmt: skip
-    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`: the first part's work."""
+def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr):
+    """acc + B (x A^T)^T for the matrix of an adapter and expert: the first part's work."""
+    A: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(PARTS, ROWS), 2)
     part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
     fragment_row = gl.arange(0, 16 * ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
     column = program * (16 * ROWS) + packed_column(fragment_row)
-    ranks = gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
+    ranks = gl.arange(0, lora.BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
     for i in gl.static_range(len(shrunk)):
-        rank = i * BLOCK_R + ranks
-        at = lora_b_ptr + (rows + column) * RANK + rank
-        b = gl.load(at, mask=(part == 0) & (column < N) & (rank < RANK), other=0.0).to(gl.bfloat16)
+        rank = i * lora.BLOCK_R + ranks
+        at = lora.b_ptr + (matrix.to(gl.int64) * N + column) * lora.RANK + rank
+        b = gl.load(at, mask=(part == 0) & (column < N) & (rank < lora.RANK), other=0.0).to(gl.bfloat16)
         acc = mma_v2(b, shrunk[i], acc)
     return acc
 
 
 @gluon.jit
 def add_lora(
-    acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, first, end, expert, program, pairs,
-    N: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    PARTS: gl.constexpr,
-    ROWS: gl.constexpr,
+    acc, p, rows, tile, program, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
     """acc with each row's own adapter, if it has one."""
-    C: gl.constexpr = accumulator_layout(PARTS, ROWS)
-    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
-    B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    RANK_PADDED: gl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
-    shrunk = load_shrunk_blocks(shrunk_ptr, pairs, first, end, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS, B)
-    if adapter_ids_ptr is None:
-        acc = expand(acc, shrunk, lora_b_ptr, expert.to(gl.int64) * N, program, N, RANK, BLOCK_R, PARTS, ROWS, A)
+    expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
+    shrunk = load_shrunk_blocks(p.lora, rows, tile, BLOCK_M, PARTS, ROWS)
+    if rows.adapter_ids_ptr is None:
+        acc = expand(acc, shrunk, p.lora, expert, program, p.N, PARTS, ROWS)
     else:
-        COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, C))
-        used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, COLUMN)
-        for adapter in range(ADAPTERS):
+        COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, accumulator_layout(PARTS, ROWS)))
+        used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, tile.first, tile.end, rows.TOP_K, BLOCK_M, COLUMN)
+        for adapter in range(rows.ADAPTERS):
             mine = used == adapter
             if gl.max(mine.to(gl.int32), axis=0) > 0:
-                own = (adapter * EXPERTS + expert).to(gl.int64) * N
-                expanded = expand(acc, shrunk, lora_b_ptr, own, program, N, RANK, BLOCK_R, PARTS, ROWS, A)
+                own = adapter * rows.EXPERTS + expert
+                expanded = expand(acc, shrunk, p.lora, own, program, p.N, PARTS, ROWS)
                 acc = gl.where(mine[None, None, :], expanded, acc)
     return acc
 
@@ -211,130 +187,109 @@ def even_and_odd(acc, nan, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.
 
 
 @gluon.jit
-def product(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, layer_ptr,
-    lora_layer_ptr, out_ptr, counter, expert, first, end, program, pairs,
-    N: gl.constexpr,
-    KP: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    AHEAD: gl.constexpr,
-    TOKENS_AHEAD: gl.constexpr,
-    PARTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    X_READY: gl.constexpr,
-    SHRUNK_READY: gl.constexpr,
-):  # fmt: skip
-    """Columns `program` * 16 * ROWS and on, of a tile of at most BLOCK_M rows, with PARTS * ROWS warps.
+def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
+    """Columns `program` * 16 * ROWS and on, of a tile of at most BLOCK_M rows, with four warps.
 
-    A warp has 16 columns and takes turns along K with PARTS - 1 others; AHEAD blocks of weights are in flight. x can be
-    read when `counter` is at X_READY, and shrunk at SHRUNK_READY. gate_up's N is padded to 128.
+    A warp has 16 columns and takes turns along K with the others of the same. gate_up's N is padded to 128.
     """
+    PARTS: gl.constexpr = 4 // ROWS
     # Layouts of the accumulators, the product's two operands, words, scales and tokens.
     C: gl.constexpr = accumulator_layout(PARTS, ROWS)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    WARPS: gl.constexpr = PARTS * ROWS
+    WARPS: gl.constexpr = 4
     W: gl.constexpr = words_layout(WARPS)
     S: gl.constexpr = scales_layout(WARPS)
     X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, ROWS)
-    BLOCKS: gl.constexpr = KP // 64
-    COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
     STEPS: gl.constexpr = (BLOCKS + PARTS - 1) // PARTS
     # Steps whose blocks are all there, and those of the loop, which loads for such steps alone.
     WHOLE: gl.constexpr = BLOCKS // PARTS
-    LOOP: gl.constexpr = max(0, (WHOLE - AHEAD) // AHEAD * AHEAD)
+    LOOP: gl.constexpr = max(0, (WHOLE - p.AHEAD) // p.AHEAD * p.AHEAD)
     # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
     column_block = gl.minimum(program * ROWS // 4, COLUMN_BLOCKS - 1)
     row_of_block = program * ROWS % 4
-    matrix = in_stack(expert, layer_ptr, EXPERTS).to(gl.int64)
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS).to(gl.int64)
     block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
     word_part = warp // ROWS
-    words = words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
+    words = (
+        p.words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
+    )
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
     scale_part = warp // ROWS
-    scales = scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
+    scales = p.scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
     w = ()
     s = ()
-    for i in gl.static_range(min(AHEAD, STEPS)):
+    for i in gl.static_range(min(p.AHEAD, STEPS)):
         w = w + (load_weights(words, i, word_part, 512, BLOCKS, PARTS, i >= WHOLE),)
         s = s + (load_weights(scales, i, scale_part, 32, BLOCKS, PARTS, i >= WHOLE),)
-    x = token_pointers(x_ptr, order_ptr, first, end, GATE_UP, TOP_K, KP, BLOCK_M, PARTS, X)
+    x = token_pointers(
+        p.x_ptr, rows.order_ptr, tile.first, tile.end, p.GATE_UP, rows.TOP_K, BLOCKS * 64, BLOCK_M, PARTS, X
+    )
     x_part = token_parts(PARTS, X)
 
-    wait_for(counter, X_READY)
+    wait_for(tile.counter, p.X_READY)
     acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
     nan = gl.zeros([WARPS, 8], gl.int32, S)
     xs = ()
-    for i in gl.static_range(min(TOKENS_AHEAD, STEPS)):
+    for i in gl.static_range(min(p.TOKENS_AHEAD, STEPS)):
         xs = xs + (load_tokens(x, i, x_part, BLOCKS, PARTS, i >= WHOLE),)
-    for start in range(0, LOOP, AHEAD):
-        for i in gl.static_range(AHEAD):
-            xs = xs + (load_tokens(x, start + i + TOKENS_AHEAD, x_part, BLOCKS, PARTS, False),)
+    for start in range(0, LOOP, p.AHEAD):
+        for i in gl.static_range(p.AHEAD):
+            xs = xs + (load_tokens(x, start + i + p.TOKENS_AHEAD, x_part, BLOCKS, PARTS, False),)
             acc, nan = multiply(acc, nan, w[0], s[0], xs[0], A, B, BLOCK_M, PARTS)
             xs = xs[1:]
-            w = w[1:] + (load_weights(words, start + i + AHEAD, word_part, 512, BLOCKS, PARTS, False),)
-            s = s[1:] + (load_weights(scales, start + i + AHEAD, scale_part, 32, BLOCKS, PARTS, False),)
+            w = w[1:] + (load_weights(words, start + i + p.AHEAD, word_part, 512, BLOCKS, PARTS, False),)
+            s = s[1:] + (load_weights(scales, start + i + p.AHEAD, scale_part, 32, BLOCKS, PARTS, False),)
             keep_order(program)
 
     # What the end needs is loaded now, behind the last weights.
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, WARPS], [0, 1])
     column = program * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
-    column_ok = 2 * column < N
-    out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
-    row_ok = out_position < end
-    if bias_ptr is not None:
-        bias = bias_ptr + matrix * N + 2 * column
+    column_ok = 2 * column < p.N
+    out_position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    row_ok = out_position < tile.end
+    if p.bias_ptr is not None:
+        bias = p.bias_ptr + matrix * p.N + 2 * column
         bias_even = gl.load(bias, mask=column_ok, other=0.0)
         bias_odd = gl.load(bias + 1, mask=column_ok, other=0.0)
-    if not GATE_UP:
-        pair = gl.load(order_ptr + out_position, mask=row_ok, other=0)
-        gate = gl.load(gates_ptr + pair, mask=row_ok, other=0.0)
+    if not p.GATE_UP:
+        pair = gl.load(rows.order_ptr + out_position, mask=row_ok, other=0)
+        gate = gl.load(p.gates_ptr + pair, mask=row_ok, other=0.0)
 
     for i in gl.static_range(LOOP, STEPS):
-        if i + TOKENS_AHEAD < STEPS:
-            xs = xs + (load_tokens(x, i + TOKENS_AHEAD, x_part, BLOCKS, PARTS, i + TOKENS_AHEAD >= WHOLE),)
+        if i + p.TOKENS_AHEAD < STEPS:
+            xs = xs + (load_tokens(x, i + p.TOKENS_AHEAD, x_part, BLOCKS, PARTS, i + p.TOKENS_AHEAD >= WHOLE),)
         acc, nan = multiply(acc, nan, w[0], s[0], xs[0], A, B, BLOCK_M, PARTS)
         xs = xs[1:]
         w = w[1:]
         s = s[1:]
-        if i + AHEAD < STEPS:
-            w = w + (load_weights(words, i + AHEAD, word_part, 512, BLOCKS, PARTS, i + AHEAD >= WHOLE),)
-            s = s + (load_weights(scales, i + AHEAD, scale_part, 32, BLOCKS, PARTS, i + AHEAD >= WHOLE),)
+        if i + p.AHEAD < STEPS:
+            w = w + (load_weights(words, i + p.AHEAD, word_part, 512, BLOCKS, PARTS, i + p.AHEAD >= WHOLE),)
+            s = s + (load_weights(scales, i + p.AHEAD, scale_part, 32, BLOCKS, PARTS, i + p.AHEAD >= WHOLE),)
         keep_order(program)
 
-    if lora_b_ptr is not None:
-        wait_for(counter, SHRUNK_READY)
-        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
-        acc = add_lora(
-            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, first, end, lora_expert, program, pairs, N,
-            EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, BLOCK_M, PARTS, ROWS,
-        )  # fmt: skip
+    if p.lora.b_ptr is not None:
+        wait_for(tile.counter, p.SHRUNK_READY)
+        acc = add_lora(acc, p, rows, tile, program, BLOCK_M, PARTS, ROWS)
     even, odd = even_and_odd(acc, nan, BLOCK_M, PARTS, ROWS, OUT)
-    if bias_ptr is not None:
+    if p.bias_ptr is not None:
         even += bias_even.to(gl.float32)[:, None]
         odd += bias_odd.to(gl.float32)[:, None]
     ok = column_ok[:, None] & row_ok[None, :]
-    if GATE_UP:
-        out = swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16)
+    if p.GATE_UP:
+        out = swiglu_tile(even, odd, p.ALPHA, p.LIMIT).to(gl.bfloat16)
         in_block = column % 64
         slot = column - in_block + in_block % 8 // 2 * 16 + in_block // 16 * 4 + in_block % 16 // 8 * 2 + in_block % 2
         # Columns that pad the width are written too, as zero: the next product reads them.
         out = gl.where(column_ok[:, None], out, 0.0)
-        padded_ok = (column < OUT_WIDTH)[:, None] & row_ok[None, :]
-        gl.store(out_ptr + out_position.to(gl.int64)[None, :] * OUT_WIDTH + slot[:, None], out, mask=padded_ok)
-        finish(counter)
+        padded_ok = (column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
+        at = p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + slot[:, None]
+        gl.store(at, out, mask=padded_ok)
+        finish(tile.counter)
     else:
-        at = out_ptr + pair.to(gl.int64)[None, :] * N + 2 * column[:, None]
+        at = p.out_ptr + pair.to(gl.int64)[None, :] * p.N + 2 * column[:, None]
         gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)
         gl.store(at + 1, (odd * gate[None, :]).to(gl.bfloat16), mask=ok)

@@ -11,66 +11,36 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.grouped_matmul import pre_activations
 from jmoe.triton_src.lora import rank_blocks
+from jmoe.triton_src.packed_operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed_tile import packed_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
-from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.stacked import Stacked
 from jmoe.triton_src.tiles import ManyRowsTile
 
 
 @gluon.jit
-def tile_of_rows(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr,
-    layer_ptr, lora_layer_ptr, finished_ptr, out_ptr, pre_activations_ptr, program, pairs,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    SMALLEST_M: gl.constexpr,
-    STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-    X_READY: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):  # fmt: skip
-    """The program's tile, through a product of fewer rows where that is enough, down to SMALLEST_M."""
-    tile = program // PROGRAMS
-    column = program % PROGRAMS
-    expert = gl.load(tiles_ptr + tile * 3)
+def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, PROGRAMS: gl.constexpr):
+    """A tile's columns that `work` numbers, of PROGRAMS a tile.
+
+    By a product of fewer rows where that is enough, down to SMALLEST_M.
+    """
+    BLOCK_M: gl.constexpr = rows.BLOCK_M
+    index = work // PROGRAMS
+    program = work % PROGRAMS
+    expert = gl.load(rows.tiles_ptr + index * 3)
     if expert >= 0:
-        first = gl.load(tiles_ptr + tile * 3 + 1)
-        end = gl.load(tiles_ptr + tile * 3 + 2)
-        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
-        expert = in_stack(expert, layer_ptr, EXPERTS)
-        counter = finished_ptr
-        if finished_ptr is not None:
-            counter = finished_ptr + tile
+        first = gl.load(rows.tiles_ptr + index * 3 + 1)
+        end = gl.load(rows.tiles_ptr + index * 3 + 2)
+        counter = rows.finished_ptr
+        if rows.finished_ptr is not None:
+            counter = rows.finished_ptr + index
+        tile = Tile(expert, first, end, counter)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
-            packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, counter, column, pairs, expert, lora_expert, first, end, N, K, EXPERTS,
-                TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 4, SMALLEST_M), STAGES,
-                AHEAD, X_READY,
-            )  # fmt: skip
+            packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 4, SMALLEST_M))
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
-            packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, counter, column, pairs, expert, lora_expert, first, end, N, K, EXPERTS,
-                TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, max(BLOCK_M // 2, SMALLEST_M), STAGES,
-                AHEAD, X_READY,
-            )  # fmt: skip
+            packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 2, SMALLEST_M))
         else:
-            packed_tile(
-                x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-                out_ptr, pre_activations_ptr, counter, column, pairs, expert, lora_expert, first, end, N, K, EXPERTS,
-                TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, GATE_UP, ALPHA, LIMIT, BLOCK_M, STAGES, AHEAD, X_READY,
-            )  # fmt: skip
+            packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M)
 
 
 @gluon.jit(do_not_specialize=["pairs", "slots"])
@@ -122,25 +92,29 @@ def packed_many_rows_kernel(
     Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows. GATE_UP and
     DOWN are programs a tile, 0 of what is not computed. Grid: (slots * (GATE_UP + DOWN),).
     """
+    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     program = gl.program_id(0)
     if GATE_UP > 0:
+        gate_up = Product(
+            x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
+            Lora(
+                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
+            ),
+            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=STAGES,
+            X_READY=0, SHRUNK_READY=0,
+        )  # fmt: skip
         if program < slots * GATE_UP:
-            tile_of_rows(
-                x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, None, gate_up_shrunk_ptr,
-                gate_up_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                activations_ptr, pre_activations_ptr, program, pairs, 2 * I, H, EXPERTS, TOP_K, ADAPTERS,
-                GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS, True, ALPHA, LIMIT, BLOCK_M, SMALLEST_M, STAGES, AHEAD, 0,
-                GATE_UP,
-            )  # fmt: skip
+            tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
         program -= slots * GATE_UP
-    if DOWN > 0:  # noqa: SIM102
+    if DOWN > 0:
+        down = Product(
+            activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
+            Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
+            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=STAGES,
+            X_READY=GATE_UP, SHRUNK_READY=0,
+        )  # fmt: skip
         if program >= 0:
-            tile_of_rows(
-                activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, gates_ptr, down_shrunk_ptr,
-                down_b_ptr, adapter_ids_ptr, order_ptr, tiles_ptr, layer_ptr, lora_layer_ptr, finished_ptr,
-                pair_out_ptr, None, program, pairs, H, I, EXPERTS, TOP_K, ADAPTERS, DOWN_RANK, DOWN_BLOCK_R, SPLITS,
-                False, ALPHA, LIMIT, BLOCK_M, SMALLEST_M, STAGES, AHEAD, GATE_UP, DOWN,
-            )  # fmt: skip
+            tile_of_rows(down, rows, None, program, SMALLEST_M, DOWN)
 
 
 def plan_packed_many_rows(

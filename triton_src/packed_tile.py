@@ -21,6 +21,7 @@ from jmoe.triton_src.packed_weight import (
     word_offsets,
     words_layout,
 )
+from jmoe.triton_src.stacked import in_stack
 
 
 @gluon.jit
@@ -37,85 +38,61 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 
 
 @gluon.jit
-def packed_tile(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, gates_ptr, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr,
-    out_ptr, pre_activations_ptr, counter, program, pairs, expert, lora_expert, first, end,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-    X_READY: gl.constexpr,
-):  # fmt: skip
-    """One tile of positions of an expert by 128 columns. x can be read when `counter` is at X_READY."""
+def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
+    """Columns `program` * 128 and on of a tile of at most BLOCK_M rows."""
+    STAGES: gl.constexpr = p.TOKENS_AHEAD
+    BLOCK_R: gl.constexpr = p.lora.BLOCK_R
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     W: gl.constexpr = words_layout(8)
     S: gl.constexpr = scales_layout(8)
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    BLOCKS: gl.constexpr = (K + 63) // 64
-    COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
 
-    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
-    row_ok = (position < end)[:, None]
+    position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
+    row_ok = (position < tile.end)[:, None]
     row = position
-    if GATE_UP:
-        row = gl.load(order_ptr + position, mask=position < end, other=0) // TOP_K
+    if p.GATE_UP:
+        row = gl.load(rows.order_ptr + position, mask=position < tile.end, other=0) // rows.TOP_K
     k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
-    x = x_ptr + row.to(gl.int64)[:, None] * K + k_in_stage
+    x = p.x_ptr + row.to(gl.int64)[:, None] * p.K + k_in_stage
 
-    # Of an odd number of tiles the last is taken twice; its second half is not stored.
-    tile = program * 2
-    stride = gl.where(tile + 1 < COLUMN_BLOCKS, BLOCKS, 0)
-    tile = (expert.to(gl.int64) * COLUMN_BLOCKS + tile) * BLOCKS
+    # Of an odd number of blocks of 64 columns the last is taken twice; its second half is not stored.
+    stride = gl.where(program * 2 + 1 < COLUMN_BLOCKS, BLOCKS, 0)
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
+    block = (matrix.to(gl.int64) * COLUMN_BLOCKS + program * 2) * BLOCKS
     word = word_offsets(8, 128, W)
     word += word // 512 * (stride * 512 - 512)
     scale = scale_offsets(8, 8, S)
     scale += scale // 32 * (stride * 32 - 32)
-    words = words_ptr + tile * 512 + word
-    scales = scales_ptr + tile * 32 + scale
+    words = p.words_ptr + block * 512 + word
+    scales = p.scales_ptr + block * 32 + scale
     w = ()
     s = ()
-    for i in gl.static_range(AHEAD):
+    for i in gl.static_range(p.AHEAD):
         w = w + (load_ahead(words, word, i, 512, BLOCKS),)
         s = s + (load_ahead(scales, scale, i, 32, BLOCKS),)
 
-    if X_READY > 0:
-        wait_for(counter, X_READY)
+    wait_for(tile.counter, p.X_READY)
     stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
     for i in gl.static_range(STAGES - 1):
-        copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, K)
+        copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, p.K)
 
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
-    if lora_b_ptr is not None:
+    if p.lora.b_ptr is not None:
+        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
         # The last stage holds no tokens until the loop below fills it.
         shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
-        if adapter_ids_ptr is None:
-            acc = expand(
-                acc, shrunk, shrunk_ptr, lora_b_ptr, program, pairs, lora_expert.to(gl.int64) * N, first, end,
-                N, RANK, BLOCK_R, SPLITS, BLOCK_M, A,
-            )  # fmt: skip
+        if rows.adapter_ids_ptr is None:
+            acc = expand(acc, shrunk, p, rows.pairs, expert, tile.first, tile.end, program, BLOCK_M)
         else:
             # Half of the tile at a time: a whole second accumulator does not fit beside the first.
             HALF: gl.constexpr = BLOCK_M // 2
-            low = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, program, pairs,
-                lora_expert, first, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, HALF,
-            )  # fmt: skip
-            high = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, program, pairs,
-                lora_expert, first + HALF, end, N, EXPERTS, TOP_K, ADAPTERS, RANK, BLOCK_R, SPLITS, HALF,
-            )  # fmt: skip
+            part = shrunk.slice(0, HALF, dim=0)
+            low = expand_mixed(part, p, rows, expert, tile.first, tile.end, program, HALF)
+            high = expand_mixed(part, p, rows, expert, tile.first + HALF, tile.end, program, HALF)
             both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([128, BLOCK_M])
             acc = gl.convert_layout(both, C)
     nan = nan_bits(s[0])
@@ -130,14 +107,14 @@ def packed_tile(
         ahead_w = ()
         ahead_s = ()
         for i in gl.static_range(2):
-            ahead_w = ahead_w + (load_ahead(words, word, block + AHEAD + i, 512, BLOCKS),)
-            ahead_s = ahead_s + (load_ahead(scales, scale, block + AHEAD + i, 32, BLOCKS),)
+            ahead_w = ahead_w + (load_ahead(words, word, block + p.AHEAD + i, 512, BLOCKS),)
+            ahead_s = ahead_s + (load_ahead(scales, scale, block + p.AHEAD + i, 32, BLOCKS),)
         w = w[2:] + ahead_w
         s = s[2:] + ahead_s
         # The next operand is among what the wait is for, so that it is decoded while the product runs.
         acc, odd = warpgroup_mma_wait(num_outstanding=0, deps=[acc, odd])
         acc = warpgroup_mma(odd, stages.index(read).slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
-        copy_tokens(stages, write, x, row_ok, k_in_stage, (block + 2 * (STAGES - 1)) * 64, K)
+        copy_tokens(stages, write, x, row_ok, k_in_stage, (block + 2 * (STAGES - 1)) * 64, p.K)
         nan = nan | nan_bits(s[0])
         even = unpack_weights(w[0], s[0], A)
         acc, even = warpgroup_mma_wait(num_outstanding=0, deps=[acc, even])
@@ -148,31 +125,25 @@ def packed_tile(
         acc = warpgroup_mma(even, stages.index(read).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
     async_copy.wait_group(0)
-    store_tile(
-        acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, pre_activations_ptr, program, expert, first, end,
-        N, GATE_UP, ALPHA, LIMIT, BLOCK_M,
-    )  # fmt: skip
-    if GATE_UP:  # noqa: SIM102
-        if counter is not None:
-            finish(counter)
+    store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M)
+    if p.GATE_UP:  # noqa: SIM102
+        if tile.counter is not None:
+            finish(tile.counter)
 
 
 @gluon.jit
-def expand(
-    acc, shared, shrunk_ptr, lora_b_ptr, program, pairs, rows, first, end,
-    N: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    A: gl.constexpr,
-):  # fmt: skip
-    """acc + B (x A^T)^T for the adapter whose rows of B begin at `rows`."""
+def expand(acc, shared, p, pairs, matrix, first, end, program, BLOCK_M: gl.constexpr):
+    """acc + B (x A^T)^T for the matrix of an adapter and expert."""
+    lora = p.lora
+    A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     # Of a shrunk row, of which this may take fewer ranks at once than the shrink did.
-    RANK_PADDED: gl.constexpr = rank_blocks(RANK)[1]
-    for rank in range(0, RANK_PADDED, BLOCK_R):
-        shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, 8))
-        b = load_lora_b(lora_b_ptr, rows, program * 128, rank, N, RANK, BLOCK_R, A, 8)
+    RANK_PADDED: gl.constexpr = rank_blocks(lora.RANK)[1]
+    for rank in range(0, RANK_PADDED, lora.BLOCK_R):
+        shrunk = load_shrunk(
+            lora.shrunk_ptr, first, end, rank, pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R, 8
+        )
+        shared.store(shrunk)
+        b = load_lora_b(lora.b_ptr, matrix.to(gl.int64) * p.N, program * 128, rank, p.N, lora.RANK, lora.BLOCK_R, A, 8)
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(b, shared.permute((1, 0)), acc)
@@ -180,49 +151,28 @@ def expand(
 
 
 @gluon.jit
-def expand_mixed(
-    shared, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, order_ptr, program, pairs, expert, first, end,
-    N: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-):  # fmt: skip
+def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.constexpr):
     """(128, BLOCK_M) B (x A^T)^T of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
-    used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
-    for adapter in range(ADAPTERS):
+    used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, first, end, rows.TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+    for adapter in range(rows.ADAPTERS):
         mine = used == adapter
         if gl.max(mine.to(gl.int32), axis=0) > 0:
-            rows = (adapter * EXPERTS + expert).to(gl.int64) * N
+            own = adapter * rows.EXPERTS + expert
             zero = gl.zeros([128, BLOCK_M], gl.float32, C)
-            expanded = expand(
-                zero, shared, shrunk_ptr, lora_b_ptr, program, pairs, rows, first, end,
-                N, RANK, BLOCK_R, SPLITS, BLOCK_M, A,
-            )  # fmt: skip
+            expanded = expand(zero, shared, p, rows.pairs, own, first, end, program, BLOCK_M)
             acc = gl.where(mine[None, :], expanded, acc)
     return acc
 
 
 @gluon.jit
-def store_tile(
-    acc, nan, bias_ptr, gates_ptr, order_ptr, out_ptr, pre_activations_ptr, program, expert, first, end,
-    N: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-):  # fmt: skip
+def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
     """What follows the product, and the store."""
     column = program * 128
     POSITIONS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    position = first + gl.arange(0, BLOCK_M, POSITIONS)
-    pairs = gl.load(order_ptr + position, mask=position < end, other=0)
+    position = tile.first + gl.arange(0, BLOCK_M, POSITIONS)
+    pairs = gl.load(rows.order_ptr + position, mask=position < tile.end, other=0)
     # Fragment rows g and g + 8 of a warp's 16 are columns 2g and 2g + 1: gate and up, in one thread.
     even, odd = gl.split(gl.permute(acc.reshape([8, 2, 8, BLOCK_M]), (0, 2, 3, 1)))
     even = even.reshape([64, BLOCK_M])
@@ -232,27 +182,27 @@ def store_tile(
     nan = gl.convert_layout(nan.reshape([64]), COLUMNS)[:, None]
     even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
     odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
-    if bias_ptr is not None:
+    if p.bias_ptr is not None:
         pair_column = column + 2 * gl.arange(0, 64, COLUMNS)
-        bias = bias_ptr + expert.to(gl.int64) * N + pair_column
-        even += gl.load(bias, mask=pair_column < N, other=0.0).to(gl.float32)[:, None]
-        odd += gl.load(bias + 1, mask=pair_column < N, other=0.0).to(gl.float32)[:, None]
+        bias = p.bias_ptr + matrix.to(gl.int64) * p.N + pair_column
+        even += gl.load(bias, mask=pair_column < p.N, other=0.0).to(gl.float32)[:, None]
+        odd += gl.load(bias + 1, mask=pair_column < p.N, other=0.0).to(gl.float32)[:, None]
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 8], [0, 1])
-    out_position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
-    row_ok = out_position < end
+    out_position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    row_ok = out_position < tile.end
     if pre_activations_ptr is not None:
-        kept_gate, kept_up = keep_clamped(even, odd, LIMIT)
-        store_columns(pre_activations_ptr, kept_gate, kept_up, out_position, row_ok, column, N, BLOCK_M, OUT)
-    if GATE_UP:
-        out = gl.convert_layout(swiglu_tile(even, odd, ALPHA, LIMIT).to(gl.bfloat16), OUT)
+        kept_gate, kept_up = keep_clamped(even, odd, p.LIMIT)
+        store_columns(pre_activations_ptr, kept_gate, kept_up, out_position, row_ok, column, p.N, BLOCK_M, OUT)
+    if p.GATE_UP:
+        out = gl.convert_layout(swiglu_tile(even, odd, p.ALPHA, p.LIMIT).to(gl.bfloat16), OUT)
         out_column = column // 2 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-        ok = (out_column < N // 2)[:, None] & row_ok[None, :]
-        gl.store(out_ptr + out_position.to(gl.int64)[None, :] * (N // 2) + out_column[:, None], out, mask=ok)
+        ok = (out_column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
+        gl.store(p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + out_column[:, None], out, mask=ok)
     else:
-        gates = gl.load(gates_ptr + pairs, mask=position < end, other=0.0)
+        gates = gl.load(p.gates_ptr + pairs, mask=position < tile.end, other=0.0)
         gate = gl.convert_layout(gates, ROWS)[None, :]
         pair = gl.convert_layout(pairs, gl.SliceLayout(0, OUT))
-        store_columns(out_ptr, even * gate, odd * gate, pair, row_ok, column, N, BLOCK_M, OUT)
+        store_columns(p.out_ptr, even * gate, odd * gate, pair, row_ok, column, p.N, BLOCK_M, OUT)
 
 
 @gluon.jit
