@@ -58,7 +58,7 @@ def choose(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(chosen, choice): where a token uses a column's expert, and as its how-manieth choice, best first.
+    """(STRIPS, ROWS, columns): as its how-manieth choice a token uses a column's expert, best first; -1 if it does not.
 
     Writes the experts, and the softmax over their logits, which is summed from the largest to the least and so has the
     same bits whatever the block's shape.
@@ -80,15 +80,50 @@ def choose(
     total = tl.zeros_like(logit_of(best[0]))
     for j in tl.static_range(TOP_K):
         total += tl.exp(logit_of(best[j]) - logit_of(best[0]))
+    experts = ()
+    weights = ()
     for j in tl.static_range(TOP_K):
-        weight = tl.exp(logit_of(best[j]) - logit_of(best[0])) / total
-        tl.store(experts_ptr + token * TOP_K + j, expert_of(best[j], COLUMNS_PADDED), mask=token_ok)
-        tl.store(weights_ptr + token * TOP_K + j, weight, mask=token_ok)
-    return token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32)
+        experts = experts + (expert_of(best[j], COLUMNS_PADDED),)  # noqa: RUF005
+        weights = weights + (tl.exp(logit_of(best[j]) - logit_of(best[0])) / total,)  # noqa: RUF005
+    store_choices(experts_ptr, experts, token, token_ok, TOP_K)
+    store_choices(weights_ptr, weights, token, token_ok, TOP_K)
+    return tl.where(token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32), -1)
 
 
 @triton.jit
-def chosen_pairs(
+def side_by_side(values, CHOICES: tl.constexpr):
+    """(choices, (STRIPS, ROWS, choices)): numbers of the choices, padded to a power of two, and the tuple's values.
+
+    One block instead of CHOICES, each of which would go through shared memory on its way into memory.
+    """
+    choice = tl.arange(0, triton.next_power_of_2(CHOICES))[None, None, :]
+    block = values[0][:, :, None] + tl.zeros_like(choice).to(values[0].dtype)
+    for j in tl.static_range(1, CHOICES):
+        block = tl.where(choice == j, values[j][:, :, None], block)
+    return choice, block
+
+
+@triton.jit
+def store_choices(out_ptr, values, row, row_ok, CHOICES: tl.constexpr):
+    """out[row, j] = values[j] of a tuple of CHOICES blocks (STRIPS, ROWS)."""
+    choice, block = side_by_side(values, CHOICES)
+    tl.store(out_ptr + row[:, :, None] * CHOICES + choice, block, mask=row_ok[:, :, None] & (choice < CHOICES))
+
+
+@triton.jit
+def of_choices(values, choice, CHOICES: tl.constexpr):
+    """(choices, (STRIPS, ROWS, choices)), as in side_by_side: values of the columns chosen, -1 where there is none.
+
+    values, at least 0, and choice, as of chosen_columns: (STRIPS, ROWS, columns).
+    """
+    out = ()
+    for j in tl.static_range(CHOICES):
+        out = out + (tl.max(tl.where(choice == j, values, -1), axis=2),)  # noqa: RUF005
+    return side_by_side(out, CHOICES)
+
+
+@triton.jit
+def chosen_columns(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32, written; None where experts are given
@@ -99,17 +134,16 @@ def chosen_pairs(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(chosen, pair): where a row uses a column's expert, and the pair that this makes.
+    """(STRIPS, ROWS, columns): as its how-manieth choice a row uses a column's expert; -1 where it does not.
 
-    Columns are the router's experts, or those held here where experts are given; a row then is a pair, as nothing
-    keeps a given token's experts apart.
+    Columns are the router's experts, or those held here where experts are given; a row then is a pair, whose only
+    choice is 0, as nothing keeps a given token's experts apart.
     """
     if logits_ptr is not None:
-        chosen, choice = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
-        pair = row[:, :, None] * TOP_K + choice
+        choice = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
     else:
         column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
         expert = tl.load(experts_ptr + row, mask=row < rows, other=0) - offset
         chosen = (row < rows)[:, :, None] & (column < COLUMNS) & (expert[:, :, None] == column)
-        pair = row[:, :, None] + tl.zeros_like(column)
-    return chosen, pair
+        choice = tl.where(chosen, 0, -1)
+    return choice

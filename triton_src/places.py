@@ -39,16 +39,19 @@ def write_tiles(
     With counters experts whose tiles are no more than half full come after the others: shorter programs end a launch.
     """
     tiles = (count + BLOCK_M - 1) // BLOCK_M
-    used = tl.sum(tiles, axis=0)
     if finished_ptr is None:
         tiles_begin = tl.cumsum(tiles, axis=0) - tiles
+        used = tl.sum(tiles, axis=0)
     else:
+        # Of experts with half a tile there are at most EXPERTS_BITS bits full; one scan for these and the others.
+        EXPERTS_BITS: tl.constexpr = 14
         long = count > BLOCK_M // 2
-        long_tiles = tl.where(long, tiles, 0)
-        short_tiles = tiles - long_tiles
-        long_begin = tl.cumsum(long_tiles, axis=0) - long_tiles
-        short_begin = tl.sum(long_tiles, axis=0) + tl.cumsum(short_tiles, axis=0) - short_tiles
-        tiles_begin = tl.where(long, long_begin, short_begin)
+        both = tl.where(long, tiles << EXPERTS_BITS, tiles)
+        total = tl.sum(both, axis=0)
+        before = tl.cumsum(both, axis=0) - both
+        long_tiles = total >> EXPERTS_BITS
+        tiles_begin = tl.where(long, before >> EXPERTS_BITS, long_tiles + (before & (1 << EXPERTS_BITS) - 1))
+        used = long_tiles + (total & (1 << EXPERTS_BITS) - 1)
     for start in range(program * BLOCK_TILES, tiles_an_expert, programs * BLOCK_TILES):
         nth = start + tl.arange(0, BLOCK_TILES)[:, None]
         tile = tiles_ptr + 3 * (tiles_begin[None, :] + nth)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.choose import chosen_pairs
+from jmoe.triton_src.choose import chosen_columns, of_choices
 from jmoe.triton_src.fetch import fetch_lines
 from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
@@ -49,21 +49,22 @@ def route_few_kernel(
 ):
     """All of routing in the first program; others interleave x, and others fetch weights.
 
-    Rows and columns are those of chosen_pairs.
+    Rows and columns are those of chosen_columns.
     """
     if tl.program_id(0) == 0:
         offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
         row = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        chosen, pair = chosen_pairs(
-            logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
-        )
+        choice = chosen_columns(logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
         column = tl.arange(0, COLUMNS_PADDED)
         expert = column if logits_ptr is None else column - offset
         held = (expert >= 0) & (expert < EXPERTS)
-        earlier, count = count_earlier(chosen, STRIPS)
+        earlier, count = count_earlier(choice >= 0, STRIPS)
         count = tl.where(held, count, 0)
         begin = tl.cumsum(count, axis=0) - count
-        tl.store(order_ptr + begin[None, None, :] + earlier, pair, mask=chosen & held[None, None, :])
+        choice = tl.where(held[None, None, :], choice, -1)
+        CHOICES: tl.constexpr = 1 if logits_ptr is None else TOP_K
+        choices, position = of_choices(begin[None, None, :] + earlier, choice, CHOICES)
+        tl.store(order_ptr + position, row[:, :, None] * CHOICES + choices, mask=(position >= 0) & (choices < CHOICES))
         write_tiles(
             tiles_ptr,
             expert,
@@ -99,8 +100,8 @@ def route_few_kernel(
                 )
 
 
-LARGEST_BLOCK = 8192
-"""Rows times columns that the one program holds in registers."""
+LARGEST_BLOCK = 4096
+"""Rows times columns that the one program holds in registers: with twice as many it takes longer than two launches."""
 
 STRIPS = 4
 

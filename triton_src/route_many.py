@@ -6,18 +6,22 @@ Everything is integer arithmetic on prefix counts, so the order is stable and tw
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.choose import chosen_pairs
+from jmoe.triton_src.choose import chosen_columns, of_choices
+from jmoe.triton_src.fetch import fetch_lines
 from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "programs"])
+@triton.jit(do_not_specialize=["rows", "tokens", "programs", "interleave_programs"])
 def count_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
     expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
     x_ptr,  # (T, K) bf16, or None
+    words_ptr,  # as in fetch_lines, or None
+    scales_ptr,  # as in fetch_lines, or None
+    layer_ptr,  # as in fetch_lines
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32; None where experts are given
     places_ptr,  # (P,) int32: earlier pairs of the program with the same expert; not written for pairs not held
@@ -26,6 +30,7 @@ def count_kernel(
     rows,
     tokens,
     programs,
+    interleave_programs,
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -35,10 +40,17 @@ def count_kernel(
     STEPS: tl.constexpr,
     K: tl.constexpr,
     INTERLEAVE_BLOCKS: tl.constexpr,
+    MATRICES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FETCHED_MATRICES: tl.constexpr,
+    FETCHED_BLOCKS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
-    """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows; the others interleave x.
+    """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows.
 
-    Rows and columns are those of chosen_pairs.
+    Others interleave x, and others fetch weights.
+
+    Rows and columns are those of chosen_columns.
     """
     program = tl.program_id(0)
     if program < programs:
@@ -47,14 +59,18 @@ def count_kernel(
         expert = column if logits_ptr is None else column - offset
         held = (expert >= 0) & (expert < EXPERTS)
         counts = tl.zeros((COLUMNS_PADDED,), tl.int32)
+        CHOICES: tl.constexpr = 1 if logits_ptr is None else TOP_K
         in_block = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         for step in range(STEPS):
             row = (program * STEPS + step) * STRIPS * ROWS + in_block
-            chosen, pair = chosen_pairs(
+            choice = chosen_columns(
                 logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
             )
-            earlier, count = count_earlier(chosen, STRIPS)
-            tl.store(places_ptr + pair, earlier + counts[None, None, :], mask=chosen & held[None, None, :])
+            earlier, count = count_earlier(choice >= 0, STRIPS)
+            choice = tl.where(held[None, None, :], choice, -1)
+            choices, place = of_choices(earlier + counts[None, None, :], choice, CHOICES)
+            pair = row[:, :, None] * CHOICES + choices
+            tl.store(places_ptr + pair, place, mask=(place >= 0) & (choices < CHOICES))
             counts += count
         mine = counts_ptr + program * EXPERTS
         tl.store(mine + expert, counts, mask=held)
@@ -65,8 +81,24 @@ def count_kernel(
                 known = (unknown + offset >= 0) & (unknown + offset < COLUMNS)
                 tl.store(mine + unknown, 0, mask=(unknown < EXPERTS) & (known == 0))
     else:
-        if x_ptr is not None:
-            interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program - programs, K, INTERLEAVE_BLOCKS)
+        program -= programs
+        if program < interleave_programs:
+            if x_ptr is not None:
+                interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
+        else:
+            if words_ptr is not None:
+                program -= interleave_programs
+                fetch_lines(
+                    words_ptr,
+                    scales_ptr,
+                    layer_ptr,
+                    program,
+                    MATRICES,
+                    BLOCKS,
+                    FETCHED_MATRICES,
+                    FETCHED_BLOCKS,
+                    LINES,
+                )
 
 
 @triton.jit(do_not_specialize=["pairs", "programs", "tiles_an_expert", "slots"])
@@ -177,9 +209,14 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
     block_counts = min(MOST_PROGRAMS, max(8, COUNTS_AT_ONCE // padded_experts(p.experts)), next_power_of_2(programs))
     count = Plan(
         kernel=count_kernel,
-        grid=(programs + p.interleave_programs,),
-        operands=p.operands,
-        scalars={"rows": p.rows, "tokens": p.tokens, "programs": programs},
+        grid=(programs + p.interleave_programs + p.fetch_programs,),
+        operands=p.operands | p.fetch_operands,
+        scalars={
+            "rows": p.rows,
+            "tokens": p.tokens,
+            "programs": programs,
+            "interleave_programs": p.interleave_programs,
+        },
         outputs=p.choice_outputs | counted | p.interleave_outputs,
         constexprs={
             "COLUMNS": p.columns,
@@ -190,6 +227,7 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "ROWS": block_rows // STRIPS,
             "STEPS": steps,
             **p.interleave_constexprs,
+            **p.fetch_constexprs,
         },
         num_warps=8 if block_rows * p.columns_padded > 1024 else 4,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,

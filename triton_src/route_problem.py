@@ -25,7 +25,7 @@ class RouteProblem:
     block_m: int  # rows of a tile
     hidden: int | None  # of x, if it is to be interleaved
     counters: bool = False  # a zero for each tile, where programs of a launch wait for others
-    fetch: Fetch | None = None  # weights to fetch meanwhile, which one launch alone does
+    fetch: Fetch | None = None  # weights to fetch meanwhile
 
     @property
     def pairs(self) -> int:

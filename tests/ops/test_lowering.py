@@ -104,11 +104,15 @@ def test_packed_gradients_compile_for_hopper(recompute: bool, lora: dict[str, in
 
 
 @pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
-@pytest.mark.parametrize(("tokens", "expected", "more"), [(1, 3, 0), (64, 3, 0), (256, 3, 3), (4096, 4, 3)])
+@pytest.mark.parametrize(("tokens", "expected", "more"), [(1, 3, 0), (64, 3, 0), (256, 4, 3), (4096, 4, 3)])
 def test_packed_plans_compile_for_hopper(tokens: int, expected: int, more: int, lora: dict[str, int]) -> None:
     program = lower(LayerShape(tokens, **lora), "sm_90", packed=True)
     # LoRA's are two shrinks, the second between the products, which are one launch otherwise.
     assert launches(program) == expected + (more if lora else 0)
+
+
+def test_few_rows_of_many_experts_are_routed_in_two_launches() -> None:
+    assert launches(lower(LayerShape(100, experts=128), "sm_90", packed=True)) == 4
 
 
 @pytest.mark.parametrize("shape", [LayerShape(16), LayerShape(9, adapters=2, rank=5, mixed=True)], ids=str)
