@@ -20,7 +20,7 @@ def interleave_blocks(
 ):
     """out[t] = x[t] in interleaved order, zero past K: the program's BLOCKS blocks of 64 values.
 
-    Bits of an index in a block, high to low: aabccd in x, ccaabd in out.
+    Bits of an index in a block, high to low: abcdde in x, addbce in out.
     """
     ROW_BLOCKS: tl.constexpr = (K + 63) // 64
     block = program.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -28,7 +28,7 @@ def interleave_blocks(
     lane = tl.arange(0, 64)
     k = (block % ROW_BLOCKS)[:, None] * 64 + lane[None, :]
     x = tl.load(x_ptr + token[:, None] * K + k, mask=(token < tokens)[:, None] & (k < K), other=0.0)
-    x = tl.permute(tl.reshape(x, (BLOCKS, 4, 2, 4, 2)), (0, 3, 1, 2, 4))
+    x = tl.permute(tl.reshape(x, (BLOCKS, 2, 2, 2, 4, 2)), (0, 1, 4, 2, 3, 5))
     tl.store(out_ptr + block[:, None] * 64 + lane[None, :], tl.reshape(x, (BLOCKS, 64)), mask=(token < tokens)[:, None])
 
 

@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.lora import rank_blocks
-from jmoe.triton_src.neighbours import neighbouring
 from jmoe.triton_src.packed_few_rows import product
 from jmoe.triton_src.packed_operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed_shrink import shrink
@@ -23,7 +22,7 @@ from jmoe.triton_src.tiles import FewRowsTile
 def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
     """The product of a tile's columns that `work` numbers, of PROGRAMS a tile.
 
-    Of 8 rows where the tile has no more: one of 16 waits for its tokens most.
+    Of 8 rows where the tile has no more: one of 16 takes longer.
     """
     index = work // PROGRAMS
     expert = gl.load(rows.tiles_ptr + index * 3)
@@ -38,7 +37,7 @@ def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
             product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, ROWS)
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots", "spread"])
+@gluon.jit(do_not_specialize=["pairs", "slots", "spread", "last"])
 def packed_experts_kernel(
     x_ptr,  # (T, HP) bf16, interleaved
     gate_up_words_ptr,  # (E, 2 I / 64, HP / 64, 512) int32
@@ -67,6 +66,7 @@ def packed_experts_kernel(
     pairs,
     slots,
     spread,  # slots that have programs of their own
+    last,  # of these the last ones, whose programs of down are short
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     EXPERTS: gl.constexpr,
@@ -81,17 +81,17 @@ def packed_experts_kernel(
     LIMIT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
-    TOKENS_AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
     GATE_UP_ROWS: gl.constexpr,
     DOWN_ROWS: gl.constexpr,
-    RESIDENT: gl.constexpr,
+    LAST_ROWS: gl.constexpr,
 ):
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
     grouped_matmul_kernel. A program waits for those before it that have its rows. Slots past the first `spread`, which
     hold tiles if routing is uneven, are further work for programs of the first.
-    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK + DOWN),).
+    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * LAST_DOWN,).
     """
     IP: gl.constexpr = (I + 63) // 64 * 64
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
@@ -99,6 +99,7 @@ def packed_experts_kernel(
     GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_ROWS)
     DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
     DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
+    LAST_DOWN: gl.constexpr = (H + 16 * LAST_ROWS - 1) // (16 * LAST_ROWS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
     rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     gate_up = Product(
@@ -107,7 +108,7 @@ def packed_experts_kernel(
             gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
             GATE_UP_BLOCK_R, SPLITS,
         ),
-        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
+        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
     )  # fmt: skip
     down = Product(
@@ -115,7 +116,7 @@ def packed_experts_kernel(
         Lora(
             down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
         ),
-        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=TOKENS_AHEAD,
+        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
     program = gl.program_id(0)
@@ -127,7 +128,6 @@ def packed_experts_kernel(
         program -= spread * GATE_UP_SHRINK
     if program >= 0:
         if program < spread * GATE_UP:
-            program = neighbouring(program, spread * GATE_UP, RESIDENT)
             for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
                 product_of_tile(gate_up, rows, work, GATE_UP_ROWS, GATE_UP)
         else:
@@ -137,8 +137,14 @@ def packed_experts_kernel(
                     for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
                         shrink(down, rows, work, DOWN_SHRINK)
                 program -= spread * DOWN_SHRINK
+            if LAST_ROWS < DOWN_ROWS:
+                short = program - (spread - last) * DOWN
+                if short >= 0:
+                    short += (spread - last) * LAST_DOWN
+                    for work in tl.range(short, slots * LAST_DOWN, spread * LAST_DOWN, disable_licm=True):
+                        product_of_tile(down, rows, work, LAST_ROWS, LAST_DOWN)
+                    program = -1
             if program >= 0:
-                program = neighbouring(program, spread * DOWN, RESIDENT)
                 for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
                     product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
 
@@ -165,7 +171,11 @@ def plan_packed_experts(
 ) -> Plan:
     """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
     width = interleaved_width(intermediate)
-    programs = 2 * width // (16 * tile.column_warps) + cdiv(hidden, 16 * tile.down_column_warps)
+    programs = 2 * width // (16 * tile.column_warps)
+    last = min(spread, tile.last) if tile.last_column_warps < tile.down_column_warps else 0
+    down = (spread - last) * cdiv(hidden, 16 * tile.down_column_warps) + last * cdiv(
+        hidden, 16 * tile.last_column_warps
+    )
     weights = 3 * hidden * intermediate
     outputs = {
         "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
@@ -186,7 +196,7 @@ def plan_packed_experts(
             operands[f"{projection}_shrunk_ptr"] = None
     return Plan(
         kernel=packed_experts_kernel,
-        grid=(spread * programs,),
+        grid=(spread * programs + down,),
         operands={
             "x_ptr": "x_interleaved",
             "gate_up_words_ptr": "gate_up",
@@ -195,7 +205,7 @@ def plan_packed_experts(
             "down_words_ptr": "down",
             "down_scales_ptr": "down_scales",
             "down_bias_ptr": "down_bias" if down_bias else None,
-            "adapter_ids_ptr": "adapter_ids" if adapters and adapter_ids else None,
+            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
@@ -206,7 +216,7 @@ def plan_packed_experts(
         },
         updates=("finished_ptr",),
         outputs=outputs,
-        scalars={"pairs": pairs, "slots": slots, "spread": spread},
+        scalars={"pairs": pairs, "slots": slots, "spread": spread, "last": last},
         constexprs={
             "H": hidden,
             "I": intermediate,
@@ -219,10 +229,10 @@ def plan_packed_experts(
             "LIMIT": swiglu_limit,
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
-            "TOKENS_AHEAD": tile.tokens_ahead,
+            "STAGES": tile.stages,
             "GATE_UP_ROWS": tile.column_warps,
             "DOWN_ROWS": tile.down_column_warps,
-            "RESIDENT": tile.resident,
+            "LAST_ROWS": tile.last_column_warps,
         },
         num_warps=4,
         num_stages=1,

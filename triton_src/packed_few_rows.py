@@ -1,12 +1,23 @@
-"""One of the experts' two products from packed MXFP4, for few rows: weights stream from memory to registers."""
+"""One of the experts' two products from packed MXFP4, for few rows: weights stream from memory to registers.
+
+The four warps share their tokens through shared memory, into which copies run ahead without taking registers.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from jmoe.triton_src.activation import swiglu_tile
 from jmoe.triton_src.finished import finish, wait_for
 from jmoe.triton_src.packed_lora import load_adapters, load_shrunk, packed_column
+from jmoe.triton_src.packed_tokens import (
+    copy_stage,
+    row_pointers,
+    stage_layout,
+    swizzled_stage,
+    tokens_layout,
+    tokens_operand,
+)
 from jmoe.triton_src.packed_weight import (
     nan_bits,
     scale_offsets,
@@ -24,91 +35,65 @@ def accumulator_layout(parts, rows):
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[parts, rows, 1], instr_shape=[1, 16, 8])
 
 
-@gluon.constexpr_function
-def tokens_layout(tokens, parts, rows):
-    """Of blocks of interleaved tokens (parts, tokens, 4, 16), as the products take them; `rows` warps read the same."""
-    return gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]]
-        + [[0, token, 0, 0] for token in (8, 16, 32) if token < tokens],
-        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[0, 0, 0, 0] for row in (1, 2) if row < rows] + [[part, 0, 0, 0] for part in (1, 2) if part < parts],
-        [],
-        [parts, tokens, 4, 16],
+@gluon.aggregate
+class Stream:
+    """The weights of a program's columns, in steps along K of a block of 64 for each of PARTS."""
+
+    words: gl.tensor  # pointers, of the first step
+    scales: gl.tensor
+    word_part: gl.tensor
+    scale_part: gl.tensor
+    BLOCKS: gl.constexpr
+    PARTS: gl.constexpr
+
+
+@gluon.jit
+def weights_of(p, rows, tile, program, PARTS: gl.constexpr, ROWS: gl.constexpr):
+    """The Stream of columns `program` * 16 * ROWS and on; a warp has 16 of them in one part of K."""
+    WARPS: gl.constexpr = PARTS * ROWS
+    W: gl.constexpr = words_layout(WARPS)
+    S: gl.constexpr = scales_layout(WARPS)
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
+    # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
+    column_block = gl.minimum(program * ROWS // 4, COLUMN_BLOCKS - 1)
+    row_of_block = program * ROWS % 4
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS).to(gl.int64)
+    block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
+    word_part = (
+        gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None] // ROWS
     )
-
-
-@gluon.jit
-def token_parts(PARTS: gl.constexpr, X: gl.constexpr):
-    """Each part's number, to compare with tokens of the layout X."""
-    return gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, X))))[:, None, None, None]
-
-
-@gluon.jit
-def token_pointers(
-    x_ptr, order_ptr, first, end,
-    GATHER: gl.constexpr,
-    TOP_K: gl.constexpr,
-    WIDTH: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    PARTS: gl.constexpr,
-    X: gl.constexpr,
-):  # fmt: skip
-    """Of the tile's first PARTS blocks of 64 interleaved values; x by token if GATHER, else by position."""
-    # Positions past the end repeat the last one: what comes of them is not stored.
-    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, X))))
-    row = gl.minimum(position, end - 1)
-    if GATHER:
-        row = gl.load(order_ptr + row) // TOP_K
-    return (
-        x_ptr
-        + row.to(gl.int64)[None, :, None, None] * WIDTH
-        + token_parts(PARTS, X) * 64
-        + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, X))))[None, None, :, None] * 16
-        + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, X))))[None, None, None, :]
+    words = (
+        p.words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
     )
+    scale_part = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None] // ROWS
+    scales = p.scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
+    return Stream(words, scales, word_part, scale_part, BLOCKS, PARTS)
 
 
 @gluon.jit
-def load_tokens(pointers, step, part, BLOCKS: gl.constexpr, PARTS: gl.constexpr, MASK: gl.constexpr):
-    """The blocks of a step, one for each part; zero past the last, for which MASK stands."""
-    block = step * PARTS
+def load_weights(stream, step, MASK: gl.constexpr):
+    """(words, scales) of a step, which nobody reads again soon; zero past the last block, if MASK."""
+    block = step * stream.PARTS
+    words = stream.words + block * 512
+    scales = stream.scales + block * 32
     if MASK:
-        return gl.load(pointers + block * 64, mask=block + part < BLOCKS, other=0.0)
+        word_ok = block + stream.word_part < stream.BLOCKS
+        scale_ok = block + stream.scale_part < stream.BLOCKS
+        w = gl.load(words, mask=word_ok, other=0, eviction_policy="evict_first")
+        s = gl.load(scales, mask=scale_ok, other=0, eviction_policy="evict_first")
     else:
-        return gl.load(pointers + block * 64)
+        w = gl.load(words, eviction_policy="evict_first")
+        s = gl.load(scales, eviction_policy="evict_first")
+    return w, s
 
 
 @gluon.jit
-def tokens_operand(x, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, B: gl.constexpr):
-    """Interleaved tokens as the products' operand (PARTS, 64, BLOCK_M), in the natural order: no data moves."""
-    tokens = gl.permute(x.reshape([PARTS, BLOCK_M, 4, 4, 2, 2]), (0, 3, 4, 2, 5, 1))
-    return gl.convert_layout(tokens.reshape([PARTS, 64, BLOCK_M]), B)
-
-
-@gluon.jit
-def load_weights(
-    pointers, step, part, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, MASK: gl.constexpr
-):
-    """load_tokens for words or scales, which nobody reads again soon."""
-    block = step * PARTS
-    if MASK:
-        return gl.load(pointers + block * STRIDE, mask=block + part < BLOCKS, other=0, eviction_policy="evict_first")
-    else:
-        return gl.load(pointers + block * STRIDE, eviction_policy="evict_first")
-
-
-@gluon.jit
-def keep_order(program):
-    """Loads stay on their side of this: ptxas moves tokens' up, into more registers, and weights' to the loop's end."""
-    gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [program], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def multiply(acc, nan, w, s, x, A: gl.constexpr, B: gl.constexpr, BLOCK_M: gl.constexpr, PARTS: gl.constexpr):
-    """(acc and nan) with one block a warp more."""
-    return mma_v2(unpack_weights(w, s, A), tokens_operand(x, BLOCK_M, PARTS, B), acc), nan | nan_bits(s)
+def multiply(acc, nan, weights, stage, step: gl.constexpr, A: gl.constexpr, B: gl.constexpr, X: gl.constexpr):
+    """(acc and nan) with one block a warp more, the stage's step-th."""
+    WIDTH: gl.constexpr = X.shape[1]
+    x = tokens_operand(stage.slice(step * WIDTH, WIDTH, dim=1).load(X), WIDTH // 64, B)
+    return mma_v2(unpack_weights(weights[0], weights[1], A), x, acc), nan | nan_bits(weights[1])
 
 
 @gluon.jit
@@ -193,65 +178,52 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
     A warp has 16 columns and takes turns along K with the others of the same. gate_up's N is padded to 128.
     """
     PARTS: gl.constexpr = 4 // ROWS
-    # Layouts of the accumulators, the product's two operands, words, scales and tokens.
+    # Layouts of the accumulators, of the product's two operands, and of tokens in registers and on their way.
     C: gl.constexpr = accumulator_layout(PARTS, ROWS)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    WARPS: gl.constexpr = 4
-    W: gl.constexpr = words_layout(WARPS)
-    S: gl.constexpr = scales_layout(WARPS)
     X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, ROWS)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
     STEPS: gl.constexpr = (BLOCKS + PARTS - 1) // PARTS
-    # Steps whose blocks are all there, and those of the loop, which loads for such steps alone.
-    WHOLE: gl.constexpr = BLOCKS // PARTS
-    LOOP: gl.constexpr = max(0, (WHOLE - p.AHEAD) // p.AHEAD * p.AHEAD)
-    # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
-    column_block = gl.minimum(program * ROWS // 4, COLUMN_BLOCKS - 1)
-    row_of_block = program * ROWS % 4
-    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS).to(gl.int64)
-    block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
-    word_part = warp // ROWS
-    words = (
-        p.words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
-    )
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
-    scale_part = warp // ROWS
-    scales = p.scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
-    w = ()
-    s = ()
+    WHOLE: gl.constexpr = BLOCKS // PARTS  # steps whose blocks are all there
+    # A stage has a row's blocks for one step, or two where a step takes one block.
+    STAGE_STEPS: gl.constexpr = max(1, 2 // PARTS)
+    STAGE_WIDTH: gl.constexpr = STAGE_STEPS * PARTS * 64
+    # Stages of the loop, which loads weights for whole steps alone.
+    LOOP: gl.constexpr = max(0, (WHOLE - p.AHEAD) // STAGE_STEPS) // p.STAGES * p.STAGES
+    stream = weights_of(p, rows, tile, program, PARTS, ROWS)
+    weights = ()
     for i in gl.static_range(min(p.AHEAD, STEPS)):
-        w = w + (load_weights(words, i, word_part, 512, BLOCKS, PARTS, i >= WHOLE),)
-        s = s + (load_weights(scales, i, scale_part, 32, BLOCKS, PARTS, i >= WHOLE),)
-    x = token_pointers(
-        p.x_ptr, rows.order_ptr, tile.first, tile.end, p.GATE_UP, rows.TOP_K, BLOCKS * 64, BLOCK_M, PARTS, X
-    )
-    x_part = token_parts(PARTS, X)
+        weights = weights + (load_weights(stream, i, i >= WHOLE),)
+    x, there = row_pointers(p, rows, tile.first, tile.end, BLOCK_M, stage_layout(STAGE_WIDTH))
+    # Buffers of their own: a copy into one of them waits for nothing but those who read that one.
+    stages = ()
+    for _ in gl.static_range(p.STAGES):
+        stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, STAGE_WIDTH], swizzled_stage()),)
 
     wait_for(tile.counter, p.X_READY)
+    for i in gl.static_range(p.STAGES - 1):
+        copy_stage(stages[i], x, there, i, p.K, STAGE_WIDTH)
     acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
-    nan = gl.zeros([WARPS, 8], gl.int32, S)
-    xs = ()
-    for i in gl.static_range(min(p.TOKENS_AHEAD, STEPS)):
-        xs = xs + (load_tokens(x, i, x_part, BLOCKS, PARTS, i >= WHOLE),)
-    for start in range(0, LOOP, p.AHEAD):
-        for i in gl.static_range(p.AHEAD):
-            xs = xs + (load_tokens(x, start + i + p.TOKENS_AHEAD, x_part, BLOCKS, PARTS, False),)
-            acc, nan = multiply(acc, nan, w[0], s[0], xs[0], A, B, BLOCK_M, PARTS)
-            xs = xs[1:]
-            w = w[1:] + (load_weights(words, start + i + p.AHEAD, word_part, 512, BLOCKS, PARTS, False),)
-            s = s[1:] + (load_weights(scales, start + i + p.AHEAD, scale_part, 32, BLOCKS, PARTS, False),)
-            keep_order(program)
+    nan = gl.zeros([PARTS * ROWS, 8], gl.int32, scales_layout(PARTS * ROWS))
+    for start in range(0, LOOP, p.STAGES):
+        for i in gl.static_range(p.STAGES):
+            async_copy.wait_group(p.STAGES - 2)
+            free = stages[(i + p.STAGES - 1) % p.STAGES]
+            copy_stage(free, x, there, start + (i + p.STAGES - 1), p.K, STAGE_WIDTH)
+            for j in gl.static_range(STAGE_STEPS):
+                acc, nan = multiply(acc, nan, weights[0], stages[i], j, A, B, X)
+                step = start * STAGE_STEPS + (i * STAGE_STEPS + j + p.AHEAD)
+                weights = weights[1:] + (load_weights(stream, step, False),)
 
     # What the end needs is loaded now, behind the last weights.
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, WARPS], [0, 1])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, 4], [0, 1])
     column = program * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
     column_ok = 2 * column < p.N
     out_position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     row_ok = out_position < tile.end
     if p.bias_ptr is not None:
+        matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS).to(gl.int64)
         bias = p.bias_ptr + matrix * p.N + 2 * column
         bias_even = gl.load(bias, mask=column_ok, other=0.0)
         bias_odd = gl.load(bias + 1, mask=column_ok, other=0.0)
@@ -259,17 +231,17 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
         pair = gl.load(rows.order_ptr + out_position, mask=row_ok, other=0)
         gate = gl.load(p.gates_ptr + pair, mask=row_ok, other=0.0)
 
-    for i in gl.static_range(LOOP, STEPS):
-        if i + p.TOKENS_AHEAD < STEPS:
-            xs = xs + (load_tokens(x, i + p.TOKENS_AHEAD, x_part, BLOCKS, PARTS, i + p.TOKENS_AHEAD >= WHOLE),)
-        acc, nan = multiply(acc, nan, w[0], s[0], xs[0], A, B, BLOCK_M, PARTS)
-        xs = xs[1:]
-        w = w[1:]
-        s = s[1:]
+    for i in gl.static_range(LOOP * STAGE_STEPS, STEPS):
+        if i % STAGE_STEPS == 0:
+            async_copy.wait_group(p.STAGES - 2)
+            free = stages[(i // STAGE_STEPS + p.STAGES - 1) % p.STAGES]
+            copy_stage(free, x, there, i // STAGE_STEPS + p.STAGES - 1, p.K, STAGE_WIDTH)
+        stage = stages[i // STAGE_STEPS % p.STAGES]
+        acc, nan = multiply(acc, nan, weights[0], stage, i % STAGE_STEPS, A, B, X)
+        weights = weights[1:]
         if i + p.AHEAD < STEPS:
-            w = w + (load_weights(words, i + p.AHEAD, word_part, 512, BLOCKS, PARTS, i + p.AHEAD >= WHOLE),)
-            s = s + (load_weights(scales, i + p.AHEAD, scale_part, 32, BLOCKS, PARTS, i + p.AHEAD >= WHOLE),)
-        keep_order(program)
+            weights = weights + (load_weights(stream, i + p.AHEAD, i + p.AHEAD >= WHOLE),)
+    async_copy.wait_group(0)
 
     if p.lora.b_ptr is not None:
         wait_for(tile.counter, p.SHRUNK_READY)
@@ -281,8 +253,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
     ok = column_ok[:, None] & row_ok[None, :]
     if p.GATE_UP:
         out = swiglu_tile(even, odd, p.ALPHA, p.LIMIT).to(gl.bfloat16)
-        in_block = column % 64
-        slot = column - in_block + in_block % 8 // 2 * 16 + in_block // 16 * 4 + in_block % 16 // 8 * 2 + in_block % 2
+        slot = column - column % 32 + column % 8 // 2 * 8 + column // 16 % 2 * 4 + column // 8 % 2 * 2 + column % 2
         # Columns that pad the width are written too, as zero: the next product reads them.
         out = gl.where(column_ok[:, None], out, 0.0)
         padded_ok = (column < p.OUT_WIDTH)[:, None] & row_ok[None, :]

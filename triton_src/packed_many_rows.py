@@ -100,7 +100,7 @@ def packed_many_rows_kernel(
             Lora(
                 None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
             ),
-            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=STAGES,
+            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
         if program < slots * GATE_UP:
@@ -110,7 +110,7 @@ def packed_many_rows_kernel(
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
             Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
-            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, TOKENS_AHEAD=STAGES,
+            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip
         if program >= 0:

@@ -57,7 +57,7 @@ class Product:
     ALPHA: gl.constexpr
     LIMIT: gl.constexpr
     AHEAD: gl.constexpr  # blocks of weights in flight
-    TOKENS_AHEAD: gl.constexpr  # steps of tokens in flight, or stages of them in shared memory
+    STAGES: gl.constexpr  # of tokens in shared memory
     X_READY: gl.constexpr  # what a tile's counter is at when x can be read, and when what is shrunk can
     SHRUNK_READY: gl.constexpr
 

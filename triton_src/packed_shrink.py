@@ -5,14 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.finished import finish, wait_for
-from jmoe.triton_src.packed_few_rows import (
-    accumulator_layout,
-    load_tokens,
-    token_parts,
-    token_pointers,
-    tokens_layout,
-    tokens_operand,
-)
+from jmoe.triton_src.packed_few_rows import accumulator_layout
+from jmoe.triton_src.packed_tokens import row_pointers, tokens_layout, tokens_operand
 from jmoe.triton_src.stacked import in_stack
 
 
@@ -55,9 +49,8 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
         # Programs with nothing to write wait as well: what finishes early would count for what others wait for.
         wait_for(rows.finished_ptr + tile, p.X_READY)
         if gl.max(written.to(gl.int32), axis=0) > 0:
-            x = token_pointers(
-                p.x_ptr, rows.order_ptr, first, end, p.GATE_UP, rows.TOP_K, BLOCKS * 64, BLOCK_M, PARTS, X
-            )
+            x, row_ok = row_pointers(p, rows, first, end, BLOCK_M, X)
+            interleaved = gl.arange(0, 64 * PARTS, gl.SliceLayout(0, X))[None, :]
             part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
             ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
             k = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
@@ -67,10 +60,11 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             acc = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.float32, C)
             for i in gl.static_range(STEPS):
                 step = split * STEPS + i
-                tokens = load_tokens(x, step, token_parts(PARTS, X), BLOCKS, PARTS, True)
+                at = step * (64 * PARTS) + interleaved
+                tokens = gl.load(x + at, mask=row_ok & (at < BLOCKS * 64), other=0.0)
                 there = (ranks < lora.RANK) & ((step * PARTS + part) * 64 + k < p.K)
                 values = gl.load(a + step * (PARTS * 64), mask=there, other=0.0).to(gl.bfloat16)
-                acc = mma_v2(values, tokens_operand(tokens, BLOCK_M, PARTS, B), acc)
+                acc = mma_v2(values, tokens_operand(tokens, PARTS, B), acc)
             total = gl.convert_layout(gl.sum(acc, axis=0), OUT)
             # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
             ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(1, OUT))

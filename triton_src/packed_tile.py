@@ -40,7 +40,7 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 @gluon.jit
 def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
     """Columns `program` * 128 and on of a tile of at most BLOCK_M rows."""
-    STAGES: gl.constexpr = p.TOKENS_AHEAD
+    STAGES: gl.constexpr = p.STAGES
     BLOCK_R: gl.constexpr = p.lora.BLOCK_R
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)

@@ -44,11 +44,12 @@ class FewRowsTile:
     rows: float
     block_m: int
     ahead: int
-    tokens_ahead: int
+    stages: int  # of tokens in shared memory
     column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
-    down_column_warps: int  # in down's product, whose last programs end sooner with fewer
+    down_column_warps: int  # in down's product
+    last: int  # tiles of down that have other programs: shorter ones, which end the launch sooner
+    last_column_warps: int  # in these, if that is fewer
     max_registers: int
-    resident: int  # programs of a multiprocessor that get work of one tile
     fetched_experts: int  # of the first of them routing fetches weights
     fetched_blocks: int  # of 64 along K
     shrink_splits: int = 4
@@ -79,59 +80,64 @@ class DgradTile:
 
 type PackedTile = FewRowsTile | ManyRowsTile
 
-# Beside each: microseconds on the H100 of this tile and of the next best tried: the whole layer's up to 64 tokens, in
-# jax.lax.scan, and at 256, launched from torch; gate_up's and down's for more.
+# Beside each: microseconds on an H100 of this tile and of the next best tried: the whole layer's at 256 tokens,
+# launched from torch, and gate_up's and down's for more. Below 256 the layer's in jax.lax.scan, of this tile alone:
+# others were tried at 64 tokens only, where they were within the noise or slower. Cards differ by 3 % and more.
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
-        # 1 token: 29.7, 30.1
+        # 1 token: 29.5
         FewRowsTile(
             0.25,
             block_m=8,
             ahead=4,
-            tokens_ahead=2,
+            stages=4,
             column_warps=1,
             down_column_warps=1,
+            last=1,
+            last_column_warps=1,
             max_registers=80,
-            resident=1,
             fetched_experts=32,
             fetched_blocks=1,
         ),
-        # 4 tokens: 67.9, 68.7
+        # 4 tokens: 67.1
         FewRowsTile(
             1,
             block_m=8,
             ahead=4,
-            tokens_ahead=2,
+            stages=4,
             column_warps=4,
             down_column_warps=1,
+            last=1,
+            last_column_warps=1,
             max_registers=80,
-            resident=1,
             fetched_experts=32,
             fetched_blocks=2,
         ),
-        # 16 tokens: 131.7, 132.0
+        # 16 tokens: 130.6
         FewRowsTile(
             4,
             block_m=8,
-            ahead=3,
-            tokens_ahead=2,
+            ahead=4,
+            stages=4,
             column_warps=4,
             down_column_warps=2,
+            last=6,
+            last_column_warps=1,
             max_registers=72,
-            resident=7,
             fetched_experts=9,
             fetched_blocks=5,
         ),
-        # 64 tokens: 161.9, 162.6
+        # 64 tokens: 158.2
         FewRowsTile(
             8,
             block_m=16,
-            ahead=3,
-            tokens_ahead=1,
+            ahead=4,
+            stages=4,
             column_warps=4,
             down_column_warps=4,
+            last=6,
+            last_column_warps=2,
             max_registers=72,
-            resident=7,
             fetched_experts=9,
             fetched_blocks=5,
         ),

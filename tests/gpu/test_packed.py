@@ -110,6 +110,19 @@ def test_experts_that_all_tokens_choose(tokens: int, rank: int) -> None:
     assert torch_layers.relative_error(to_torch(y), exact(layer, 2)) <= BFLOAT16.relative
 
 
+@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize(("tokens", "experts"), [(64, 32), (30, 16), (250, 32)])
+def test_more_tiles_than_experts(tokens: int, experts: int, rank: int) -> None:
+    from jmoe.interop import to_torch
+
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = random_layer(LayerShape(tokens, 160, 96, experts, 4, **adapters))
+    # Three experts have every token, in several tiles each, and most of the others have one of what is left.
+    layer = dataclasses.replace(layer, router_logits=layer.router_logits.at[:, jnp.array([3, 7, 12])].add(100))
+    y = jax.jit(run)(packed(layer))
+    assert torch_layers.relative_error(to_torch(y), exact(layer)) <= BFLOAT16.relative
+
+
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 @pytest.mark.parametrize("tokens", [1, 30, 500])
 def test_lora_on_one_projection(tokens: int, projection: str) -> None:
@@ -178,11 +191,15 @@ import jax, torch
 from jmoe.interop import moe, to_torch
 from jmoe.ops.random_layer import LayerShape, random_layer
 from tests.gpu.test_packed import packed
-for tokens, rank in ((5, 0), (150, 0), (12, 5), (400, 20)):
+small = (160, 96, 6, 3)
+deep = (1088, 2080, 8, 2)  # so that each stage of tokens in shared memory is used again
+cases = [(5, 0, small), (150, 0, small), (12, 5, small), (400, 20, small), (1, 0, deep), (12, 0, deep)]
+for tokens, rank, sizes in cases:
     adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
-    layer = packed(random_layer(LayerShape(tokens, 160, 96, 6, 3, **adapters)))
+    layer = packed(random_layer(LayerShape(tokens, *sizes, **adapters)))
     layer = jax.tree.map(lambda leaf: to_torch(leaf).cuda(), layer)
-    y = moe(layer.x, layer.router_logits, layer.experts, top_k=3, lora=layer.lora, adapter_ids=layer.adapter_ids)
+    top_k = sizes[-1]
+    y = moe(layer.x, layer.router_logits, layer.experts, top_k=top_k, lora=layer.lora, adapter_ids=layer.adapter_ids)
     assert torch.isfinite(y).all()
 torch.cuda.synchronize()
 """

@@ -151,7 +151,7 @@ def test_x_is_interleaved_beside_the_routing(plan: str, tokens: int, hidden: int
         done = launch(PLANS[plan](problem(tokens, 2, 8, hidden=hidden)), {"x": x, "router_logits": logits})
     width = interleaved_width(hidden)
     padded = torch.nn.functional.pad(x, (0, width - hidden))
-    want = padded.reshape(tokens, width // 64, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(tokens, width)
+    want = padded.reshape(tokens, width // 64, 2, 2, 2, 4, 2).permute(0, 1, 2, 5, 3, 4, 6).reshape(tokens, width)
     assert torch.equal(done["x_interleaved"], want)
 
 
