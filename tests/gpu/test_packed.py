@@ -193,7 +193,7 @@ from jmoe.ops.random_layer import LayerShape, random_layer
 from tests.gpu.test_packed import packed
 small = (160, 96, 6, 3)
 deep = (1088, 2080, 8, 2)  # so that each stage of tokens in shared memory is used again
-cases = [(5, 0, small), (150, 0, small), (12, 5, small), (400, 20, small), (1, 0, deep), (12, 0, deep)]
+cases = [(5, 0, small), (150, 0, small), (12, 5, small), (400, 20, small), (1, 0, deep), (12, 0, deep), (28, 0, deep)]
 for tokens, rank, sizes in cases:
     adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
     layer = packed(random_layer(LayerShape(tokens, *sizes, **adapters)))
