@@ -172,10 +172,9 @@ def plan_packed_experts(
     """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
     width = interleaved_width(intermediate)
     programs = 2 * width // (16 * tile.column_warps)
+    down = cdiv(hidden, 16 * tile.down_column_warps)
+    last_down = cdiv(hidden, 16 * tile.last_column_warps)
     last = min(spread, tile.last) if tile.last_column_warps < tile.down_column_warps else 0
-    down = (spread - last) * cdiv(hidden, 16 * tile.down_column_warps) + last * cdiv(
-        hidden, 16 * tile.last_column_warps
-    )
     weights = 3 * hidden * intermediate
     outputs = {
         "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
@@ -196,7 +195,7 @@ def plan_packed_experts(
             operands[f"{projection}_shrunk_ptr"] = None
     return Plan(
         kernel=packed_experts_kernel,
-        grid=(spread * programs + down,),
+        grid=(spread * programs + (spread - last) * down + last * last_down,),
         operands={
             "x_ptr": "x_interleaved",
             "gate_up_words_ptr": "gate_up",

@@ -43,15 +43,15 @@ def write_tiles(
         tiles_begin = tl.cumsum(tiles, axis=0) - tiles
         used = tl.sum(tiles, axis=0)
     else:
-        # Of experts with half a tile there are at most EXPERTS_BITS bits full; one scan for these and the others.
-        EXPERTS_BITS: tl.constexpr = 14
+        # One scan for both kinds: an expert has at most one half full tile, so that all of these stay below LONG.
+        LONG: tl.constexpr = 2 * count.shape[0]
         long = count > BLOCK_M // 2
-        both = tl.where(long, tiles << EXPERTS_BITS, tiles)
+        both = tl.where(long, tiles * LONG, tiles)
         total = tl.sum(both, axis=0)
         before = tl.cumsum(both, axis=0) - both
-        long_tiles = total >> EXPERTS_BITS
-        tiles_begin = tl.where(long, before >> EXPERTS_BITS, long_tiles + (before & (1 << EXPERTS_BITS) - 1))
-        used = long_tiles + (total & (1 << EXPERTS_BITS) - 1)
+        long_tiles = total // LONG
+        tiles_begin = tl.where(long, before // LONG, long_tiles + before % LONG)
+        used = long_tiles + total % LONG
     for start in range(program * BLOCK_TILES, tiles_an_expert, programs * BLOCK_TILES):
         nth = start + tl.arange(0, BLOCK_TILES)[:, None]
         tile = tiles_ptr + 3 * (tiles_begin[None, :] + nth)

@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
+from jmoe.triton_src.beside_routing import interleave_or_fetch
 from jmoe.triton_src.choose import chosen_columns, of_choices
-from jmoe.triton_src.fetch import fetch_lines
-from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem
@@ -47,7 +46,7 @@ def route_few_kernel(
     FETCHED_BLOCKS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """All of routing in the first program; others interleave x, and others fetch weights.
+    """All of routing in the first program; the others do what interleave_or_fetch does.
 
     Rows and columns are those of chosen_columns.
     """
@@ -80,24 +79,10 @@ def route_few_kernel(
             BLOCK_SLOTS,
         )
     else:
-        program = tl.program_id(0) - 1
-        if program < interleave_programs:
-            if x_ptr is not None:
-                interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
-        else:
-            if words_ptr is not None:
-                program -= interleave_programs
-                fetch_lines(
-                    words_ptr,
-                    scales_ptr,
-                    layer_ptr,
-                    program,
-                    MATRICES,
-                    BLOCKS,
-                    FETCHED_MATRICES,
-                    FETCHED_BLOCKS,
-                    LINES,
-                )
+        interleave_or_fetch(
+            x_ptr, x_interleaved_ptr, words_ptr, scales_ptr, layer_ptr, tokens, tl.program_id(0) - 1,
+            interleave_programs, K, INTERLEAVE_BLOCKS, MATRICES, BLOCKS, FETCHED_MATRICES, FETCHED_BLOCKS, LINES,
+        )  # fmt: skip
 
 
 LARGEST_BLOCK = 4096

@@ -6,9 +6,8 @@ Everything is integer arithmetic on prefix counts, so the order is stable and tw
 import triton
 import triton.language as tl
 
+from jmoe.triton_src.beside_routing import interleave_or_fetch
 from jmoe.triton_src.choose import chosen_columns, of_choices
-from jmoe.triton_src.fetch import fetch_lines
-from jmoe.triton_src.interleave import interleave_blocks
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
@@ -48,7 +47,7 @@ def count_kernel(
 ):
     """Each of the first `programs` programs takes a run of STEPS blocks of STRIPS * ROWS rows.
 
-    Others interleave x, and others fetch weights.
+    The others do what interleave_or_fetch does.
 
     Rows and columns are those of chosen_columns.
     """
@@ -81,24 +80,10 @@ def count_kernel(
                 known = (unknown + offset >= 0) & (unknown + offset < COLUMNS)
                 tl.store(mine + unknown, 0, mask=(unknown < EXPERTS) & (known == 0))
     else:
-        program -= programs
-        if program < interleave_programs:
-            if x_ptr is not None:
-                interleave_blocks(x_ptr, x_interleaved_ptr, tokens, program, K, INTERLEAVE_BLOCKS)
-        else:
-            if words_ptr is not None:
-                program -= interleave_programs
-                fetch_lines(
-                    words_ptr,
-                    scales_ptr,
-                    layer_ptr,
-                    program,
-                    MATRICES,
-                    BLOCKS,
-                    FETCHED_MATRICES,
-                    FETCHED_BLOCKS,
-                    LINES,
-                )
+        interleave_or_fetch(
+            x_ptr, x_interleaved_ptr, words_ptr, scales_ptr, layer_ptr, tokens, program - programs,
+            interleave_programs, K, INTERLEAVE_BLOCKS, MATRICES, BLOCKS, FETCHED_MATRICES, FETCHED_BLOCKS, LINES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "programs", "tiles_an_expert", "slots"])
