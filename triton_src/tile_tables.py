@@ -92,6 +92,8 @@ def parse_tile(content: Any, place: str, kinds: dict[str, type]) -> Any:
         if field_name not in hints:
             raise ValueError(f"{place}.{field_name} is no field of {name}")
         values[field_name] = parse_value(value, hints[field_name], f"{place}.{field_name}")
+        if field_name == "stages" and value < 2:
+            raise ValueError(f"{place}.stages must be at least 2, one to fill while another is read, got {value}")
     return kind(**values)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jmoe.triton_src import tile_tables
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.tile_tables import as_json, assemble, built_in, candidates, parse, read_user_table, user_table
-from jmoe.triton_src.tiles import PACKED_TILES, TILES, Tile, TileTables, choose_packed_tile, choose_tile
+from jmoe.triton_src.tiles import PACKED_TILES, TILES, PackedTile, Tile, TileTables, choose_packed_tile, choose_tile
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 ONE = dataclasses.replace(TILES[80][0], rows=math.inf, block_m=32)
@@ -71,6 +71,13 @@ WRONG = {
     "portable[0].rows must be null, as no tile follows, got 4": changed(rows=4),
     "portable must have increasing rows, got [inf, inf]": {"portable": changed()["portable"] * 2, "packed": []},
 }
+
+
+@pytest.mark.parametrize("tile", [PACKED_TILES[90][0], PACKED_TILES[90][-1]], ids=lambda tile: type(tile).__name__)
+def test_a_stage_cannot_be_filled_while_it_is_read(tile: PackedTile) -> None:
+    one_stage = as_json(TileTables((), (dataclasses.replace(tile, rows=math.inf, stages=1),)))
+    with pytest.raises(ValueError, match=r"packed\[0\]\.stages must be at least 2, .*, got 1; remove it or run"):
+        parse(json.dumps(one_stage), "file")
 
 
 @pytest.mark.parametrize("message", WRONG)
