@@ -184,3 +184,12 @@ def test_many_pairs_take_several_steps_a_program() -> None:
     experts = torch.randint(0, 4, (128 * 256 + 1, 1), dtype=torch.int32)
     order, _ = sort(experts, 4, 128, None)
     np.testing.assert_array_equal(order, np.argsort(experts[:, 0].numpy(), kind="stable"))
+
+
+def test_many_tokens_take_several_steps_a_program() -> None:
+    logits = torch.randn(128 * 32 + 1, 5).bfloat16()
+    with bfloat16_arithmetic():
+        done = launch(plan_route_many(problem(len(logits), 2, 5)), {"router_logits": logits})
+    chosen = route(logits.float(), 2)[0].numpy()
+    np.testing.assert_array_equal(done["experts"].numpy(), chosen)
+    np.testing.assert_array_equal(done["order"].numpy(), np.argsort(chosen.reshape(-1), kind="stable"))
