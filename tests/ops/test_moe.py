@@ -221,15 +221,17 @@ def test_containers_pass_through_device_put_and_tree_paths() -> None:
     ]
 
 
-def test_orbax_saves_and_restores_containers(tmp_path: object) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_orbax_saves_and_restores_containers(packed: bool, tmp_path: object) -> None:
     layer = random_layer(dataclasses.replace(SMALL, adapters=2, rank=3))
-    tree = {"experts": layer.experts, "lora": layer.lora}
+    tree = {"experts": jmoe.pack(layer.experts) if packed else layer.experts, "lora": layer.lora}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "layer", tree)
         checkpointer.wait_until_finished()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
         restored = checkpointer.restore(tmp_path / "layer", abstract)
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    assert isinstance(restored["experts"].gate_up, jmoe.PackedMxfp4) == packed
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True))
 
 
