@@ -12,21 +12,26 @@ import triton.language as tl
 def sort_keys(logits, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr):
     """(keys, least): integers in the order of choice, no two of a row equal, all at least least + TOP_K.
 
-    A key holds the bits of the logit, put in integers' order, above 16 bits for the expert: equal logits (-0 and 0 are
-    equal) go to the lower expert. NaN counts as infinity. Two bytes of logit take a key of four, four one of eight.
+    A key holds the logit's magnitude as an integer of the logit's sign, above 16 bits for the expert: equal logits (-0
+    and 0 are equal) go to the lower expert. NaN counts as infinity. Two bytes of logit take a key of four, four one of
+    eight.
     """
     expert = tl.arange(0, EXPERTS_PADDED)[None, None, :]
-    value = logits.to(tl.float32)
-    value = tl.where(value != value, float("inf"), tl.where(value == 0, 0.0, value))
-    bits = value.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if logits.dtype == tl.bfloat16:
+        bits = logits.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        bits = logits.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    sign = bits >> 31
+    INFINITY: tl.constexpr = 0x7F800000
+    ordered = tl.where(magnitude > INFINITY, INFINITY, (magnitude ^ sign) - sign)
     last_first = EXPERTS_PADDED - 1 - expert
     if logits.dtype == tl.bfloat16:
         least: tl.constexpr = -(2**31)
-        keys = (ordered & -65536) | last_first
+        keys = ordered + last_first
     else:
         least: tl.constexpr = -(2**63)
-        keys = (ordered.to(tl.int64) << 32) | last_first
+        keys = (ordered.to(tl.int64) << 32) + last_first
     return tl.where(expert < EXPERTS, keys, least + TOP_K), least
 
 
@@ -39,11 +44,9 @@ def expert_of(key, EXPERTS_PADDED: tl.constexpr):
 @triton.jit
 def logit_of(key):
     """The logit in a key of sort_keys: infinity for NaN, which comes to the same weights."""
-    if key.dtype == tl.int32:
-        bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -65536
-    else:
-        ordered = (key >> 32).to(tl.int32)
-        bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    ordered = key & -65536 if key.dtype == tl.int32 else (key >> 32).to(tl.int32)
+    sign = ordered >> 31
+    bits = ((ordered ^ sign) - sign) | (sign << 31)
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -58,7 +61,8 @@ def choose(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(STRIPS, ROWS, columns): as its how-manieth choice a token uses a column's expert, best first; -1 if it does not.
+    """(choice, experts): as its how-manieth choice a token uses a column's expert, best first, -1 if it does not; and
+    the experts side by side.
 
     Writes the experts, and the softmax over their logits, which is summed from the largest to the least and so has the
     same bits whatever the block's shape.
@@ -85,41 +89,43 @@ def choose(
     for j in tl.static_range(TOP_K):
         experts = experts + (expert_of(best[j], COLUMNS_PADDED),)  # noqa: RUF005
         weights = weights + (tl.exp(logit_of(best[j]) - logit_of(best[0])) / total,)  # noqa: RUF005
-    store_choices(experts_ptr, experts, token, token_ok, TOP_K)
-    store_choices(weights_ptr, weights, token, token_ok, TOP_K)
-    return tl.where(token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32), -1)
+    experts = side_by_side(experts, TOP_K)
+    at = token[:, :, None] * TOP_K + slots(TOP_K)
+    ok = token_ok[:, :, None] & (slots(TOP_K) < TOP_K)
+    tl.store(experts_ptr + at, experts, mask=ok)
+    tl.store(weights_ptr + at, side_by_side(weights, TOP_K), mask=ok)
+    choice = tl.where(token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32), -1)
+    return choice, experts
+
+
+@triton.jit
+def slots(CHOICES: tl.constexpr):
+    """(1, 1, slots): numbers of a row's choices, padded to a power of two."""
+    return tl.arange(0, triton.next_power_of_2(CHOICES))[None, None, :]
 
 
 @triton.jit
 def side_by_side(values, CHOICES: tl.constexpr):
-    """(choices, (STRIPS, ROWS, choices)): numbers of the choices, padded to a power of two, and the tuple's values.
-
-    One block instead of CHOICES, each of which would go through shared memory on its way into memory.
-    """
-    choice = tl.arange(0, triton.next_power_of_2(CHOICES))[None, None, :]
-    block = values[0][:, :, None] + tl.zeros_like(choice).to(values[0].dtype)
+    """(STRIPS, ROWS, slots) of a tuple of CHOICES blocks (STRIPS, ROWS): one store of all, not one of each."""
+    block = values[0][:, :, None] + tl.zeros_like(slots(CHOICES)).to(values[0].dtype)
     for j in tl.static_range(1, CHOICES):
-        block = tl.where(choice == j, values[j][:, :, None], block)
-    return choice, block
+        block = tl.where(slots(CHOICES) == j, values[j][:, :, None], block)
+    return block
 
 
 @triton.jit
-def store_choices(out_ptr, values, row, row_ok, CHOICES: tl.constexpr):
-    """out[row, j] = values[j] of a tuple of CHOICES blocks (STRIPS, ROWS)."""
-    choice, block = side_by_side(values, CHOICES)
-    tl.store(out_ptr + row[:, :, None] * CHOICES + choice, block, mask=row_ok[:, :, None] & (choice < CHOICES))
+def bytes_of_choices(values, choice, CHOICES: tl.constexpr):
+    """(STRIPS, ROWS, slots): values, from 0 to 255, of the columns chosen.
 
-
-@triton.jit
-def of_choices(values, choice, CHOICES: tl.constexpr):
-    """(choices, (STRIPS, ROWS, choices)), as in side_by_side: values of the columns chosen, -1 where there is none.
-
-    values, at least 0, and choice, as of chosen_columns: (STRIPS, ROWS, columns).
+    values, and choice as of chosen_columns: (STRIPS, ROWS, columns). Four of a row's are picked out at once, in a word.
     """
-    out = ()
-    for j in tl.static_range(CHOICES):
-        out = out + (tl.max(tl.where(choice == j, values, -1), axis=2),)  # noqa: RUF005
-    return side_by_side(out, CHOICES)
+    slot = slots(CHOICES)
+    block = tl.zeros_like(slot)
+    for first in tl.static_range(0, CHOICES, 4):
+        mine = choice >= 0 if CHOICES <= 4 else (choice >= first) & (choice < first + 4)
+        word = tl.sum(tl.where(mine, values << (choice & 3) * 8, 0), axis=2)
+        block = tl.where(slot // 4 == first // 4, (word[:, :, None] >> slot % 4 * 8) & 0xFF, block)
+    return block
 
 
 @triton.jit
@@ -134,16 +140,41 @@ def chosen_columns(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(STRIPS, ROWS, columns): as its how-manieth choice a row uses a column's expert; -1 where it does not.
+    """(choice, used): as its how-manieth choice a row uses a column's expert, -1 where it does not; and, the other way
+    round, the columns that it uses (STRIPS, ROWS, slots), best first.
 
     Columns are the router's experts, or those held here where experts are given; a row then is a pair, whose only
-    choice is 0, as nothing keeps a given token's experts apart.
+    choice is 0, as nothing keeps a given token's experts apart. A given expert that is not held here is no column.
     """
     if logits_ptr is not None:
-        choice = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
+        choice, used = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
     else:
         column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
-        expert = tl.load(experts_ptr + row, mask=row < rows, other=0) - offset
-        chosen = (row < rows)[:, :, None] & (column < COLUMNS) & (expert[:, :, None] == column)
-        choice = tl.where(chosen, 0, -1)
-    return choice
+        used = (tl.load(experts_ptr + row, mask=row < rows, other=0) - offset)[:, :, None]
+        choice = tl.where((row < rows)[:, :, None] & (column < COLUMNS) & (used == column), 0, -1)
+    return choice, used
+
+
+@triton.jit
+def at_columns(values, used):
+    """(STRIPS, ROWS, slots): values (columns,) of the columns used; any of them where that is no column."""
+    COLUMNS: tl.constexpr = values.shape[0]
+    column = tl.reshape(used, (used.shape[0] * used.shape[1] * used.shape[2],))
+    column = tl.where((column >= 0) & (column < COLUMNS), column, 0)
+    return tl.reshape(tl.gather(values, column, axis=0), used.shape)
+
+
+@triton.jit
+def held_pairs(
+    used,  # as of chosen_columns
+    offset,  # first expert held here
+    row,  # (STRIPS, ROWS), as in chosen_columns
+    rows,
+    GIVEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    """(pair, held), both (STRIPS, ROWS, slots): its number, and whether it is one whose expert is held here."""
+    expert = used if GIVEN else used - offset
+    held = (row < rows)[:, :, None] & (slots(CHOICES) < CHOICES) & (expert >= 0) & (expert < EXPERTS)
+    return row[:, :, None] * CHOICES + slots(CHOICES), held

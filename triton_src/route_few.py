@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.beside_routing import interleave_or_fetch
-from jmoe.triton_src.choose import chosen_columns, of_choices
+from jmoe.triton_src.choose import at_columns, bytes_of_choices, chosen_columns, held_pairs
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem
@@ -53,17 +53,20 @@ def route_few_kernel(
     if tl.program_id(0) == 0:
         offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
         row = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        choice = chosen_columns(logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
+        GIVEN: tl.constexpr = logits_ptr is None
+        CHOICES: tl.constexpr = 1 if GIVEN else TOP_K
+        choice, used = chosen_columns(
+            logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
+        )
         column = tl.arange(0, COLUMNS_PADDED)
-        expert = column if logits_ptr is None else column - offset
+        expert = column if GIVEN else column - offset
         held = (expert >= 0) & (expert < EXPERTS)
         earlier, count = count_earlier(choice >= 0, STRIPS)
         count = tl.where(held, count, 0)
         begin = tl.cumsum(count, axis=0) - count
-        choice = tl.where(held[None, None, :], choice, -1)
-        CHOICES: tl.constexpr = 1 if logits_ptr is None else TOP_K
-        choices, position = of_choices(begin[None, None, :] + earlier, choice, CHOICES)
-        tl.store(order_ptr + position, row[:, :, None] * CHOICES + choices, mask=(position >= 0) & (choices < CHOICES))
+        position = at_columns(begin, used) + bytes_of_choices(earlier, choice, CHOICES)
+        pair, here = held_pairs(used, offset, row, rows, GIVEN, EXPERTS, CHOICES)
+        tl.store(order_ptr + position, pair, mask=here)
         write_tiles(
             tiles_ptr,
             expert,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.beside_routing import interleave_or_fetch
-from jmoe.triton_src.choose import chosen_columns, of_choices
+from jmoe.triton_src.choose import at_columns, bytes_of_choices, chosen_columns, held_pairs
 from jmoe.triton_src.places import count_earlier, write_tiles
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.route_problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
@@ -58,18 +58,20 @@ def count_kernel(
         expert = column if logits_ptr is None else column - offset
         held = (expert >= 0) & (expert < EXPERTS)
         counts = tl.zeros((COLUMNS_PADDED,), tl.int32)
-        CHOICES: tl.constexpr = 1 if logits_ptr is None else TOP_K
+        GIVEN: tl.constexpr = logits_ptr is None
+        CHOICES: tl.constexpr = 1 if GIVEN else TOP_K
         in_block = tl.arange(0, STRIPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         for step in range(STEPS):
             row = (program * STEPS + step) * STRIPS * ROWS + in_block
-            choice = chosen_columns(
+            choice, used = chosen_columns(
                 logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
             )
             earlier, count = count_earlier(choice >= 0, STRIPS)
-            choice = tl.where(held[None, None, :], choice, -1)
-            choices, place = of_choices(earlier + counts[None, None, :], choice, CHOICES)
-            pair = row[:, :, None] * CHOICES + choices
-            tl.store(places_ptr + pair, place, mask=(place >= 0) & (choices < CHOICES))
+            place = bytes_of_choices(earlier, choice, CHOICES)
+            if STEPS > 1:
+                place += at_columns(counts, used)
+            pair, here = held_pairs(used, offset, row, rows, GIVEN, EXPERTS, CHOICES)
+            tl.store(places_ptr + pair, place, mask=here)
             counts += count
         mine = counts_ptr + program * EXPERTS
         tl.store(mine + expert, counts, mask=held)
