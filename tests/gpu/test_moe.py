@@ -177,7 +177,7 @@ SANITIZED = """
 import torch
 from jmoe.interop.moe import moe
 from tests import torch_layers
-for tokens, mxfp4 in ((5, True), (150, True), (40, False)):
+for tokens, mxfp4 in ((5, True), (150, True), (300, True), (40, False)):
     layer = torch_layers.random_layer(
         tokens=tokens, hidden=160, intermediate=96, experts=6, top_k=3, adapters=2, gate_up_rank=5, down_rank=20,
         mixed=True, mxfp4=mxfp4)
