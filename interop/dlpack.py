@@ -24,6 +24,9 @@ SUPPORTED = "bfloat16, uint8, int32 or float32"
 def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
     """The same memory as a torch tensor, readable on torch's current stream.
 
+    It does not wait for the array. If that fails to be computed, for want of memory say, jaxlib ends the process on a
+    GPU: array.block_until_ready() before would raise instead.
+
     Raises:
       ValueError: the array is no jax.Array, traced or deleted, lies on several devices or not row by row, or has a
         dtype other than bfloat16, uint8, int32 or float32; the text calls it `name`.

@@ -85,7 +85,7 @@ def compare(label: str, layer: Layer, top_k: int) -> Row:
     jmoe's implementations route for themselves, by one rule; the references and the peer are given that routing, since
     others break ties in other ways.
     """
-    routing = route(layer.router_logits, top_k)
+    layer, routing = jax.block_until_ready((layer, route(layer.router_logits, top_k)))
     t, t_routing = jax.tree.map(to_torch, (layer, routing))
     options = {"top_k": top_k, "lora": t.lora, "adapter_ids": t.adapter_ids}
     exact = reference.moe(t.x, None, t.experts, routing=t_routing, **options)
@@ -144,8 +144,8 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def run_jax(layer: Layer, top_k: int, backend: str) -> jax.Array:
-    """The layer under jax.jit, with its routing computed inside."""
-    return jitted_layer(top_k, backend)(layer)
+    """The layer under jax.jit, with its routing computed inside. Waits: see to_torch, for want of memory."""
+    return jitted_layer(top_k, backend)(layer).block_until_ready()
 
 
 @functools.cache
