@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jmoe.bench.case import Case, Size, calls_for
-from jmoe.bench.jax_timing import scan_microseconds, unrolled
+from jmoe.bench.jax_timing import scan_timer, unrolled
 from jmoe.bench.run import attempt
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.buffers import Options, name_buffers
@@ -30,6 +31,9 @@ NOISE = 0.02
 
 TOLERANCE = 2e-2
 """Relative difference from the package's own tile beyond which a result counts as wrong."""
+
+type Timer = Callable[[jax.Array | None], tuple[float, jax.Array]]
+"""(microseconds of a layer, its result) of the wanted result, if there is one; ValueError if its own is another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +94,17 @@ def distinct(tokens: Sequence[int]) -> list[int]:
 
 
 def best_of(table: str, tokens: int, start: Any, entries: Sequence[Any], experts: Experts, capability: int) -> Choice:
-    """Times all candidates at one number of tokens."""
+    """Times all candidates at one number of tokens, one after another; compiled they are side by side."""
     from jmoe.triton_src.tile_tables import candidates
 
-    timer = functools.partial(time_tile, table, tokens, experts, capability)
+    tiles = candidates(entries, start)
+    prepare = functools.partial(prepare_tile, table, tokens, experts, capability)
+    with ThreadPoolExecutor() as threads:
+        prepared = list(threads.map(lambda tile: attempt(functools.partial(prepare, tile)), tiles))
     wanted: jax.Array | None = None
     times: dict[Any, float | str] = {}
-    for tile in candidates(entries, start):
-        outcome = attempt(functools.partial(timer, tile, wanted))
+    for tile, timer in zip(tiles, prepared, strict=True):
+        outcome = timer if isinstance(timer, str) else attempt(functools.partial(timer, wanted))
         if isinstance(outcome, str):
             times[tile] = outcome
             continue
@@ -119,14 +126,8 @@ def choose_best(table: str, tokens: int, times: dict[Any, float | str]) -> Choic
     return Choice(table, tokens, average_rows(tokens), best, ran[best], own, times[own], len(times), failed)
 
 
-def time_tile(
-    table: str, tokens: int, experts: Experts, capability: int, tile: Any, wanted: jax.Array | None
-) -> tuple[float, jax.Array]:
-    """(microseconds of the layer with this tile, its result).
-
-    Raises:
-      ValueError: the result is not the wanted one.
-    """
+def prepare_tile(table: str, tokens: int, experts: Experts, capability: int, tile: Any) -> Timer:
+    """The layer with this tile, compiled."""
     size = Size()
     x, logits = random_input(Case(EXPERTS, tokens), size, unrolled())
     tables = single(table, tile)
@@ -136,10 +137,16 @@ def time_tile(
         buffers = name_buffers(x, logits, experts, None, None, None, 0, None)
         return launch_layer(buffers, options, capability, tables)["y"]
 
-    result = jax.jit(step)(x, logits[0], experts)
-    if wanted is not None and not relative_difference(result, wanted) <= TOLERANCE:
-        raise ValueError("a wrong result")
-    return scan_microseconds(step, x, logits, experts, calls_for(tokens)), result
+    once = jax.jit(step).lower(x, logits[0], experts).compile()
+    microseconds = scan_timer(step, x, logits, experts, calls_for(tokens))
+
+    def timer(wanted: jax.Array | None) -> tuple[float, jax.Array]:
+        result = once(x, logits[0], experts)
+        if wanted is not None and not relative_difference(result, wanted) <= TOLERANCE:
+            raise ValueError("a wrong result")
+        return microseconds(), result
+
+    return timer
 
 
 def single(table: str, tile: Any) -> "TileTables":

@@ -35,18 +35,24 @@ def test_that_no_tile_runs_is_an_error() -> None:
 def test_candidates_are_timed_against_the_first_ones_result(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = []
 
-    def time_tile(table, tokens, experts, capability, tile, result):  # type: ignore[no-untyped-def]
-        wanted.append(result)
-        if len(wanted) == 1:
+    def prepare_tile(table, tokens, experts, capability, tile):  # type: ignore[no-untyped-def]
+        if tile == OTHER:
             raise ValueError("does not compile")
-        return float(len(wanted)), jnp.ones(3) * len(wanted)
 
-    monkeypatch.setattr(tune, "time_tile", time_tile)
+        def timer(result):  # type: ignore[no-untyped-def]
+            wanted.append(result)
+            if len(wanted) == 1:
+                raise ValueError("does not run")
+            return float(len(wanted)), jnp.ones(3) * len(wanted)
+
+        return timer
+
+    monkeypatch.setattr(tune, "prepare_tile", prepare_tile)
     choice = tune.best_of("portable", 64, TILES[90][0], TILES[90], experts=None, capability=90)  # type: ignore[arg-type]
     assert wanted[:2] == [None, None]
     assert all((result == 2).all() for result in wanted[2:])
-    assert (choice.microseconds, choice.failed) == (2.0, 1)
-    assert choice.built_in_microseconds == "ValueError: does not compile"
+    assert (choice.microseconds, choice.failed) == (2.0, 2)
+    assert choice.built_in_microseconds == "ValueError: does not run"
 
 
 def test_each_number_of_tokens_is_measured_once() -> None:
