@@ -76,10 +76,16 @@ class DifferentiableMoe(torch.autograd.Function):
 def backward(options: Options, buffers: Buffers, dy: torch.Tensor, wanted: Buffers) -> Buffers:
     """The gradients, by name, of the buffers that are wanted."""
     logits = buffers.get("router_logits")
-    given = {name: tensor for name, tensor in buffers.items() if name != "router_logits"} | {"dy": dy}
+    given = {name: tensor for name, tensor in buffers.items() if name != "router_logits"}
+    problem = options.problem({name: given[name] for name in given if name != "pre_activations"})
+    if "adapter_ids" in given:
+        # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
+        known = (given["adapter_ids"] >= -1) & (given["adapter_ids"] < problem.adapters)
+        dy = torch.where(known[:, None], dy, 0)
+    given |= {"dy": dy}
     device = dy.device
     plans = plan_moe_backward(
-        options.problem({name: given[name] for name in given if name not in ("dy", "pre_activations")}),
+        problem,
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in wanted.items()},
         None if logits is None else logits.shape[1],
         "pre_activations" in buffers,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def sort_keys(logits, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr):
-    """(keys, least): integers in the order of choice, no two of a row equal, all at least least + TOP_K.
+    """(keys, least): integers in the order of choice, no two experts' of a row equal, all at least least + TOP_K.
 
     A key holds the logit's magnitude as an integer of the logit's sign, above 16 bits for the expert: equal logits (-0
     and 0 are equal) go to the lower expert. NaN counts as infinity. Two bytes of logit take a key of four, four one of
@@ -61,11 +61,10 @@ def choose(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(choice, experts): as its how-manieth choice a token uses a column's expert, best first, -1 if it does not; and
-    the experts side by side.
+    """(choice, experts), the former as its how-manieth choice a token uses a column's expert: -1 if it does not.
 
-    Writes the experts, and the softmax over their logits, which is summed from the largest to the least and so has the
-    same bits whatever the block's shape.
+    The latter are the token's experts side by side, best first. Writes them and the softmax over their logits, which is
+    summed from the largest to the least and so has the same bits whatever the block's shape.
     """
     column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
     token_ok = token < tokens
@@ -140,8 +139,9 @@ def chosen_columns(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(choice, used): as its how-manieth choice a row uses a column's expert, -1 where it does not; and, the other way
-    round, the columns that it uses (STRIPS, ROWS, slots), best first.
+    """(choice, used), the former as its how-manieth choice a row uses a column's expert: -1 where it does not.
+
+    The latter (STRIPS, ROWS, slots) is the other way round: the columns that a row uses, best first.
 
     Columns are the router's experts, or those held here where experts are given; a row then is a pair, whose only
     choice is 0, as nothing keeps a given token's experts apart. A given expert that is not held here is no column.

@@ -31,7 +31,7 @@ def combine_kernel(
     for j in tl.static_range(TOP_K):
         expert = tl.load(experts_ptr + token * TOP_K + j) - offset
         held = (expert >= 0) & (expert < EXPERTS)
-        # P * H passes 2^31 at 131,072 tokens.
+        # P * H may pass 2^31.
         pair = token.to(tl.int64) * TOP_K + j
         acc += tl.load(pair_out_ptr + pair * H + h, mask=held & (h < H), other=0.0).to(tl.float32)
     if adapter_ids_ptr is not None:

@@ -302,8 +302,8 @@ def reads_packed(capability: int) -> bool:
     return capability in PACKED_TILES
 
 
-def plan_sum(source: str, out: str, problem: MoeProblem) -> Plan:
-    """The sum over each token's experts, a layer's last launch."""
+def plan_sum(source: str, out: str, problem: MoeProblem, *, unknown_is_nan: bool = True) -> Plan:
+    """The sum over each token's experts, a layer's last launch; NaN where a token's adapter does not exist."""
     p = problem
     return plan_combine(
         source,
@@ -313,6 +313,6 @@ def plan_sum(source: str, out: str, problem: MoeProblem) -> Plan:
         hidden=p.hidden,
         experts=p.experts,
         adapters=p.adapters,
-        adapter_ids=p.adapter_ids,
+        adapter_ids=p.adapter_ids and unknown_is_nan,
         expert_offset=p.expert_offset,
     )

@@ -29,6 +29,8 @@ def plan_moe_backward(
 ) -> list[Plan]:
     """The launches for a GPU of this compute capability, in order, which write f"{name}_grad" of what is wanted.
 
+    They read dy, which is zero for tokens whose adapter does not exist.
+
     problem: of the layer with experts and weights given, as the forward pass chose them.
     wanted: name -> dtype of the gradient, of x, router_logits or weights, gate_up_a and so on, gate_up_bias, down_bias.
     router_experts: columns of the router's logits, or None if their gradient is not asked for.
@@ -110,7 +112,7 @@ def plan_moe_backward(
                 projection, dtype=bias_dtype, n=n, slots=slots, pairs=p.pairs, top_k=p.top_k, experts=p.experts
             )
         )
-    plans.append(plan_sum("pair_dx", "x_grad", p))
+    plans.append(plan_sum("pair_dx", "x_grad", p, unknown_is_nan=False))
     return needed(plans, {f"{name}_grad" for name in wanted})
 
 

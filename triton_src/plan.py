@@ -20,7 +20,7 @@ class Plan:
 
     operands: kernel parameter -> name of the buffer it reads, or None for an optional operand that is absent.
     scalars: kernel parameter -> 32-bit integer known when the launch is planned but kept out of the binary.
-    outputs: kernel parameter -> buffer it writes; every element that a later launch reads is written.
+    outputs: kernel parameter -> buffer it writes; every element that a later launch makes use of is written.
     updates: those of the operands' parameters whose buffers the launch also writes, in place.
     constexprs: kernel parameter -> value compiled into the kernel.
     max_registers: a thread's registers, for more programs on a multiprocessor; None leaves it to the compiler.

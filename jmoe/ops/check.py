@@ -124,7 +124,9 @@ def check_experts(experts: Experts) -> tuple[int, int]:
 
 
 def check_routing(routing: Routing, tokens: tuple[int, ...], top_k: int) -> None:
-    """Raises ValueError unless the routing is int32 and float32 [..., k] for these tokens."""
+    """Raises ValueError unless top_k is positive and the routing is int32 and float32 [..., k] for these tokens."""
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     for name, array, dtype in (
         ("experts", routing.experts, jnp.int32),
         ("weights", routing.weights, jnp.float32),

@@ -45,7 +45,8 @@ def moe(
       top_k: experts a token.
       lora: adapters on the experts; see jmoe.Lora.
       adapter_ids: int32 [...], the adapter of each token, -1 for none. None with a Lora of one adapter: adapter 0 for
-        all. An id that no adapter has is an error when concrete, and makes its token NaN when traced.
+        all. An id that no adapter has is an error when concrete, and makes its token NaN when traced, from which no
+        gradient comes.
       routing: a choice of experts to use instead of the logits', which are then ignored and may be None.
       expert_offset: `experts` holds the experts from this one on, of more that the router knows; pairs of others add
         nothing, so that shards sum to the whole. May be traced.

@@ -137,6 +137,31 @@ def test_nan_ends_where_autograd_has_it() -> None:
         assert relative_error(ours[name], exact[name]) <= 2 * RELATIVE, name
 
 
+def test_no_gradient_comes_from_a_token_whose_adapter_does_not_exist() -> None:
+    layer = random_layer(tokens=6, adapters=2, gate_up_rank=3, down_rank=3)
+    layer = dataclasses.replace(layer, adapter_ids=torch.tensor([0, 1, -1, 5, 0, -2], dtype=torch.int32))
+    dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    masked = dy.clone()
+    masked[[3, 5]] = 0
+    got, want = gradients(layer, moe, dy), gradients(layer, moe, masked)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert (got["x"][[3, 5]] == 0).all()
+    assert (got["router_logits"][[3, 5]] == 0).all()
+    assert all(torch.isfinite(grad).all() for grad in got.values())
+
+
+@pytest.mark.parametrize("limit", [7.0, 7.02, 5.03])
+def test_what_is_just_within_the_limit_has_a_gradient_and_what_is_beyond_none(limit: float) -> None:
+    layer = random_layer(tokens=1, hidden=32, intermediate=32, experts=1, top_k=1, mxfp4=False)
+    within = torch.tensor([True, False]).repeat(16)
+    gate = torch.where(within, limit - 0.003, limit + 0.003)
+    bias = torch.stack([gate, gate], dim=1).reshape(1, 64)
+    weight = torch.zeros(1, 64, 32).bfloat16()
+    layer = dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, gate_up=weight, gate_up_bias=bias))
+    grad = gradients(layer, moe, torch.ones_like(layer.x), swiglu_limit=limit, recompute=False)["gate_up_bias"]
+    assert torch.equal((grad != 0).reshape(32, 2), within[:, None].expand(32, 2))
+
+
 def test_differences_of_the_float64_layer_are_the_gradient_in_x() -> None:
     layer = random_layer(tokens=6, adapters=1, gate_up_rank=5, down_rank=3)
     dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()

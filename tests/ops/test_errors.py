@@ -118,6 +118,12 @@ def test_bad_routing(message: str, routing: jmoe.Routing) -> None:
         run(routing=routing)
 
 
+def test_a_routing_of_no_experts() -> None:
+    routing = jmoe.Routing(zeros(6, 0, dtype=jnp.int32), zeros(6, 0, dtype=jnp.float32))
+    with pytest.raises(ValueError, match=r"^top_k must be at least 1, got 0$"):
+        run(top_k=0, routing=routing)
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r'^backend must be "triton", "xla", a jmoe.Target or None, got \'cuda\'$'):
         run(backend="cuda")

@@ -115,6 +115,10 @@ def launch_gradients(
     extra = {name: buffers[name] for name in ("dy", "pre_activations") if name in buffers}
     given = {name: array for name, array in buffers.items() if name not in ("router_logits", *extra)}
     given, problem = problem_of(given, options, capability)
+    if "adapter_ids" in given:
+        # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
+        known = (given["adapter_ids"] >= -1) & (given["adapter_ids"] < problem.adapters)
+        extra["dy"] = jnp.where(known[:, None], extra["dy"], 0)
     plans = plan_moe_backward(
         problem,
         {name: buffers[name].dtype.name for name in wanted},
