@@ -84,6 +84,10 @@ def check_adapters(buffers: dict[str, torch.Tensor]) -> None:
     counts = [buffers[name].shape[0] for name in ("gate_up_scale", "down_scale") if name in buffers]
     if counts and counts[0] != 1 and "adapter_ids" not in buffers:
         raise ValueError(f"adapter_ids must be given with {counts[0]} adapters, got None")
+    for name in ("gate_up_a", "down_a"):
+        if name in buffers and 0 in (buffers[name].shape[0], buffers[name].shape[2]):
+            shape = tuple(buffers[name].shape)
+            raise ValueError(f"{name} must hold at least one adapter of rank 1 or more, got shape {shape}")
     if not counts and "adapter_ids" in buffers:
         raise ValueError("adapter_ids were given without lora: there is no adapter they could name")
 

@@ -132,9 +132,13 @@ def moe(
             buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
         if bias is not None:
             buffers[f"{projection}_bias"] = bias
-        if lora is not None and getattr(lora, f"{projection}_a") is not None:
-            for part in ("a", "b", "scale"):
-                buffers[f"{projection}_{part}"] = getattr(lora, f"{projection}_{part}")
+        parts = {f"{projection}_{part}": getattr(lora, f"{projection}_{part}", None) for part in ("a", "b", "scale")}
+        given = {name: tensor for name, tensor in parts.items() if tensor is not None}
+        if 0 < len(given) < len(parts):
+            raise ValueError(f"{projection}_a, _b and _scale must be given together or not at all, got {[*given]}")
+        buffers |= given
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise ValueError(f"top_k must be an int, got {top_k!r}")
     intermediate = intermediate_size(experts.gate_up)
     check_buffers(buffers, top_k, intermediate)
     options = Options(
@@ -146,6 +150,8 @@ def moe(
         recompute=recompute,
     )
     capability_of(x.device, grouped_matmul_kernel)
+    if options.packed and x.device.type == "cpu":
+        raise NotImplementedError("packed weights are read on a GPU alone: Triton's interpreter takes no Gluon kernels")
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in buffers.values()):

@@ -1,5 +1,6 @@
 """Text that follows prompts: batches of different lengths, sampled, stopped and streamed."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -125,15 +126,17 @@ def check_options(
     model: GptOss, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, chunk: int
 ) -> None:
     """Raises ValueError unless generate can go on from these."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"prompts must be at least one token each, got lengths {[len(prompt) for prompt in prompts]}")
+    if not all(np.issubdtype(np.asarray(prompt).dtype, np.integer) for prompt in prompts):
+        raise ValueError("prompts must be token ids, which are integers")
     largest, smallest = max(max(prompt) for prompt in prompts), min(min(prompt) for prompt in prompts)
     if smallest < 0 or largest >= model.config.vocab_size:
         raise ValueError(f"token ids must be in [0, {model.config.vocab_size}), got {smallest} to {largest}")
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0:
+    if math.isnan(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")

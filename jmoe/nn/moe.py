@@ -13,11 +13,12 @@ from jmoe.checkpoint import MoeLayer
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
 from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
-from jmoe.ops.check import check_lora
+from jmoe.ops.check import check_backend, check_experts, check_lora
+from jmoe.ops.check_weight import check_float
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
-from jmoe.ops.routing import Routing, check_top_k, route
+from jmoe.ops.routing import Routing, as_int, check_top_k, route
 
 
 class MoE(nnx.Module):
@@ -67,7 +68,9 @@ class MoE(nnx.Module):
           ValueError: train_experts with MXFP4 experts, which are constants; sizes, top_k or adapters that do not fit
             the weights.
         """
+        top_k = as_int("top_k", top_k)
         check_top_k(top_k, num_experts)
+        check_backend(backend)
         self.top_k = top_k
         self.swiglu_alpha = swiglu_alpha
         self.swiglu_limit = swiglu_limit
@@ -86,7 +89,7 @@ class MoE(nnx.Module):
         kind = nnx.Param if train_router else Frozen
         self.router_kernel = kind(router_kernel)
         self.router_bias = None if router_bias is None else kind(router_bias)
-        if train_experts and not all(isinstance(getattr(experts, p), jax.Array) for p in PROJECTIONS):
+        if train_experts and any(isinstance(getattr(experts, p), Mxfp4 | PackedMxfp4) for p in PROJECTIONS):
             raise ValueError(
                 "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
                 "jmoe.dequantize them first"
@@ -167,8 +170,15 @@ class MoE(nnx.Module):
         return None if all(part is None for part in parts.values()) else Lora(**parts)
 
     def router_logits(self, x: Float[Array, "... H"]) -> Float[Array, "... E"]:
-        """x @ router_kernel + router_bias, summed in float32 and rounded once to x's dtype."""
+        """x @ router_kernel + router_bias, summed in float32 and rounded once to x's dtype.
+
+        Raises:
+          ValueError: x is not bfloat16 or float32 [..., H].
+        """
+        check_float("x", x)
         kernel = self.router_kernel.get_value().astype(x.dtype)
+        if x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+            raise ValueError(f"x must have inner size {kernel.shape[0]} like the router's H, got shape {x.shape}")
         logits = jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         if self.router_bias is not None:
             logits += self.router_bias.get_value().astype(jnp.float32)
@@ -254,7 +264,8 @@ def random_experts(hidden: int, intermediate: int, num_experts: int, mxfp4: bool
 
 
 def check_sizes(experts: Experts, hidden: int, intermediate: int, num_experts: int) -> None:
-    """Raises ValueError unless the experts have these sizes."""
+    """Raises ValueError unless the experts' arrays fit together and have these sizes."""
+    check_experts(experts)
     wanted = {"gate_up": (num_experts, 2 * intermediate, hidden), "down": (num_experts, hidden, intermediate)}
     for name, shape in wanted.items():
         weight: Mxfp4 | PackedMxfp4 | Array = getattr(experts, name)

@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.ops.check_weight import check_float, check_shape, check_weight
 from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.mxfp4 import BLOCK, Mxfp4, PackedMxfp4
-from jmoe.ops.packed import TILE
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, check_top_k
-
-FLOATS = (jnp.bfloat16, jnp.float32)
+from jmoe.ops.target import Target
 
 
 def check_moe(
@@ -21,8 +19,12 @@ def check_moe(
     lora: Lora | None,
     adapter_ids: jax.Array | None,
     routing: Routing | None,
+    expert_offset: jax.Array | int,
 ) -> None:
     """Raises ValueError if the arguments of jmoe.moe do not fit together: what is wrong, what was wanted, what came."""
+    for name, array in (("x", x), ("router_logits", router_logits), ("adapter_ids", adapter_ids)):
+        if array is not None and not hasattr(array, "shape"):
+            raise ValueError(f"{name} must be an array, got {type(array).__name__}")
     if x.ndim < 1:
         raise ValueError(f"x must have rank 1 or more [..., H], got shape {x.shape}")
     check_float("x", x)
@@ -45,6 +47,7 @@ def check_moe(
         check_top_k(top_k, router_logits.shape[-1])
     check_lora(lora, experts)
     check_adapter_ids(adapter_ids, lora, tokens)
+    check_integer("expert_offset", expert_offset)
 
 
 def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tuple[Experts, Lora | None]:
@@ -63,45 +66,23 @@ def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tu
             f"{[leaf.shape for leaf in leaves]}"
         )
     (count,) = counts
-    if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
-        raise ValueError(f"layer must be an integer scalar, got {layer!r}")
+    check_integer("layer", layer)
     if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < count:
         raise ValueError(f"layer must be in [0, {count}), got {layer}")
     one, one_lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
     return one, one_lora if stacked[1] is not None else lora
 
 
-def check_float(name: str, array: jax.Array) -> None:
-    """Raises ValueError unless the array is bfloat16 or float32."""
-    if array.dtype not in FLOATS:
-        raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
+def check_integer(name: str, value: jax.Array | int) -> None:
+    """Raises ValueError unless the value is an integer or an array of one, without axes."""
+    if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{name} must be an integer scalar, got {value!r}")
 
 
-def check_shape(name: str, array: jax.Array, want: tuple[int, ...]) -> None:
-    """Raises ValueError unless the array has this shape."""
-    if array.shape != want:
-        raise ValueError(f"{name} must have shape {want}, got {array.shape}")
-
-
-def check_weight(name: str, weight: Mxfp4 | PackedMxfp4 | jax.Array) -> None:
-    """Raises ValueError unless the weight is well-formed MXFP4, packed or not, or a floating array of rank 3."""
-    if isinstance(weight, PackedMxfp4):
-        tiles = (weight.words.shape[0], -(-weight.n // TILE), -(-weight.k // TILE))
-        for part, array, last in (("words", weight.words, 512), ("scales", weight.scales, 32)):
-            check_shape(f"{name}.{part}", array, (*tiles, last))
-            if array.dtype != jnp.int32:
-                raise ValueError(f"{name}.{part} must be int32, got {array.dtype}")
-        return None
-    if not isinstance(weight, Mxfp4):
-        if weight.ndim != 3:
-            raise ValueError(f"{name} must have rank 3 [E, N, K], got shape {weight.shape}")
-        return check_float(name, weight)
-    for part, array in (("blocks", weight.blocks), ("scales", weight.scales)):
-        if array.dtype != jnp.uint8:
-            raise ValueError(f"{name}.{part} must be uint8, got {array.dtype}")
-    if weight.scales.ndim != 3:
-        raise ValueError(f"{name}.scales must have rank 3 [E, N, K/{BLOCK}], got shape {weight.scales.shape}")
-    check_shape(f"{name}.blocks", weight.blocks, (*weight.scales.shape, BLOCK // 2))
+def check_backend(backend: object) -> None:
+    """Raises ValueError unless jmoe.moe knows the backend."""
+    if not (backend in (None, "triton", "xla") or isinstance(backend, Target)):
+        raise ValueError(f'backend must be "triton", "xla", a jmoe.Target or None, got {backend!r}')
 
 
 def check_experts(experts: Experts) -> tuple[int, int]:
@@ -109,6 +90,8 @@ def check_experts(experts: Experts) -> tuple[int, int]:
     check_weight("experts.gate_up", experts.gate_up)
     check_weight("experts.down", experts.down)
     count, double, hidden = experts.gate_up.shape
+    if count < 1:
+        raise ValueError(f"experts.gate_up must hold at least one expert, got shape {experts.gate_up.shape}")
     if double % 2:
         raise ValueError(f"experts.gate_up must have an even number of rows 2I, got shape {experts.gate_up.shape}")
     if experts.down.shape != (count, hidden, double // 2):
@@ -140,6 +123,10 @@ def check_lora(lora: Lora | None, experts: Experts) -> None:
     """Raises ValueError unless every projection's A, B and scale agree with each other and with the experts."""
     if lora is None:
         return
+    for projection in ("gate_up", "down"):
+        scale = getattr(lora, f"{projection}_scale")
+        if scale is not None and scale.ndim != 1:
+            raise ValueError(f"lora.{projection}_scale must have rank 1 [A], got shape {scale.shape}")
     adapters = adapter_count(lora)
     for projection in ("gate_up", "down"):
         a, b, scale = (getattr(lora, f"{projection}_{part}") for part in ("a", "b", "scale"))

@@ -7,7 +7,7 @@ import jax
 import jax.export
 
 from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.mxfp4 import Mxfp4
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.routing import Routing
 
 TRITON_CUSTOM_CALL = "triton_kernel_call_ffi"
@@ -24,7 +24,7 @@ def allow_triton_call() -> tuple[jax.export.DisabledSafetyCheck, ...]:
 
 def register_serialization() -> None:
     """Lets exported functions take and return the containers."""
-    for container in (Mxfp4, Experts, Lora, Routing):
+    for container in (Mxfp4, PackedMxfp4, Experts, Lora, Routing):
         assert dataclasses.is_dataclass(container)
         jax.export.register_pytree_node_serialization(
             container,

@@ -8,12 +8,12 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.buffers import Options, moe_xla, name_buffers
-from jmoe.ops.check import check_moe, one_layer
+from jmoe.ops.check import check_backend, check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_dtypes
 from jmoe.ops.reference import adapter_count
-from jmoe.ops.routing import Routing
+from jmoe.ops.routing import Routing, as_int
 from jmoe.ops.sharding import vary_alike
 from jmoe.ops.target import Target
 
@@ -51,7 +51,8 @@ def moe(
       expert_offset: `experts` holds the experts from this one on, of more that the router knows; pairs of others add
         nothing, so that shards sum to the whole. May be traced.
       layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
-        May be traced. In a lax.scan over layers the kernels read a stack in place, where slices would be copied.
+        May be traced, and must then be one of them. In a lax.scan over layers the kernels read a stack in place, where
+        slices would be copied.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
       swiglu_alpha, swiglu_limit: of gpt-oss's activation; see jmoe.ops.reference.swiglu.
@@ -69,9 +70,9 @@ def moe(
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
     """
     one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)
-    check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing)
-    if not (backend in (None, "triton", "xla") or isinstance(backend, Target)):
-        raise ValueError(f'backend must be "triton", "xla", a jmoe.Target or None, got {backend!r}')
+    top_k = as_int("top_k", top_k)
+    check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing, expert_offset)
+    check_backend(backend)
     if one_lora is not None and adapter_count(one_lora) == 0:
         lora = None
 

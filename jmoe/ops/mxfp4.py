@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int32, UInt8
 BLOCK = 32
 """Consecutive values along K that share one scale byte."""
 
+TILE = 64
+"""Rows and columns of PackedMxfp4's blocks; N and K are padded with zeros to multiples of it."""
+
 NAN_SCALE = 255
 """The e8m0 byte that is not a number; every value of its block is NaN."""
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1 magnitudes i and i + 1
 _E2M1_LARGEST_EXPONENT = 2  # 6 = 1.5 * 2**2
 
@@ -107,8 +109,17 @@ def dequantize(q: Mxfp4, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "E N K
     254 overflow to infinity where the format's value passes the dtype's range, 255 gives NaN for its whole block.
     """
     nibbles = jnp.stack([q.blocks & 15, q.blocks >> 4], axis=-1).reshape(*q.scales.shape, BLOCK)
-    values = jnp.array(_E2M1, jnp.float32)[nibbles] * scale_values(q.scales)[..., None]
+    values = e2m1_values(nibbles) * scale_values(q.scales)[..., None]
     return values.reshape(q.shape).astype(dtype)
+
+
+def e2m1_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """e2m1 codes, 0 to 15, as float32: a sign, two bits of exponent with bias 1, one of mantissa."""
+    code = codes.astype(jnp.uint32)
+    exponent, mantissa = (code >> 1) & 3, code & 1
+    half = jnp.uint32(0x3F000000)  # 0.5, the one subnormal
+    magnitude = jnp.where(exponent == 0, mantissa * half, ((exponent + 126) << 23) | (mantissa << 22))
+    return lax.bitcast_convert_type((code >> 3 << 31) | magnitude, jnp.float32)
 
 
 def scale_values(scales: UInt8[Array, "..."]) -> Float[Array, "..."]:

@@ -11,11 +11,9 @@ from jax import lax
 from jax.sharding import Sharding
 from jaxtyping import Array, Int32, UInt8
 
+from jmoe.ops.check_weight import check_weight
 from jmoe.ops.experts import Experts
-from jmoe.ops.mxfp4 import BLOCK, Mxfp4, PackedMxfp4
-
-TILE = 64
-"""Rows and columns of the blocks that weights are stored in; N and K are padded with zeros to multiples of it."""
+from jmoe.ops.mxfp4 import BLOCK, TILE, Mxfp4, PackedMxfp4
 
 UNIT_SCALE = 127
 """The scale byte of padding: 2**0."""
@@ -32,22 +30,30 @@ def pack(experts: Experts) -> Experts:
     LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
     checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device
     but for it and the result.
+
+    Raises:
+      ValueError: a weight's arrays do not fit together, or are of several layers.
     """
     return map_weights(experts, pack_weight, Mxfp4)
 
 
 def unpack(experts: Experts) -> Experts:
-    """The inverse of pack."""
+    """The inverse of pack.
+
+    Raises:
+      ValueError: a weight's arrays do not fit together, or are of several layers.
+    """
     return map_weights(experts, unpack_weight, PackedMxfp4)
 
 
-def map_weights(experts: Experts, change: Callable[[Any], Any], kind: type) -> Experts:
+def map_weights(experts: Experts, change: Callable[[Any], Any], kind: type[Any]) -> Experts:
     """The experts with `change` applied to the weights of this kind."""
-    changed = {
-        projection: change(weight)
-        for projection in ("gate_up", "down")
-        if isinstance(weight := getattr(experts, projection), kind)
-    }
+    changed = {}
+    for projection in ("gate_up", "down"):
+        weight = getattr(experts, projection)
+        if isinstance(weight, kind):
+            check_weight(f"experts.{projection}", weight)
+            changed[projection] = change(weight)
     return dataclasses.replace(experts, **changed)
 
 

@@ -1,6 +1,8 @@
 """The choice of experts for each token."""
 
 import dataclasses
+import operator
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,11 @@ def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
     Equal logits go to the lower expert. NaN counts as infinity, so that it is chosen and its token's weights are NaN.
 
     Raises:
-      ValueError: top_k is not between 1 and E, or the logits are not bfloat16 or float32.
+      ValueError: top_k is no integer between 1 and E, or the logits are not bfloat16 or float32.
     """
+    if jnp.ndim(router_logits) < 1:
+        raise ValueError(f"router_logits must have rank 1 or more [..., E], got {router_logits!r}")
+    top_k = as_int("top_k", top_k)
     check_top_k(top_k, router_logits.shape[-1])
     if router_logits.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"router_logits must be bfloat16 or float32, got {router_logits.dtype}")
@@ -36,6 +41,20 @@ def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
     _, experts = lax.top_k(lax.stop_gradient(order), top_k)
     weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     return Routing(experts, weights)
+
+
+def as_int(name: str, value: SupportsIndex) -> int:
+    """The value as Python's int, which what is compiled can be looked up by.
+
+    Raises:
+      ValueError: it is no integer, a bool, or traced.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
 def check_top_k(top_k: int, experts: int) -> None:

@@ -17,7 +17,9 @@ class Target:
     architecture: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"sm_(8[0-9]|9[0-9]|1[0-9][0-9])", self.architecture):
+        if not isinstance(self.architecture, str) or not re.fullmatch(
+            r"sm_(8[0-9]|9[0-9]|1[0-9][0-9])", self.architecture
+        ):
             raise ValueError(f'architecture must be "sm_80" or later, as in "sm_90", got {self.architecture!r}')
 
     @property

@@ -90,6 +90,8 @@ def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
         ({"prompts": [[1], []]}, r"got lengths \[1, 0\]"),
         ({"prompts": [[128]]}, r"token ids must be in \[0, 128\), got 128 to 128"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prompts": [[1.7]]}, "prompts must be token ids, which are integers"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"temperature": -1}, "temperature must be 0 or more, got -1"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jmoe
 from jmoe.interop import launch, reference
+from jmoe.interop.dlpack import to_torch
 from jmoe.interop.moe import moe
 from jmoe.ops.random_layer import LayerShape
 from jmoe.ops.random_layer import random_layer as jax_random_layer
@@ -247,6 +248,14 @@ REFUSED = {
     "gate_up_b must have shape (2, 4, 192, 4), got (2, 4, 192, 8)": lora(gate_up_b=torch.zeros(2, 4, 192, 8)),
     "down_a must have shape (2, 4, 3, 96), got (1, 4, 3, 96)": lora(down_a=torch.zeros(1, 4, 3, 96)),
     "down_scale must be float32, got torch.bfloat16": lora(down_scale=torch.zeros(2).bfloat16()),
+    "down_a, _b and _scale must be given together or not at all, got ['down_b', 'down_scale']": lora(down_a=None),
+    "gate_up_a, _b and _scale must be given together or not at all, got ['gate_up_a']": lora(
+        gate_up_b=None, gate_up_scale=None
+    ),
+    "down_a must hold at least one adapter of rank 1 or more, got shape (2, 4, 0, 96)": lora(
+        down_a=torch.zeros(2, 4, 0, 96), down_b=torch.zeros(2, 4, 64, 0)
+    ),
+    "top_k must be an int, got 2.0": layer(top_k=2.0),
     "adapter_ids must be int32, got torch.int64": layer(adapter_ids=torch.zeros(4, dtype=torch.int64)),
     "adapter_ids must have shape (4,), got (3,)": layer(adapter_ids=torch.zeros(3, dtype=torch.int32)),
     "adapter_ids must be given with 2 adapters, got None": layer(adapter_ids=None),
@@ -259,6 +268,13 @@ REFUSED = {
 def test_tensors_that_do_not_fit_are_named(message: str, bad: Layer) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         moe(bad.x, bad.router_logits, bad.experts, **bad.options)
+
+
+def test_packed_weights_are_not_interpreted() -> None:
+    shape = LayerShape(4, hidden=64, intermediate=96, experts=4, top_k=2)
+    packed = jmoe.pack(jax_random_layer(shape).experts)
+    with pytest.raises(NotImplementedError, match="packed weights are read on a GPU alone"):
+        moe(PLAIN.x, PLAIN.router_logits, jax.tree.map(to_torch, packed), **PLAIN.options)
 
 
 def test_a_routing_that_does_not_fit_is_named() -> None:

@@ -258,6 +258,12 @@ def test_weights_of_other_sizes_are_an_error() -> None:
     layer = new_layer()
     with pytest.raises(ValueError, match=r"experts.gate_up must stand for \(4, 192, 32\), got \(4, 192, 64\)"):
         MoE(32, INTERMEDIATE, EXPERTS, top_k=2, rngs=nnx.Rngs(0), experts=layer.experts)
+    with pytest.raises(ValueError, match=r"experts.down_bias must have shape \(4, 64\), got \(4, 1\)"):
+        new_layer(experts=dataclasses.replace(layer.experts, down_bias=jnp.zeros((4, 1))))
+    with pytest.raises(ValueError, match=r"x must have inner size 64 like the router's H, got shape \(2, 32\)"):
+        layer(jnp.zeros((2, 32), jnp.bfloat16))
+    with pytest.raises(ValueError, match=r'backend must be "triton", "xla", a jmoe.Target or None'):
+        new_layer(backend="cuda")
     with pytest.raises(ValueError, match=r"router_kernel must be \[H, E\] = \(64, 4\), got \(4, 64\)"):
         MoE.from_weights(layer.experts, layer.router_kernel[...].T, top_k=2)
 

@@ -1,11 +1,13 @@
 """Bad arguments of jmoe.moe: what was wrong, what was wanted, what came."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jmoe
@@ -50,6 +52,10 @@ CASES = {
     "router_logits must be (6, 'E') to match x (6, 64), got (6,)": layer(router_logits=zeros(6)),
     "router_logits must have a column for each of the 5 experts, got shape (6, 4)": layer(router_logits=zeros(6, 4)),
     "router_logits may be None only when routing is given": layer(router_logits=None),
+    "x must be an array, got list": layer(x=[1.0]),
+    "experts.gate_up must hold at least one expert, got shape (0, 192, 64)": experts(
+        gate_up=zeros(0, 192, 64), down=zeros(0, 64, 96)
+    ),
     "experts.gate_up must have rank 3 [E, N, K], got shape (5, 192)": experts(gate_up=zeros(5, 192)),
     "experts.gate_up must be bfloat16 or float32, got int32": experts(gate_up=zeros(5, 192, 64, dtype=jnp.int32)),
     "experts.gate_up must have an even number of rows 2I, got shape (5, 191, 64)": experts(gate_up=zeros(5, 191, 64)),
@@ -77,6 +83,7 @@ CASES = {
     "lora.down_b must have shape (2, 5, 64, 4), got (3, 5, 64, 4)": lora(down_b=zeros(3, 5, 64, 4)),
     "lora.down_a must be bfloat16 or float32, got int32": lora(down_a=zeros(2, 5, 4, 96, dtype=jnp.int32)),
     "lora.gate_up_scale must be float32, got bfloat16": lora(gate_up_scale=zeros(2)),
+    "lora.down_scale must have rank 1 [A], got shape ()": lora(down_scale=zeros(dtype=jnp.float32)),
     "lora.gate_up_a must hold at least one adapter of rank 1 or more, got shape (2, 5, 0, 64)": lora(
         gate_up_a=zeros(2, 5, 0, 64), gate_up_b=zeros(2, 5, 192, 0)
     ),
@@ -124,13 +131,38 @@ def test_a_routing_of_no_experts() -> None:
         run(top_k=0, routing=routing)
 
 
+@pytest.mark.parametrize("top_k", [2.0, True, None])
+def test_top_k_that_is_no_integer(top_k: object) -> None:
+    for call in (lambda: run(top_k=top_k), lambda: jmoe.route(LAYER.router_logits, top_k)):
+        with pytest.raises(ValueError, match=f"^top_k must be an integer, got {top_k}$"):
+            call()
+
+
+def test_top_k_may_be_any_integer() -> None:
+    for top_k in (np.int64(2), jnp.int32(2)):
+        assert jnp.array_equal(run(top_k=top_k), run(top_k=2))
+        call = jax.jit(functools.partial(run, top_k=top_k, backend=jmoe.Target("sm_90")))
+        assert call.trace(LAYER).lower(lowering_platforms=("cuda",)) is not None
+
+
+@pytest.mark.parametrize("offset", [1.5, jnp.zeros(2, jnp.int32)])
+def test_an_expert_offset_that_is_no_integer_scalar(offset: object) -> None:
+    with pytest.raises(ValueError, match=r"^expert_offset must be an integer scalar, got "):
+        run(expert_offset=offset)
+
+
+def test_route_needs_an_axis_of_experts() -> None:
+    with pytest.raises(ValueError, match=r"^router_logits must have rank 1 or more \[\.\.\., E\], got "):
+        jmoe.route(zeros(), 1)
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r'^backend must be "triton", "xla", a jmoe.Target or None, got \'cuda\'$'):
         run(backend="cuda")
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "90", "sm_9", "gfx942"])
-def test_unknown_target(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["sm_75", "90", "sm_9", "gfx942", 90])
+def test_unknown_target(architecture: object) -> None:
     message = f'architecture must be "sm_80" or later, as in "sm_90", got {architecture!r}'
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         jmoe.Target(architecture)

@@ -1,7 +1,6 @@
 """jmoe.moe on the XLA backend: its numbers against float64, and what JAX's transformations make of it."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -235,18 +234,28 @@ def test_orbax_saves_and_restores_containers(packed: bool, tmp_path: object) -> 
     assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True))
 
 
-def test_export_and_back() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_export_and_back(packed: bool) -> None:
     layer = random_layer(dataclasses.replace(SMALL, adapters=1, rank=3))
-    call = functools.partial(run, backend="xla")
-    jax.export.register_pytree_node_serialization(
-        Layer,
-        serialized_name="tests.Layer",
-        serialize_auxdata=lambda aux: repr(aux).encode(),
-        deserialize_auxdata=lambda raw: (),
-    )
-    exported = jax.export.export(jax.jit(call))(layer)
-    again = jax.export.deserialize(exported.serialize())
-    assert jnp.array_equal(again.call(layer), call(layer))
+    if packed:
+        layer = dataclasses.replace(layer, experts=jmoe.pack(layer.experts))
+    arguments = (layer.x, layer.router_logits, layer.experts, layer.lora)
+    call = jax.jit(lambda x, logits, experts, lora: jmoe.moe(x, logits, experts, top_k=2, lora=lora, backend="xla"))
+    again = jax.export.deserialize(jax.export.export(call)(*arguments).serialize())
+    assert jnp.array_equal(again.call(*arguments), call(*arguments))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_vmap_inside_shard_map(packed: bool) -> None:
+    layer = random_layer(LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2))
+    experts = jmoe.pack(layer.experts) if packed else layer.experts
+    mesh = jax.make_mesh((2,), ("tokens",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(x: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, logits: jmoe.moe(x, logits, experts, top_k=2))(x, logits)
+
+    sharded = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P("tokens"), out_specs=P("tokens")))
+    assert jnp.array_equal(sharded(layer.x, layer.router_logits), jax.jit(run)(layer))
 
 
 def test_expert_shards_under_shard_map_sum_to_the_whole() -> None:

@@ -102,6 +102,29 @@ def test_the_layer_on_packed_experts_has_the_same_bits(part: str) -> None:
     np.testing.assert_array_equal(call(packed), call(layer.experts))
 
 
+def test_weights_that_cannot_be_packed_are_refused() -> None:
+    experts = random_layer(LayerShape(1, hidden=64, intermediate=64, experts=4, top_k=1)).experts
+    few = jmoe.Mxfp4(experts.down.blocks[:3], experts.down.scales)
+    with pytest.raises(
+        ValueError, match=r"^experts.down.blocks must have shape \(4, 64, 2, 16\), got \(3, 64, 2, 16\)$"
+    ):
+        jmoe.pack(dataclasses.replace(experts, down=few))
+    wide = jmoe.Mxfp4(experts.down.blocks.astype(jnp.int32), experts.down.scales)
+    with pytest.raises(ValueError, match=r"^experts.down.blocks must be uint8, got int32$"):
+        jmoe.pack(dataclasses.replace(experts, down=wide))
+    with pytest.raises(
+        ValueError, match=r"^experts.gate_up.scales must have rank 3 \[E, N, K/32\], got shape \(1, 4, "
+    ):
+        jmoe.pack(jax.tree.map(lambda leaf: leaf[None], experts))
+    with pytest.raises(
+        ValueError, match=r"^experts.gate_up.words must have rank 4 \[E, N/64, K/64, 512\], got shape \(1, "
+    ):
+        jmoe.unpack(jax.tree.map(lambda leaf: leaf[None], jmoe.pack(experts)))
+    odd = dataclasses.replace(jmoe.pack(experts).down, k=50)
+    with pytest.raises(ValueError, match=r"^experts.down.k must be a multiple of 32, got 50$"):
+        jmoe.unpack(dataclasses.replace(experts, down=odd))
+
+
 def test_malformed_packed_weights_are_refused() -> None:
     layer = random_layer(LayerShape(2, hidden=64, intermediate=64, experts=2, top_k=1))
     packed = jmoe.pack(layer.experts)
