@@ -77,10 +77,13 @@ class Settings:
         targets = entries.pop("target_parameters", None) or []
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise ValueError(f"{file}: target_parameters must be a list of names or null, got {targets!r}")
+        use_rslora = entries.pop("use_rslora", None) or False
+        if not isinstance(use_rslora, bool):
+            raise ValueError(f"{file}: use_rslora must be true, false or null, got {use_rslora!r}")
         settings = cls(
             r=_number(file, "r", entries.pop("r", None), int),
             lora_alpha=_number(file, "lora_alpha", entries.pop("lora_alpha", None), float),
-            use_rslora=bool(entries.pop("use_rslora", False)),
+            use_rslora=use_rslora,
             rank_pattern=_pattern(file, "rank_pattern", entries.pop("rank_pattern", None), int),
             alpha_pattern=_pattern(file, "alpha_pattern", entries.pop("alpha_pattern", None), float),
             target_parameters=tuple(targets),

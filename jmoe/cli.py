@@ -42,7 +42,7 @@ def parity(
     text: Annotated[
         Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.")] = 64,
+    tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.", min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")
     ] = None,
@@ -240,6 +240,8 @@ def read_layer(
     layer = load_moe_layer(source, index)
     words = text.read_text() if text is not None else readme_text()
     ids = np.array(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(words).ids[:tokens])
+    if not len(ids):
+        raise ValueError(f"{text or 'the README'} must hold at least one token")
     x = rms_norm(embed(source, ids), layer.norm_weight, source.config.rms_norm_eps)
     lora = None if adapter is None else load_lora(adapter, source.config, index)
     console.print(

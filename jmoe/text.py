@@ -1,6 +1,8 @@
 """Text to tokens and back, by a checkpoint's own tokenizer and chat template."""
 
+import datetime
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,17 @@ from typing import Any
 type Message = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, and what else the chat template knows."""
 
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""Where a chat template asks for the time, in a format that is written out."""
+
 MISSING = "text needs the package transformers: pip install transformers"
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = None) -> Any:
     """The tokenizer of a checkpoint's directory, as transformers.AutoTokenizer reads it.
+
+    Args:
+      day: what its chat template writes for today, as gpt-oss's does; None: today.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
@@ -27,9 +35,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     except ImportError as error:
         raise ImportError(MISSING) from error
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(path))
+        tokenizer: Any = AutoTokenizer.from_pretrained(os.fspath(path))
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{file} is no tokenizer that transformers can read: {error}") from error
+    if day is not None and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = NOW.sub(lambda now: repr(day.strftime(now[2])), tokenizer.chat_template)
+    return tokenizer
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Message], *, reply: bool) -> str:

@@ -207,6 +207,7 @@ def test_overlapping_patterns_resolve_in_the_order_of_the_file(tmp_path, first):
     ("entries", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"use_rslora": "false"}, "use_rslora must be true, false or null, got 'false'"),
         ({"use_dora": True}, "not supported: use_dora = True"),
         ({"lora_bias": True}, "not supported: lora_bias = True"),
         ({"bias": "all"}, "bias must be 'none' (trained biases are not supported), got 'all'"),

@@ -1,5 +1,6 @@
 """Text to tokens: a checkpoint's tokenizer and its chat template."""
 
+import datetime
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_a_conversation_ends_where_its_reply_does() -> None:
     assert chat_text(tokenizer, MESSAGES[:1], reply=True) == (
         "<|start|>user<|message|>Hi<|end|><|start|>assistant<|message|>"
     )
+
+
+def test_today_in_a_template_is_the_day_that_is_asked_for(tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "config.json"):
+        shutil.copy(TINY / file, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text('{{ strftime_now("%Y-%m-%d") }}: {{ messages[0].content }}')
+    tokenizer = load_tokenizer(tmp_path, datetime.date(2025, 8, 5))
+    assert chat_text(tokenizer, MESSAGES, reply=False) == "2025-08-05: Hi"
+    today = chat_text(load_tokenizer(tmp_path), MESSAGES, reply=False).removesuffix(": Hi")
+    assert abs((datetime.date.fromisoformat(today) - datetime.date.today()).days) <= 1
 
 
 def test_messages_need_a_template(tmp_path: Path) -> None:

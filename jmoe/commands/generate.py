@@ -26,7 +26,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence at most.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the fewest tokens that have this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
     show_special: Annotated[bool, typer.Option("--show-special", help="Print special tokens too.")] = False,
     prefill_chunk: Annotated[
         int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if none.", min=1)

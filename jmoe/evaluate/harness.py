@@ -42,6 +42,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
+        stop_tokens: Sequence[int] | None = None,
     ) -> None:
         """The harness's view of the model.
 
@@ -53,6 +54,8 @@ class HarnessModel(TemplateLM):
             as the model's positions are stretched to.
           max_gen_toks: tokens of an answer for which the task sets no limit.
           seed: of sampled answers.
+          stop_tokens: what ends an answer, as jmoe.gpt_oss.config.stop_tokens finds; None: the configuration's
+            eos_token_id.
 
         Raises:
           ValueError: a number is out of range, or the adapter is none of the model's.
@@ -65,6 +68,7 @@ class HarnessModel(TemplateLM):
         self.max_length = int(rope.factor * rope.original_max_position_embeddings) if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         self.seed = seed
+        self.ends = (self.eot_token_id,) if stop_tokens is None else tuple(stop_tokens)
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -244,7 +248,7 @@ class HarnessModel(TemplateLM):
         """The tokens that end an answer, and those of `until` that are special and so in no text."""
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         named = [tokens[0] for tokens in map(self.tok_encode, until) if len(tokens) == 1 and tokens[0] in special]
-        return sorted({self.eot_token_id, self.prefix_token_id, *named})
+        return sorted({*self.ends, self.prefix_token_id, *named})
 
     def adapter_of(self, request: Instance) -> int:
         """The adapter that answers the request."""

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jmoe import gpt_oss
 from jmoe.evaluate.harness import HarnessModel
+from jmoe.gpt_oss.config import stop_tokens
+from jmoe.gpt_oss.load import local_directory
 from jmoe.text import load_tokenizer
 
 try:
@@ -22,7 +24,7 @@ class Options:
     """What to evaluate.
 
     Attributes:
-      model: a gpt-oss checkpoint's directory.
+      model: a gpt-oss directory, or a repository on the Hugging Face Hub.
       adapter: a PEFT adapter's directory, or None.
       tasks: names that the harness knows.
       include_path: a directory of more task files, or None.
@@ -64,16 +66,23 @@ def evaluate(options: Options) -> list[list[Metric]]:
     """
     if not options.tasks:
         raise ValueError("tasks must be at least one, got none")
-    tokenizer = load_tokenizer(options.model)
+    directory = local_directory(options.model)
+    tokenizer = load_tokenizer(directory)
     manager = task_manager(options)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    model = gpt_oss.load(options.model, adapter=options.adapter)
+    model = gpt_oss.load(directory, adapter=options.adapter)
+    ends = stop_tokens(directory, model.config)
     return [
         metrics_of(
             run(
                 HarnessModel(
-                    model, tokenizer, adapter=adapter, batch_size=options.batch_size, max_length=options.max_length
+                    model,
+                    tokenizer,
+                    adapter=adapter,
+                    batch_size=options.batch_size,
+                    max_length=options.max_length,
+                    stop_tokens=ends,
                 ),
                 manager,
                 options,

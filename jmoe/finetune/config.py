@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
 import types
@@ -64,10 +65,11 @@ class FinetuneConfig:
         for name in ("weight_decay", "clip", "patience"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("learning_rate", "epochs", "alpha"):
-            self._check(name, getattr(self, name) > 0, "positive")
+            self._check(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         for name in ("validation_fraction", "warmup", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("length", self.length >= 2, "at least 2")
+        self._check("seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
         self._check("keep", self.keep >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
         known = set(self.lora_targets) <= set(TARGETS) and len(self.lora_targets) > 0

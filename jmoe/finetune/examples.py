@@ -162,7 +162,15 @@ def _reply_header(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 
 def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: str) -> str:
-    """The first messages as the template writes them before a reply, the reply's header left out."""
+    """The first messages as the template writes them before a reply, the reply's header left out.
+
+    gpt-oss leaves out what led to a tool's call once an answer follows: so does this, where that gives the whole.
+    """
+    bare = [_without_thinking(message) if message.get("tool_calls") else message for message in messages]
+    if bare != list(messages):
+        text = chat_text(tokenizer, bare, reply=True)
+        if text.endswith(header) and whole.startswith(text.removesuffix(header)):
+            return text.removesuffix(header)
     text = chat_text(tokenizer, messages, reply=True)
     if not text.endswith(header):
         raise ValueError(
@@ -172,6 +180,11 @@ def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: 
     beginning = text.removesuffix(header)
     _check_prefix(beginning, whole, f"the text of messages[:{len(messages)}] must stay when more follow")
     return beginning
+
+
+def _without_thinking(message: Message) -> Message:
+    """The turn without what it thought."""
+    return {name: value for name, value in message.items() if name != "thinking"}
 
 
 def _check_prefix(beginning: str, whole: str, rule: str) -> None:

@@ -1,6 +1,7 @@
 """A fine-tuning run from its configuration to an adapter."""
 
 import dataclasses
+import datetime
 import json
 import math
 from pathlib import Path
@@ -23,7 +24,7 @@ from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
-from jmoe.gpt_oss.save import save_adapter
+from jmoe.gpt_oss.save import replace, save_adapter
 from jmoe.nn.report import trainable_report
 from jmoe.text import load_tokenizer
 
@@ -56,7 +57,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     for field in dataclasses.fields(config):
         console.print(f"{field.name:20} {getattr(config, field.name)}", markup=False, highlight=False, soft_wrap=True)
     directory = local_directory(config.model)
-    training, validation = read_data(config, directory, console)
+    training, validation = read_data(config, load_tokenizer(directory, day_begun(out)), console)
     batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
     held_out = validation_batches(config, validation)
@@ -98,9 +99,19 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     return Result(ending, standing.step, adapter, standing.best_loss)
 
 
-def read_data(config: FinetuneConfig, directory: Path, console: Console) -> tuple[Any, Any]:
+def day_begun(out: Path) -> datetime.date:
+    """The day on which the run in `out` began, today if it begins now.
+
+    Chat templates may write the day, and the data of a run that goes on later must be the same.
+    """
+    file = out / "begun.txt"
+    if not file.is_file():
+        replace(file, f"{datetime.date.today()}\n".encode())
+    return datetime.date.fromisoformat(file.read_text().strip())
+
+
+def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
     """(training examples, validation examples)."""
-    tokenizer = load_tokenizer(directory)
 
     def read(file: str) -> Examples:
         found = read_examples(

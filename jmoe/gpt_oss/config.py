@@ -86,9 +86,8 @@ class Config(checkpoint.Config):
         fields["layer_types"] = layer_types(file, entries, sizes.num_hidden_layers)
         fields["rope"] = rope(file, entries)
         for name in ("eos_token_id", "pad_token_id"):
-            value = entries.get(name)
-            if isinstance(value, int):
-                fields[name] = value
+            if tokens := token_ids(file, name, entries.get(name)):
+                fields[name] = tokens[0]
         return cls(**dataclasses.asdict(sizes), **fields)
 
     @property
@@ -98,21 +97,32 @@ class Config(checkpoint.Config):
 
 
 def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]:
-    """The tokens that end a text: eos_token_id of generation_config.json, else the configuration's.
+    """The tokens that end a text: eos_token_id of generation_config.json, else of config.json.
 
     Raises:
-      ValueError: generation_config.json is no JSON object, or its eos_token_id neither a token id nor a list of them.
+      ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
     """
-    file = Path(path) / "generation_config.json"
-    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    name = "eos_token_id"
+    for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
+        tokens = token_ids(file, name, read_json(file).get(name) if file.is_file() else None)
+        if tokens and file.name == "generation_config.json" and max(tokens) >= config.vocab_size:
+            raise ValueError(f"{file}: {name} must be below the vocabulary's {config.vocab_size}, got {max(tokens)}")
+        if tokens:
+            return tokens
+    return (config.eos_token_id,)
+
+
+def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:
+    """The value, null for none, as token ids.
+
+    Raises:
+      ValueError: it is neither a token id nor a list of them.
+    """
     if value is None:
-        return (config.eos_token_id,)
+        return ()
     tokens = value if isinstance(value, list) else [value]
-    if not all(type(token) is int and 0 <= token < config.vocab_size for token in tokens):
-        raise ValueError(
-            f"{file}: eos_token_id must be a token id below {config.vocab_size} or a list of them, "
-            f"got {json.dumps(value)}"
-        )
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise ValueError(f"{file}: {name} must be a token id or a list of them, got {json.dumps(value)}")
     return tuple(tokens)
 
 
@@ -159,7 +169,10 @@ def layer_types(file: Path, entries: dict[str, Any], layers: int) -> tuple[Layer
 
 def rope(file: Path, entries: dict[str, Any]) -> Rope:
     """The rotary positions, from rope_scaling and rope_theta (transformers 4) or rope_parameters (5)."""
-    given = dict(entries.get("rope_parameters") or entries.get("rope_scaling") or {"rope_type": "default"})
+    given = entries.get("rope_parameters") or entries.get("rope_scaling") or {"rope_type": "default"}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: rope settings must be an object, got {json.dumps(given)}")
+    given = dict(given)
     given.setdefault("rope_theta", entries.get("rope_theta"))
     kind = given.pop("rope_type", given.pop("type", "default"))
     if kind not in ("yarn", "default"):

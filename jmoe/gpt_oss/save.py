@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ def save_adapter(
 ) -> None:
     """Writes one adapter as a directory that PEFT and jmoe.gpt_oss.load_adapter read.
 
-    Factors are written in float32, as PEFT does. alpha is chosen so that alpha / r is the scale; where ranks or scales
-    differ, rank_pattern and alpha_pattern name each module by its whole name, so that their order does not matter.
+    Factors are written in float32, as PEFT does, but for those of scale 0, which change nothing. alpha is chosen so
+    that alpha / r is the scale; where ranks or scales differ, rank_pattern and alpha_pattern name each module by its
+    whole name, so that their order does not matter.
 
     Args:
       path: made if it is not there; its two files are replaced.
@@ -30,16 +32,19 @@ def save_adapter(
       base_model: the name of the base model, for adapter_config.json.
 
     Raises:
-      ValueError: there is no such adapter.
+      ValueError: there is no such adapter, or all of its scales are 0.
     """
     adapters = next(iter(lora.scale.values())).shape[1]
     if not 0 <= adapter < adapters:
         raise ValueError(f"adapter must be in [0, {adapters}), got {adapter}")
+    layers = layers_of(lora, adapter)
+    if not any(layers.values()):
+        raise ValueError(f"adapter {adapter} must change some layer, got scales of 0 alone")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / "adapter_config.json", json.dumps(settings(lora, adapter, base_model), indent=2).encode())
+    replace(folder / "adapter_config.json", json.dumps(settings(lora, adapter, layers, base_model), indent=2).encode())
     fresh = folder / "adapter_model.safetensors.new"
-    save_file(tensors(lora, adapter), fresh, metadata={"format": "pt"})
+    save_file(tensors(lora, adapter, layers), fresh, metadata={"format": "pt"})
     fresh.replace(folder / "adapter_model.safetensors")
 
 
@@ -56,15 +61,32 @@ def module_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{module}.{target}_proj"
 
 
-def settings(lora: LoraWeights, adapter: int, base_model: str | None) -> dict[str, Any]:
+def layers_of(lora: LoraWeights, adapter: int) -> dict[str, list[int]]:
+    """Target -> the layers in which the adapter changes it."""
+    return {target: np.flatnonzero(np.asarray(scale)[:, adapter]).tolist() for target, scale in lora.scale.items()}
+
+
+def names_of(lora: LoraWeights, layers: dict[str, list[int]], targets: Sequence[str], module: str) -> list[str]:
+    """The names by which PEFT finds the targets: short ones for all layers, else each layer's whole name."""
+    names = []
+    for target in targets:
+        if target in lora.a:
+            everywhere = len(layers[target]) == lora.a[target].shape[0]
+            whole = [module_name(layer, target) for layer in layers[target]]
+            names += [f"{module}{target}_proj"] if everywhere else whole
+    return names
+
+
+def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base_model: str | None) -> dict[str, Any]:
     """adapter_config.json."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for target, a in lora.a.items():
-        for layer, scale in enumerate(np.asarray(lora.scale[target])[:, adapter].tolist()):
+        for layer in layers[target]:
             name = module_name(layer, target)
             ranks[name] = a.shape[-2]
-            alphas[name] = round(scale * a.shape[-2], 6)
+            # Seven digits, which is what a float32 scale has.
+            alphas[name] = float(f"{float(lora.scale[target][layer, adapter]) * a.shape[-2]:.7g}")
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -76,21 +98,22 @@ def settings(lora: LoraWeights, adapter: int, base_model: str | None) -> dict[st
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [f"{target}_proj" for target in ATTENTION if target in lora.a],
-        "target_parameters": [f"mlp.experts.{target}_proj" for target in EXPERTS if target in lora.a] or None,
+        "target_modules": names_of(lora, layers, ATTENTION, ""),
+        "target_parameters": names_of(lora, layers, EXPERTS, "mlp.experts.") or None,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }
 
 
-def tensors(lora: LoraWeights, adapter: int) -> dict[str, np.ndarray]:
+def tensors(lora: LoraWeights, adapter: int, layers: dict[str, list[int]]) -> dict[str, np.ndarray]:
     """adapter_model.safetensors."""
-    on_experts = [target for target in EXPERTS if target in lora.a]
-    # PEFT wraps the experts once for each parameter: the first is inside.
-    modules = dict(zip(on_experts, ["mlp.experts.base_layer", "mlp.experts"][-len(on_experts) :], strict=False))
     found = {}
     for target, a in lora.a.items():
-        for layer in range(a.shape[0]):
+        for layer in layers[target]:
+            on_experts = [target for target in EXPERTS if layer in layers.get(target, ())]
+            # PEFT wraps the experts once for each parameter: the first is inside.
+            wrapped = ["mlp.experts.base_layer", "mlp.experts"][-len(on_experts) :]
+            modules = dict(zip(on_experts, wrapped, strict=False))
             one_a, one_b = in_float32(a[layer, adapter]), in_float32(lora.b[target][layer, adapter])
             if target in modules:
                 # Rows of A count (expert, rank), columns of B (rank, expert).

@@ -173,6 +173,11 @@ def test_strings_that_are_special_tokens_stop_too(base: HarnessModel, tokenizer:
     assert base.stop_tokens(["<|start|>", "License"]) == [END_OF_TEXT, *encode(tokenizer, "<|start|>")]
 
 
+def test_given_stop_tokens_stop(model: gpt_oss.GptOss, tokenizer: Any) -> None:
+    stopping = HarnessModel(model, tokenizer, adapter=-1, stop_tokens=(3, 5))
+    assert stopping.stop_tokens([]) == [stopping.prefix_token_id, 3, 5]
+
+
 def test_few_sizes_are_compiled() -> None:
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
     assert [static_width(n) for n in (1, 64, 65, 500, 513, 1025, 4000)] == [64, 64, 128, 512, 640, 1280, 4096]

@@ -35,6 +35,8 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
         ({"schedule": "step"}, "schedule must be one of 'cosine', 'linear', 'constant', got 'step'"),
         ({"targets": "q,z"}, "targets must be some of q, k, v, o, gate_up, down"),
         ({"targets": ""}, "targets must be some of"),
+        ({"epochs": float("inf")}, "epochs must be positive and finite, got inf"),
+        ({"seed": 2**64}, r"seed must be in \[0, 2\*\*32\), got"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
         ({"clip": -1}, "clip must be 0 or more"),
     ],

@@ -1,5 +1,6 @@
 """`jmoe finetune` from JSONL to an adapter that PEFT loads."""
 
+import datetime
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from jmoe.finetune.batches import split
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.metrics import read
-from jmoe.finetune.run import finetune
+from jmoe.finetune.run import day_begun, finetune
 from jmoe.gpt_oss import load
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = subprocess.run(command(data, out), capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return out, run.stderr
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
+    today = day_begun(tmp_path)
+    assert abs((datetime.date.today() - today).days) <= 1
+    (tmp_path / "begun.txt").write_text("2025-08-05\n")
+    assert day_begun(tmp_path) == datetime.date(2025, 8, 5)
 
 
 def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> None:

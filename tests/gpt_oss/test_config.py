@@ -63,6 +63,8 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0
         ({"rope_scaling": {"rope_type": "llama3"}}, 'rope_type must be "yarn" or "default", got "llama3"'),
         ({"rope_scaling": {**YARN, "mscale": 2}}, r"got also \['mscale'\]"),
         ({"rope_scaling": YARN}, "original_max_position_embeddings must be a positive int, got null"),
+        ({"rope_scaling": [1]}, r"rope settings must be an object, got \[1\]"),
+        ({"eos_token_id": "</s>"}, 'eos_token_id must be a token id or a list of them, got "</s>"'),
         ({"quantization_config": {"quant_method": "fp8"}}, 'quant_method must be "mxfp4", got "fp8"'),
         ({"layer_types": ["full_attention"]}, "layer_types must list num_hidden_layers = 2 kinds"),
         ({"layer_types": ["full_attention", "chunked"]}, 'or "full_attention", got "chunked"'),
@@ -94,8 +96,21 @@ def test_stop_tokens_are_those_of_the_generation_config(written: str, want: tupl
     assert stop_tokens(tmp_path, config) == (want or (config.eos_token_id,))
 
 
-@pytest.mark.parametrize("written", ['"</s>"', "[0, true]", "[128]"])
-def test_stop_tokens_that_are_none(written: str, tmp_path: Path) -> None:
+def test_stop_tokens_may_be_several_in_the_configuration(tmp_path: Path) -> None:
+    directory = written(tmp_path, eos_token_id=[0, 5])
+    assert Config.load(directory).eos_token_id == 0
+    assert stop_tokens(directory, Config.load(directory)) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('"</s>"', "must be a token id or a list of them"),
+        ("[0, true]", "must be a token id or a list of them"),
+        ("[128]", "must be below the vocabulary's 128, got 128"),
+    ],
+)
+def test_stop_tokens_that_are_none(written: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
-    with pytest.raises(ValueError, match="must be a token id below 128 or a list of them"):
+    with pytest.raises(ValueError, match=message):
         stop_tokens(tmp_path, Config.load(CASE))

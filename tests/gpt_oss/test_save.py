@@ -54,6 +54,39 @@ def test_some_targets_of_several_ranks_and_scales(
     assert_same(gpt_oss.load_adapter(tmp_path, gpt_oss.Config.load(CASE / "model")), part)
 
 
+@pytest.mark.filterwarnings("ignore::jmoe.gpt_oss.AdapterWarning")
+def test_layers_of_scale_zero_are_left_out(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    first = jnp.array([1.0, 0.0])[:, None]
+    scale = {target: value * (first if target in ("q", "gate_up") else 1) for target, value in adapter.scale.items()}
+
+    def of_scale(factors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        shown = {
+            target: (value != 0).reshape(2, 1, *[1] * (factors[target].ndim - 2)) for target, value in scale.items()
+        }
+        return {target: factors[target] * shown[target] for target in factors}
+
+    part = gpt_oss.LoraWeights(of_scale(adapter.a), of_scale(adapter.b), scale)
+    gpt_oss.save_adapter(tmp_path, part)
+    assert_same(gpt_oss.load_adapter(tmp_path, gpt_oss.Config.load(CASE / "model")), part)
+    base = GptOssForCausalLM.from_pretrained(
+        CASE / "model", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True), device_map="cpu"
+    )
+    lora = [name for name, _ in PeftModel.from_pretrained(base, tmp_path).named_parameters() if "lora_A" in name]
+    assert len(lora) == len(adapter.a) * 2 - 2
+
+
+def test_small_alphas_are_kept(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    small = gpt_oss.LoraWeights(adapter.a, adapter.b, {name: 1e-9 * scale for name, scale in adapter.scale.items()})
+    gpt_oss.save_adapter(tmp_path, small)
+    assert_same(gpt_oss.load_adapter(tmp_path, gpt_oss.Config.load(CASE / "model")), small)
+
+
+def test_an_adapter_that_changes_nothing_is_not_written(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    nothing = gpt_oss.LoraWeights(adapter.a, adapter.b, {name: 0 * scale for name, scale in adapter.scale.items()})
+    with pytest.raises(ValueError, match="adapter 0 must change some layer, got scales of 0 alone"):
+        gpt_oss.save_adapter(tmp_path, nothing)
+
+
 def test_peft_loads_it_and_computes_the_same(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
     others = jax.tree.map(lambda leaf: 0.5 * leaf, adapter)
     gpt_oss.save_adapter(tmp_path, gpt_oss.stack_adapters([others, adapter]), adapter=1)
