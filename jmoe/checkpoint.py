@@ -260,18 +260,9 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
     config = checkpoint.config
     if not 0 <= layer < config.num_hidden_layers:
         raise ValueError(f"layer must be in [0, {config.num_hidden_layers}) for {checkpoint.path}, got {layer}")
-    experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
     prefix = f"model.layers.{layer}."
     norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
-    gate_up = _weight_specs(checkpoint, f"{mlp}gate_up_proj", rows=2 * inner, columns=hidden)
-    down = _weight_specs(checkpoint, f"{mlp}down_proj", rows=hidden, columns=inner)
-    others = {
-        norm: Spec("BF16", (hidden,)),
-        f"{router}weight": Spec("BF16", (experts, hidden)),
-        f"{router}bias": Spec("BF16", (experts,)),
-        f"{mlp}gate_up_proj_bias": Spec("BF16", (experts, 2 * inner)),
-        f"{mlp}down_proj_bias": Spec("BF16", (experts, hidden)),
-    }
+    gate_up, down, others = moe_specs(checkpoint, layer)
     check_specs(checkpoint, others | gate_up | down)
 
     def read(name: str) -> Any:
@@ -296,6 +287,24 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
         ),
     )
     return moe if on_host else jax.tree.map(jnp.asarray, moe)
+
+
+def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+    """The headers that a layer's gate_up, its down, and its norm, router and biases must have."""
+    config = checkpoint.config
+    experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+    prefix = f"model.layers.{layer}."
+    norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
+    gate_up = _weight_specs(checkpoint, f"{mlp}gate_up_proj", rows=2 * inner, columns=hidden)
+    down = _weight_specs(checkpoint, f"{mlp}down_proj", rows=hidden, columns=inner)
+    others = {
+        norm: Spec("BF16", (hidden,)),
+        f"{router}weight": Spec("BF16", (experts, hidden)),
+        f"{router}bias": Spec("BF16", (experts,)),
+        f"{mlp}gate_up_proj_bias": Spec("BF16", (experts, 2 * inner)),
+        f"{mlp}down_proj_bias": Spec("BF16", (experts, hidden)),
+    }
+    return gate_up, down, others
 
 
 def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int) -> dict[str, Spec]:

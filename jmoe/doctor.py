@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 from safetensors import safe_open
 
-from jmoe.adapters import Settings
 from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
+from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
@@ -113,7 +113,7 @@ def examine_model(
     batch: int,
     context: int,
 ) -> ModelReport:
-    """What a checkpoint's layers run by and what it takes, from config.json and headers alone, in bfloat16.
+    """What a checkpoint's layers run by and what it takes, in bfloat16: from config.json, headers, and whole adapters.
 
     Args:
       batch: sequences that are decoded together.
@@ -129,24 +129,24 @@ def examine_model(
     check_layers(checkpoint, config)
     resident: Counter[str] = Counter()
     for name in checkpoint.names:
-        resident[kind_of(name)] += bytes_of(checkpoint.spec(name))
+        spec = checkpoint.spec(name)
+        resident[kind_of(name, spec)] += bytes_of(spec)
     resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
     for adapter in adapters:
-        Settings.load(adapter / "adapter_config.json")
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            load_adapter(adapter, config)
         with open_safetensors(adapter / "adapter_model.safetensors") as shard:
             resident["adapters"] += adapter_bytes(shard)
     parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)
     return ModelReport(parts, dict(resident), machine.devices[0].memory if machine.devices else None)
 
 
-def kind_of(name: str) -> str:
+def kind_of(name: str, spec: Spec) -> str:
     """What a tensor's bytes are counted as."""
     if name in (EMBEDDING, HEAD):
         return "embedding and head"
-    if name.endswith(("_blocks", "_scales")):
-        return "experts, packed 4-bit"
-    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-        return "experts, bf16"
+    if name.endswith(("_blocks", "_scales", "experts.gate_up_proj", "experts.down_proj")):
+        return "experts, packed 4-bit" if spec.dtype == "U8" else "experts, bf16"
     return "other weights"
 
 

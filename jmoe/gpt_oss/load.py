@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer
+from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer, moe_specs
 from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
@@ -173,10 +173,7 @@ def attention_specs(config: Config, layer: int) -> dict[str, Spec]:
 
 
 def check_layers(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises as load does unless the tensors outside of the experts have their dtypes and shapes; reads headers only.
-
-    The experts' are compared as each layer is read.
-    """
+    """Raises as load does unless all tensors have their dtypes and shapes; reads headers only."""
     vocabulary = Spec("BF16", (config.vocab_size, config.hidden_size))
     specs = {
         EMBEDDING: vocabulary,
@@ -185,6 +182,8 @@ def check_layers(checkpoint: Checkpoint, config: Config) -> None:
     }
     for layer in range(config.num_hidden_layers):
         specs |= attention_specs(config, layer)
+        for part in moe_specs(checkpoint, layer):
+            specs |= part
     check_specs(checkpoint, specs)
 
 

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jmoe import doctor, gpt_oss
+from jmoe.checkpoint import Spec
 from jmoe.cli import app
 from jmoe.commands.doctor import gigabytes
 from jmoe.device_memory import FRACTION, NAMES
@@ -45,6 +46,26 @@ def test_bytes_are_those_of_the_files() -> None:
     cache = cache_bytes(gpt_oss.Config.load(TINY), 2, 48)
     assert report.resident["KV cache of 2 x 48 tokens"] == cache == 2 * 2 * 2 * 2 * 32 * (32 + 48)
     assert report.resident["adapters"] > 0
+
+
+def test_a_checkpoint_or_adapter_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    lost = "model.layers.1.mlp.experts.down_proj_bias"
+    del index["weight_map"][lost]
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    run = CliRunner().invoke(app, ["doctor", "--model", str(model)])
+    assert run.exit_code != 0
+    assert lost in f"{run.output} {run.exception}"
+    other = Path(__file__).parents[1] / "data" / "tiny_case" / "adapter"
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--adapter", str(other)])
+    assert run.exit_code != 0
+
+
+def test_dense_experts_under_the_name_of_packed_ones_are_counted_as_dense() -> None:
+    blocks = "model.layers.0.mlp.experts.down_proj_blocks"
+    assert doctor.kind_of(blocks, Spec("BF16", (1,))) == "experts, bf16"
+    assert doctor.kind_of(blocks, Spec("U8", (1,))) == "experts, packed 4-bit"
 
 
 @pytest.mark.parametrize(
