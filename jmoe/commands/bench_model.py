@@ -14,7 +14,7 @@ def bench_model(
     kinds: Annotated[
         str, typer.Option(help="Only these, with commas between: generate, parts, finetune, transformers, load.")
     ] = "",
-    sizes: Annotated[str, typer.Option(help="Only these: 20b, 120b.")] = "",
+    sizes: Annotated[str, typer.Option(help="Only these: 20b, 120b; tiny without a GPU.")] = "",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -38,6 +38,8 @@ def bench_model(
     every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
     wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
+    if not cases:
+        raise typer.BadParameter(f"there are no such cases on this machine, whose device is {results['device']}")
     console = Console(width=max(150, Console().width))
     failed = False
     for case, figures in run(cases):

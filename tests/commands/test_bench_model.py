@@ -71,3 +71,10 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
     assert isinstance(done.exception, ValueError)
     assert "notes.txt is not valid JSON" in str(done.exception)
     assert out.read_text() == "mine"
+
+
+def test_cases_that_are_not_of_this_machine_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "certificate", lambda: HERE)
+    done = CliRunner().invoke(app, ["bench-model", "--sizes", "20b"])
+    assert done.exit_code == 2
+    assert "no such cases on this machine" in done.output
