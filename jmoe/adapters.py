@@ -77,7 +77,8 @@ class Settings:
         targets = entries.pop("target_parameters", None) or []
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise ValueError(f"{file}: target_parameters must be a list of names or null, got {targets!r}")
-        use_rslora = entries.pop("use_rslora", None) or False
+        use_rslora = entries.pop("use_rslora", None)
+        use_rslora = False if use_rslora is None else use_rslora
         if not isinstance(use_rslora, bool):
             raise ValueError(f"{file}: use_rslora must be true, false or null, got {use_rslora!r}")
         settings = cls(

@@ -133,8 +133,7 @@ def examine_model(
         resident[kind_of(name, spec)] += bytes_of(spec)
     resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
     for adapter in adapters:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            load_adapter(adapter, config)
+        load_adapter(adapter, config)
         with open_safetensors(adapter / "adapter_model.safetensors") as shard:
             resident["adapters"] += adapter_bytes(shard)
     parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)

@@ -98,7 +98,8 @@ def best_of(table: str, tokens: int, start: Any, entries: Sequence[Any], experts
     from jmoe.triton_src.tile_tables import candidates
 
     tiles = candidates(entries, start)
-    prepare = functools.partial(prepare_tile, table, tokens, experts, capability)
+    x, logits = random_input(Case(EXPERTS, tokens), Size(), unrolled())
+    prepare = functools.partial(prepare_tile, table, x, logits, experts, capability)
     with ThreadPoolExecutor() as threads:
         prepared = list(threads.map(lambda tile: attempt(functools.partial(prepare, tile)), tiles))
     wanted: jax.Array | None = None
@@ -126,10 +127,9 @@ def choose_best(table: str, tokens: int, times: dict[Any, float | str]) -> Choic
     return Choice(table, tokens, average_rows(tokens), best, ran[best], own, times[own], len(times), failed)
 
 
-def prepare_tile(table: str, tokens: int, experts: Experts, capability: int, tile: Any) -> Timer:
+def prepare_tile(table: str, x: jax.Array, logits: jax.Array, experts: Experts, capability: int, tile: Any) -> Timer:
     """The layer with this tile, compiled."""
     size = Size()
-    x, logits = random_input(Case(EXPERTS, tokens), size, unrolled())
     tables = single(table, tile)
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
@@ -138,7 +138,7 @@ def prepare_tile(table: str, tokens: int, experts: Experts, capability: int, til
         return launch_layer(buffers, options, capability, tables)["y"]
 
     once = jax.jit(step).lower(x, logits[0], experts).compile()
-    microseconds = scan_timer(step, x, logits, experts, calls_for(tokens))
+    microseconds = scan_timer(step, x, logits, experts, calls_for(x.shape[0]))
 
     def timer(wanted: jax.Array | None) -> tuple[float, jax.Array]:
         result = once(x, logits[0], experts)

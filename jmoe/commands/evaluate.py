@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A gpt-oss checkpoint's directory.")],
+    model: Annotated[Path, typer.Option(help="A gpt-oss directory, or a repository on the Hub.")],
     tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between.")],
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter's directory: runs without and with it, and compares.")

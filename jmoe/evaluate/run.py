@@ -35,7 +35,7 @@ class Options:
       out: a directory for results and samples in the harness's format, or None.
     """
 
-    model: Path
+    model: Path | str
     adapter: Path | None = None
     tasks: Sequence[str]
     include_path: Path | None = None

@@ -166,7 +166,7 @@ def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: 
 
     gpt-oss leaves out what led to a tool's call once an answer follows: so does this, where that gives the whole.
     """
-    bare = [_without_thinking(message) if message.get("tool_calls") else message for message in messages]
+    bare = [_call_alone(message) if message.get("tool_calls") else message for message in messages]
     if bare != list(messages):
         text = chat_text(tokenizer, bare, reply=True)
         if text.endswith(header) and whole.startswith(text.removesuffix(header)):
@@ -182,9 +182,9 @@ def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: 
     return beginning
 
 
-def _without_thinking(message: Message) -> Message:
-    """The turn without what it thought."""
-    return {name: value for name, value in message.items() if name != "thinking"}
+def _call_alone(message: Message) -> Message:
+    """The turn without what led to its call, which may be its thinking or its content."""
+    return {name: "" if name == "content" else value for name, value in message.items() if name != "thinking"}
 
 
 def _check_prefix(beginning: str, whole: str, rule: str) -> None:

@@ -57,7 +57,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     for field in dataclasses.fields(config):
         console.print(f"{field.name:20} {getattr(config, field.name)}", markup=False, highlight=False, soft_wrap=True)
     directory = local_directory(config.model)
-    training, validation = read_data(config, load_tokenizer(directory, day_begun(out)), console)
+    day = day_begun(out)
+    training, validation = read_data(config, load_tokenizer(directory, day), console)
     batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
     held_out = validation_batches(config, validation)
@@ -75,6 +76,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
         state, standing = checkpoints.restore(trainer.start)
         if standing.step:
             console.print(f"going on after step {standing.step}", highlight=False)
+        replace(out / "begun.txt", f"{day}\n".encode())
         (out / "finetune.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         with Metrics(out, standing.step) as metrics, Display(steps, standing.step, console) as display:
             experts = ExpertCheck(trainer, display)
@@ -100,14 +102,20 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
 
 
 def day_begun(out: Path) -> datetime.date:
-    """The day on which the run in `out` began, today if it begins now.
+    """The day on which the run whose checkpoints `out` holds began; today if there are none.
 
     Chat templates may write the day, and the data of a run that goes on later must be the same.
+
+    Raises:
+      ValueError: begun.txt is no date.
     """
     file = out / "begun.txt"
-    if not file.is_file():
-        replace(file, f"{datetime.date.today()}\n".encode())
-    return datetime.date.fromisoformat(file.read_text().strip())
+    if not file.is_file() or not any((out / "checkpoints").glob("[0-9]*")):
+        return datetime.date.today()
+    try:
+        return datetime.date.fromisoformat(file.read_text().strip())
+    except ValueError as error:
+        raise ValueError(f"{file} is no date: {error}") from error
 
 
 def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:

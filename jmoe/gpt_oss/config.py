@@ -85,9 +85,10 @@ class Config(checkpoint.Config):
         check_settings(file, entries)
         fields["layer_types"] = layer_types(file, entries, sizes.num_hidden_layers)
         fields["rope"] = rope(file, entries)
-        for name in ("eos_token_id", "pad_token_id"):
-            if tokens := token_ids(file, name, entries.get(name)):
-                fields[name] = tokens[0]
+        if tokens := token_ids(file, "eos_token_id", entries.get("eos_token_id")):
+            fields["eos_token_id"] = tokens[0]
+        if isinstance(padding := entries.get("pad_token_id"), int):
+            fields["pad_token_id"] = padding
         return cls(**dataclasses.asdict(sizes), **fields)
 
     @property

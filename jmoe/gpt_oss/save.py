@@ -61,6 +61,15 @@ def module_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{module}.{target}_proj"
 
 
+def alpha_of(scale: float, rank: int) -> float:
+    """The shortest alpha for which alpha / rank is this float32 scale."""
+    for digits in range(1, 17):
+        alpha = float(f"{scale * rank:.{digits}g}")
+        if np.float32(alpha / rank) == np.float32(scale):
+            return alpha
+    return scale * rank
+
+
 def layers_of(lora: LoraWeights, adapter: int) -> dict[str, list[int]]:
     """Target -> the layers in which the adapter changes it."""
     return {target: np.flatnonzero(np.asarray(scale)[:, adapter]).tolist() for target, scale in lora.scale.items()}
@@ -85,8 +94,7 @@ def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base
         for layer in layers[target]:
             name = module_name(layer, target)
             ranks[name] = a.shape[-2]
-            # Seven digits, which is what a float32 scale has.
-            alphas[name] = float(f"{float(lora.scale[target][layer, adapter]) * a.shape[-2]:.7g}")
+            alphas[name] = alpha_of(float(lora.scale[target][layer, adapter]), a.shape[-2])
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",

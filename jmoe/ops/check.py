@@ -47,7 +47,7 @@ def check_moe(
         check_top_k(top_k, router_logits.shape[-1])
     check_lora(lora, experts)
     check_adapter_ids(adapter_ids, lora, tokens)
-    check_integer("expert_offset", expert_offset)
+    check_integer("expert_offset", expert_offset, shapes=((), (1,)))
 
 
 def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tuple[Experts, Lora | None]:
@@ -73,9 +73,9 @@ def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tu
     return one, one_lora if stacked[1] is not None else lora
 
 
-def check_integer(name: str, value: jax.Array | int) -> None:
-    """Raises ValueError unless the value is an integer or an array of one, without axes."""
-    if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+def check_integer(name: str, value: jax.Array | int, shapes: tuple[tuple[int, ...], ...] = ((),)) -> None:
+    """Raises ValueError unless the value is an integer or an array of one of these shapes."""
+    if jnp.shape(value) not in shapes or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"{name} must be an integer scalar, got {value!r}")
 
 

@@ -49,7 +49,7 @@ def moe(
         gradient comes.
       routing: a choice of experts to use instead of the logits', which are then ignored and may be None.
       expert_offset: `experts` holds the experts from this one on, of more that the router knows; pairs of others add
-        nothing, so that shards sum to the whole. May be traced.
+        nothing, so that shards sum to the whole. May be traced, and have shape (1,).
       layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
         May be traced, and must then be one of them. In a lax.scan over layers the kernels read a stack in place, where
         slices would be copied.

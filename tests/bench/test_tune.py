@@ -35,7 +35,7 @@ def test_that_no_tile_runs_is_an_error() -> None:
 def test_candidates_are_timed_against_the_first_ones_result(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = []
 
-    def prepare_tile(table, tokens, experts, capability, tile):  # type: ignore[no-untyped-def]
+    def prepare_tile(table, x, logits, experts, capability, tile):  # type: ignore[no-untyped-def]
         if tile == OTHER:
             raise ValueError("does not compile")
 

@@ -1,5 +1,6 @@
 """`jmoe eval`: the harness itself on task files of each kind."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_a_checkpoint_and_its_adapter_side_by_side(tmp_path: Path, monkeypatch: 
     samples = [file.read_text() for file in sorted((tmp_path / "out").rglob("samples_tiny_choice_*.jsonl"))]
     first, second = (json.loads(text.splitlines()[0])["resps"] for text in samples)
     assert first != second
+
+
+def test_the_examples_tasks_score_answers_with_and_without_a_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(TINY.parents[1])
+    options = Options(model=TINY, tasks=["even", "even_in_channels"], include_path=TINY.parent / "even", limit=2)
+    metrics = evaluate(dataclasses.replace(options, apply_chat_template=True))[0]
+    assert [metric.task for metric in metrics if metric.name == "acc"] == ["even", "even_in_channels"]
+    plain, channels = (TINY.parent / "even" / f"{metric.task}.yaml" for metric in metrics)
+    assert "<|channel|>final<|message|>yes" in channels.read_text()
+    assert "<|channel|>" not in plain.read_text()
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,14 @@ def test_replies_in_channels_are_trained_from_the_channel_on(tokenizer: Any) -> 
 
 def test_what_a_tools_call_was_thought_out_by_is_left_out_where_the_template_leaves_it_out(tokenizer: Any) -> None:
     answered = "messages[-1].role == 'assistant' and not messages[-1].tool_calls"
-    text = "<|start|>assistant<|message|>{{ m.thinking }}<|end|>"
-    thought = "{%- if m.thinking and not (" + answered + ") -%}" + text + "{%- endif -%}"
+    text = "<|start|>assistant<|message|>{{ m.thinking or m.content }}<|end|>"
+    thought = "{%- if (m.thinking or m.content) and not (" + answered + ") -%}" + text + "{%- endif -%}"
     tokenizer.chat_template = CHANNELS.replace("{%- elif m.tool_calls -%}", "{%- elif m.tool_calls -%}" + thought)
-    call = {**CALL, "thinking": "hm"}
-    assert trained_texts(tokenizer, [USER, call, TOOL, ASSISTANT]) == [
-        " to=f<|message|>{}<|end|>",
-        "<|channel|>final<|message|>Ho<|return|>",
-    ]
+    for led in ("thinking", "content"):
+        assert trained_texts(tokenizer, [USER, {**CALL, led: "hm"}, TOOL, ASSISTANT]) == [
+            " to=f<|message|>{}<|end|>",
+            "<|channel|>final<|message|>Ho<|return|>",
+        ]
 
 
 @pytest.mark.parametrize("template", [None, CHANNELS])

@@ -72,10 +72,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
-    today = day_begun(tmp_path)
-    assert abs((datetime.date.today() - today).days) <= 1
     (tmp_path / "begun.txt").write_text("2025-08-05\n")
+    assert abs((datetime.date.today() - day_begun(tmp_path)).days) <= 1
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     assert day_begun(tmp_path) == datetime.date(2025, 8, 5)
+    (tmp_path / "begun.txt").write_text("yesterday")
+    with pytest.raises(ValueError, match=r"begun\.txt is no date"):
+        day_begun(tmp_path)
 
 
 def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> None:
@@ -86,6 +89,7 @@ def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> 
     assert "40 rows" in printed
     assert "in the first step" in printed
     assert f"adapter in {out / 'adapter'}" in printed
+    assert datetime.date.fromisoformat((out / "begun.txt").read_text().strip()) <= datetime.date.today()
     assert (out / "loss.png").exists()
 
 

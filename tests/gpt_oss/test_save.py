@@ -1,5 +1,6 @@
 """What is saved is what jmoe and PEFT load."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from peft import PeftModel
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from jmoe import gpt_oss
+from jmoe.gpt_oss.save import alpha_of
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -73,6 +75,13 @@ def test_layers_of_scale_zero_are_left_out(adapter: gpt_oss.LoraWeights, tmp_pat
     )
     lora = [name for name, _ in PeftModel.from_pretrained(base, tmp_path).named_parameters() if "lora_A" in name]
     assert len(lora) == len(adapter.a) * 2 - 2
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(16, 8), (8, 32), (10, 24), (1e-7, 8), (64, 3)])
+def test_alphas_are_short_and_give_the_scale(alpha: float, rank: int) -> None:
+    assert alpha_of(float(np.float32(alpha / rank)), rank) == alpha
+    root = float(np.float32(alpha / math.sqrt(rank)))
+    assert np.float32(alpha_of(root, rank) / rank) == np.float32(root)
 
 
 def test_small_alphas_are_kept(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:

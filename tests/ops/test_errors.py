@@ -145,6 +145,10 @@ def test_top_k_may_be_any_integer() -> None:
         assert call.trace(LAYER).lower(lowering_platforms=("cuda",)) is not None
 
 
+def test_an_expert_offset_may_have_an_axis_as_shards_do() -> None:
+    assert jnp.array_equal(run(expert_offset=jnp.ones(1, jnp.int32)), run(expert_offset=1))
+
+
 @pytest.mark.parametrize("offset", [1.5, jnp.zeros(2, jnp.int32)])
 def test_an_expert_offset_that_is_no_integer_scalar(offset: object) -> None:
     with pytest.raises(ValueError, match=r"^expert_offset must be an integer scalar, got "):
