@@ -110,8 +110,14 @@ def stops_early(run: Run, standing: Standing) -> bool:
 def validate(
     run: Run, state: TrainState, standing: Standing, figures: dict[str, Any]
 ) -> tuple[Standing, dict[str, Any]]:
-    """(where the run stands, the figures) with the validation's mean loss a token; a better adapter is saved."""
+    """(where the run stands, the figures) with the validation's mean loss a token; a better adapter is saved.
+
+    Raises:
+      NonFiniteLossError: the loss is none.
+    """
     loss = validation_loss(run.trainer, state, run.validation)
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"step {standing.step}: validation loss {loss}")
     if standing.best_loss is None or loss < standing.best_loss:
         run.save_adapter(state)
         standing = dataclasses.replace(standing, best_loss=loss, since_best=0)

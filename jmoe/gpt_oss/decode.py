@@ -11,7 +11,7 @@ from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
 from jmoe.gpt_oss.chunked import attend_chunk
-from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_tokens, positions_in_segments
+from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_range, check_tokens, positions_in_segments
 from jmoe.gpt_oss.rope import Heads
 
 
@@ -50,15 +50,15 @@ def prefill(
       prefill_chunk: tokens of each prompt at once, which bounds the memory of activations; None: all.
 
     Raises:
-      ValueError: the prompts are empty or longer than the capacity, or prefill_chunk is not positive; and as
-        GptOss.hidden.
+      ValueError: the prompts are empty or longer than the capacity, lengths are not theirs, or prefill_chunk is not
+        positive; and as GptOss.hidden.
     """
     check_tokens(tokens, adapter_ids, model.lora, model.config.vocab_size)
     if not tokens.size:
         raise ValueError(f"prompts must be at least one token each, got tokens {tokens.shape}")
     if tokens.shape[1] > capacity:
         raise ValueError(f"prompts of {tokens.shape[1]} tokens do not fit a capacity of {capacity}")
-
+    check_range("lengths", lengths, 1, tokens.shape[1] + 1)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
     ids = None if adapter_ids is None else jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
@@ -113,9 +113,9 @@ def in_chunks(
     batch, length = tokens.shape
     chunks = -(-length // chunk)
 
-    def split(array: Array) -> Array:
-        """[B, T] -> [chunks, B, chunk], zeros at the end."""
-        padded = jnp.pad(array, [(0, 0), (0, chunks * chunk - length)])
+    def split(array: Array, padding: int) -> Array:
+        """[B, T] -> [chunks, B, chunk], padded at the end."""
+        padded = jnp.pad(array, [(0, 0), (0, chunks * chunk - length)], constant_values=padding)
         return jnp.swapaxes(padded.reshape(batch, chunks, chunk), 0, 1)
 
     def step(carry: tuple[Array, Cache], inputs: tuple[Array, Array, Array | None]) -> tuple[tuple[Array, Cache], None]:
@@ -142,12 +142,15 @@ def in_chunks(
         return (jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache), None
 
     nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
-    inputs = jnp.arange(chunks) * chunk, split(tokens), None if adapter_ids is None else split(adapter_ids)
+    inputs = jnp.arange(chunks) * chunk, split(tokens, 0), None if adapter_ids is None else split(adapter_ids, -1)
     return lax.scan(step, (nothing, cache), inputs)[0]
 
 
 def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
-    """(float32 logits after each sequence's next token, the sequences with it)."""
+    """(float32 logits after each sequence's next token, the sequences with it).
+
+    A sequence may not come to have more tokens than the capacity that prefill was given: the first would be lost.
+    """
 
     sinks, position = model.layers.get_value().sinks, state.lengths
 

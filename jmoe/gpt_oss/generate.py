@@ -86,6 +86,8 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
+    if adapter_ids is not None and not np.issubdtype(np.asarray(adapter_ids).dtype, np.integer):
+        raise ValueError(f"adapter_ids must be integers, got {adapter_ids}")
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
     check_tokens(jnp.asarray(tokens), ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64

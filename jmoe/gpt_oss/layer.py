@@ -51,8 +51,9 @@ def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B 
 
     def add(total: Array, adapter: tuple[Array, Factors]) -> tuple[Array, None]:
         index, own = adapter
-        # Selected, not multiplied by zero: another adapter may hold NaN.
+        # Selected, not multiplied by zero: another adapter may hold NaN. Unused, it is zero for gradients' sake.
         mine = (adapter_ids == index)[..., None]
+        own = jax.tree.map(lambda factor: jnp.where(mine.any(), factor, 0), own)
         return jnp.where(mine, of_one(own.a, own.scale, own.b), total), None
 
     # One after another, so that one adapter's [B, T, N] is held at a time.

@@ -34,7 +34,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " D/2"]:
 
 def scale(rope: Rope) -> float:
     """What multiplies cosine and sine, and so attention's logits by its square."""
-    return 0.1 * math.log(rope.factor) + 1
+    return 0.1 * math.log(max(rope.factor, 1)) + 1
 
 
 def cosine_and_sine(

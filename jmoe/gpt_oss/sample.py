@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+LEAST_TEMPERATURE = 1e-30
+"""Below it float32 would divide by zero, or nearly so."""
+
 
 def sample(
     logits: Float[Array, "B V"],
@@ -15,7 +18,9 @@ def sample(
 
     The largest is among them whatever top_p is.
     """
-    ordered, tokens = jax.lax.top_k(logits / temperature, logits.shape[-1])
+    # However small the temperature is, the largest stays 0 and no other becomes NaN.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    ordered, tokens = jax.lax.top_k(below / jnp.maximum(temperature, LEAST_TEMPERATURE), logits.shape[-1])
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p) | (jnp.arange(logits.shape[-1]) == 0)

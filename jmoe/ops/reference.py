@@ -80,10 +80,13 @@ def project(
         def one_adapter(
             z: Float[Array, "T N"], adapter: tuple[Int32[Array, ""], Adapter]
         ) -> tuple[Float[Array, "T N"], None]:
-            index, (a, b, scale) = adapter
+            index, own = adapter
+            # An adapter that no token uses may hold NaN, which no gradient is to see.
+            mine = (adapter_ids == index)[:, None]
+            a, b, scale = (jnp.where(mine.any(), factor, 0) for factor in own)
             shrunk = (product(x, a.astype(x.dtype)) * scale).astype(x.dtype)
             expanded = product(shrunk, b.astype(x.dtype))
-            return jnp.where((adapter_ids == index)[:, None], z + expanded, z), None
+            return jnp.where(mine, z + expanded, z), None
 
         z, _ = lax.scan(one_adapter, z, (jnp.arange(lora[0].shape[0]), lora))
     return z if bias is None else z + bias.astype(jnp.float32)

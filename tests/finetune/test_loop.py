@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from jmoe.finetune import checkpoint as saving
+from jmoe.finetune import loop
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
@@ -144,6 +145,19 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(trainer: Trainer, tmp_pa
     with a_run(trainer, tmp_path) as run:
         assert run[2].step == 2
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run[1].factors))
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: float("nan"))
+    saved: list[TrainState] = []
+    with (
+        a_run(trainer, tmp_path, save_adapter=saved.append) as run,
+        pytest.raises(NonFiniteLossError, match="validation loss nan"),
+    ):
+        run_steps(*run)
+    assert saved == []
 
 
 def test_a_full_disk_is_said_before_writing(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

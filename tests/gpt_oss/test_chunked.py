@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,6 +44,15 @@ def test_chunks_are_the_whole(model: gpt_oss.GptOss, at_once: tuple[np.ndarray, 
     """Chunks shorter and longer than the window of 32, prompts that end in different ones."""
     for got, want in zip(run(model, chunk), at_once, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_is_nan_stays_alone(model: gpt_oss.GptOss) -> None:
+    """The padding of the last chunk has no adapter."""
+    broken = jax.tree.map(lambda leaf: jnp.nan * leaf, model.lora)
+    isolated = model.with_adapters(gpt_oss.stack_adapters([broken, model.lora]))
+    ids = jnp.array([1, -1, 1, -1], jnp.int32)
+    logits, _ = prefill(isolated, TOKENS, LENGTHS, capacity=96, adapter_ids=ids, prefill_chunk=7)
+    assert jnp.isfinite(logits).all()
 
 
 def test_generated_text_is_the_same(model: gpt_oss.GptOss) -> None:

@@ -1,5 +1,6 @@
 """config.json: what is read, in either spelling, and what is refused."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -86,6 +87,11 @@ def test_truncation_is_the_default_without_the_key(tmp_path: Path) -> None:
     config = Config.load(written(tmp_path, rope_scaling=rope))
     assert config.rope.truncate
     assert not math.isclose(inverse_frequencies(config.rope, 64)[12], inverse_frequencies(Rope(), 64)[12])
+
+
+def test_yarn_never_shrinks_attention() -> None:
+    assert scale(dataclasses.replace(Rope(), factor=0.5)) == 1
+    assert scale(dataclasses.replace(Rope(), factor=32.0)) == 0.1 * math.log(32) + 1
 
 
 @pytest.mark.parametrize(("written", "want"), [("[0, 5]", (0, 5)), ("7", (7,)), ("null", None)])

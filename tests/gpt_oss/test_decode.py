@@ -110,3 +110,6 @@ def test_slots_hold_the_latest_tokens() -> None:
 def test_prompts_that_do_not_fit_are_an_error(model: gpt_oss.GptOss) -> None:
     with pytest.raises(ValueError, match="prompts of 9 tokens do not fit a capacity of 8"):
         prefill(model, jnp.zeros((1, 9), jnp.int32), jnp.array([9]), capacity=8)
+    for length in (0, 10, -3):
+        with pytest.raises(ValueError, match=rf"lengths must be in \[1, 10\), got {length}"):
+            prefill(model, jnp.zeros((1, 9), jnp.int32), jnp.array([length]), capacity=16)

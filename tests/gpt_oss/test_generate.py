@@ -76,6 +76,10 @@ def test_samples_follow_temperature_and_top_p() -> None:
     np.testing.assert_allclose(draw(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(draw(0.5, 1.0), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.03)
     assert draw(1.0, 1e-6).tolist() == [1, 0, 0, 0]
+    for temperature in (1e-3, 1e-37, 1e-45):
+        assert draw(temperature, 1.0).tolist() == [1, 0, 0, 0]
+    largest_last = sample(logits[:, ::-1], keys[0], 1e-40, 1.0)
+    assert largest_last.tolist() == [3]
 
 
 def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
@@ -91,6 +95,7 @@ def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
         ({"prompts": [[128]]}, r"token ids must be in \[0, 128\), got 128 to 128"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"prompts": [[1.7]]}, "prompts must be token ids, which are integers"),
+        ({"adapter_ids": [0.5]}, r"adapter_ids must be integers, got \[0.5\]"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"temperature": -1}, "temperature must be 0 or more, got -1"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),

@@ -51,6 +51,16 @@ def test_the_platforms_gradient_is_that_of_xla(recompute: bool) -> None:
     assert float(jnp.linalg.norm(ours["lora"].gate_up_a)) > 0
 
 
+def test_an_adapter_that_no_token_uses_may_be_nan() -> None:
+    layer = dataclasses.replace(random_layer(SMALL), adapter_ids=jnp.array([1, -1, 1, 1, -1, 1], jnp.int32))
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), layer.lora)
+    want, got = (
+        jax.grad(functools.partial(loss, backend="xla"))({**floats(layer), "lora": lora}, layer)
+        for lora in (layer.lora, broken)
+    )
+    assert_close(got, want)
+
+
 def test_scales_of_lora_are_constants() -> None:
     layer = random_layer(SMALL)
     for backend in (None, "xla"):
