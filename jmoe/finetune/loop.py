@@ -58,7 +58,7 @@ def run_steps(
 
     Raises:
       NonFiniteLossError: a loss or gradient is not finite. The factors before it are saved as a checkpoint, and the
-        batch as nonfinite_step_N.npz.
+        batch as nonfinite_step_N.npz; where the validation's loss is not, nothing is.
       OSError: the disk is full.
     """
     rate = learning_rate(run.config, run.steps)
@@ -113,7 +113,7 @@ def validate(
     """(where the run stands, the figures) with the validation's mean loss a token; a better adapter is saved.
 
     Raises:
-      NonFiniteLossError: the loss is none.
+      NonFiniteLossError: the loss is not finite.
     """
     loss = validation_loss(run.trainer, state, run.validation)
     if not math.isfinite(loss):

@@ -104,13 +104,15 @@ def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]
       ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
     """
     name = "eos_token_id"
-    for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
-        tokens = token_ids(file, name, read_json(file).get(name) if file.is_file() else None)
-        if tokens and file.name == "generation_config.json" and max(tokens) >= config.vocab_size:
-            raise ValueError(f"{file}: {name} must be below the vocabulary's {config.vocab_size}, got {max(tokens)}")
-        if tokens:
-            return tokens
-    return (config.eos_token_id,)
+    generation, model = Path(path) / "generation_config.json", Path(path) / "config.json"
+    if generation.is_file() and (tokens := token_ids(generation, name, read_json(generation).get(name))):
+        if max(tokens) >= config.vocab_size:
+            raise ValueError(
+                f"{generation}: {name} must be below the vocabulary's {config.vocab_size}, got {max(tokens)}"
+            )
+        return tokens
+    listed = token_ids(model, name, read_json(model).get(name)) if model.is_file() else ()
+    return listed or (config.eos_token_id,)
 
 
 def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:
