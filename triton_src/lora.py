@@ -130,10 +130,10 @@ def expand_tile(
 
 
 @triton.constexpr_function
-def rank_blocks(rank: int) -> tuple[int, int]:
-    """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps of up to 64."""
+def rank_blocks(rank: int, longest: int = 64) -> tuple[int, int]:
+    """(BLOCK_R, RANK_PADDED) of a rank: a tensor-core product needs 16, and longer ranks go in steps."""
     # Spelt out, as kernels call this and may not call plain functions.
-    block = min(64, max(16, 1 << (rank - 1).bit_length()))
+    block = min(longest, max(16, 1 << (rank - 1).bit_length()))
     return block, -(-rank // block) * block
 
 

@@ -149,6 +149,10 @@ def packed_experts_kernel(
                     product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
 
 
+LONGEST_RANK_BLOCK = 32
+"""LoRA's ranks that a step takes: with 64 the shrink's registers spill."""
+
+
 def plan_packed_experts(
     *,
     hidden: int,
@@ -183,7 +187,7 @@ def plan_packed_experts(
     operands: dict[str, str | None] = {}
     ranks: dict[str, int] = {}
     for projection, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
-        block_r, rank_padded = rank_blocks(rank or 1)
+        block_r, rank_padded = rank_blocks(rank or 1, LONGEST_RANK_BLOCK)
         ranks |= {f"{projection}_RANK".upper(): rank or 0, f"{projection}_BLOCK_R".upper(): block_r}
         for part in ("a", "b", "scale"):
             operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank else None

@@ -74,3 +74,5 @@ def test_several_programs_fit_a_multiprocessor(tokens: int, programs: int, rank:
     assert registers * plan.num_warps * 32 * programs <= 65536
     assert (shared + 1024) * programs <= 228 * 1024
     assert "serialized" not in messages
+    spilled = int(messages.split(" bytes spill stores")[0].split()[-1])
+    assert spilled <= 128
