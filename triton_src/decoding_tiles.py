@@ -24,7 +24,11 @@ class FewRowsLinearTile(NamedTuple):
     num_stages: int
 
 
-FEW_ROWS_LINEAR_TILES = {16: FewRowsLinearTile(16, 256, 4, 4), 64: FewRowsLinearTile(32, 128, 4, 4)}
+FEW_ROWS_LINEAR_TILES = {
+    1: FewRowsLinearTile(4, 1024, 4, 1),
+    16: FewRowsLinearTile(16, 256, 2, 4),
+    64: FewRowsLinearTile(32, 128, 4, 4),
+}
 """By the most rows that they are for."""
 
 

@@ -7,6 +7,14 @@ from jmoe.triton_src.decoding_tiles import few_rows_linear_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 
 
+@triton.jit
+def plus_product(acc, w, x):
+    """acc + w x in float32; a single column of x needs no tensor cores."""
+    if x.shape[1] == 1:
+        return acc + tl.sum(w.to(tl.float32) * tl.trans(x).to(tl.float32), axis=1)[:, None]
+    return tl.dot(w, x, acc)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def few_rows_linear_kernel(
     x_ptr,  # (T, K) bf16
@@ -41,7 +49,7 @@ def few_rows_linear_kernel(
         k_ok = start + k < K
         w = tl.load(weights + start, mask=k_ok[None, :], other=0.0, eviction_policy="evict_first")
         tokens = tl.load(x + start, mask=k_ok[:, None] & row_ok[None, :], other=0.0)
-        acc = tl.dot(w, tokens, acc)
+        acc = plus_product(acc, w, tokens)
     if lora_b_ptr is not None:
         for start in tl.static_range(0, RANK, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)
@@ -54,7 +62,7 @@ def few_rows_linear_kernel(
             shrunk = tl.load(
                 shrunk_ptr + row[None, :] * RANK + ranks[:, None], mask=rank_ok[:, None] & row_ok[None, :], other=0.0
             )
-            acc = tl.dot(b, shrunk, acc)
+            acc = plus_product(acc, b, shrunk)
     acc += tl.load(bias_ptr + layer * N + column, mask=column_ok, other=0.0).to(tl.float32)[:, None]
     tl.store(
         out_ptr + row[None, :] * N + column[:, None],
@@ -89,7 +97,7 @@ def plan_few_rows_linear(*, rows: int, n: int, k: int, rank: int | None = None, 
                 "K": k,
                 "P": lora_rows,
                 "RANK": rank or 0,
-                "BLOCK_M": max(16, next_power_of_2(rows)),
+                "BLOCK_M": 1 if rows == 1 else max(16, next_power_of_2(rows)),
                 "BLOCK_N": tile.columns,
                 "BLOCK_K": tile.depth,
                 "BLOCK_R": 16 if rank is None else min(64, max(16, next_power_of_2(rank))),

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.interpret
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "rank"), [(1, 40, 300, None), (16, 64, 256, 5), (33, 72, 136, 100), (64, 32, 64, 16)]
+    ("rows", "n", "k", "rank"),
+    [(1, 40, 300, None), (1, 71, 1100, 100), (2, 40, 300, 3), (16, 64, 256, 5), (33, 72, 136, 100), (64, 32, 64, 16)],
 )
 def test_one_layer_of_a_stack(rows: int, n: int, k: int, rank: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
