@@ -13,6 +13,7 @@ import jax
 from safetensors import safe_open
 
 from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
+from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
@@ -23,7 +24,7 @@ from jmoe.ops.stacked_linear import MOST_ROWS
 
 PACKAGES = (
     "jmoe", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "transformers", "tokenizers",
-    "safetensors", "torch",
+    "safetensors", "torch", "dew-flash-attn-cu13",
 )  # fmt: skip
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
@@ -45,6 +46,7 @@ class Machine:
     versions: by package, None for one that is not installed.
     no_triton: why the Triton backend cannot run, None if it can.
     tiles: whose launch parameters it uses, None without it.
+    no_flash: why attention to whole prompts cannot be FlashAttention's, None if it can.
     missing: what is not there and how to mend it.
     """
 
@@ -53,6 +55,7 @@ class Machine:
     gpu: bool
     no_triton: str | None
     tiles: str | None
+    no_flash: str | None
     missing: tuple[str, ...]
 
 
@@ -82,19 +85,22 @@ def examine_machine() -> Machine:
     """The facts of this machine."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     gpu = jax.default_backend() == "gpu"
-    no_triton = why_no_triton()
+    no_triton, no_flash = why_no_triton(), flash_attention.available()
     missing = []
     if gpu and no_triton is not None:
         missing.append(f"{no_triton} (until then jmoe's layers raise an error on this GPU)")
     if not gpu and Path("/dev/nvidia0").exists():
         missing.append(f"there is an NVIDIA GPU, /dev/nvidia0, that JAX does not see: {INSTALL}")
+    if "9.0" in flash_attention.capabilities() and no_flash is not None:
+        missing.append(f"FlashAttention, for prompts and fine-tuning: {no_flash}")
     if versions["transformers"] is None:
         missing.append("text and chat templates need transformers: pip install transformers")
     devices = tuple(
         Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
         for device in jax.local_devices()
     )
-    return Machine(versions, devices, gpu, no_triton, tiles_here() if no_triton is None else None, tuple(missing))
+    tiles = tiles_here() if no_triton is None else None
+    return Machine(versions, devices, gpu, no_triton, tiles, no_flash, tuple(missing))
 
 
 def version(package: str) -> str | None:
@@ -183,12 +189,13 @@ def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *,
     def linear(tokens: int) -> str:
         return by("few_rows_linear") if tokens <= MOST_ROWS else "XLA"
 
+    flash = machine.no_flash is None and config.head_dim <= flash_attention.WIDEST
     attention = [
         Part(
             "full attention" if window is None else f"attention to the last {window} tokens",
             layers,
             by("cached_attention"),
-            "XLA, in blocks",
+            "FlashAttention" if flash else "XLA, in blocks",
         )
         for window, layers in windows.items()
     ]

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Option(help="A gpt-oss directory: say what it will run by and take.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A gpt-oss directory or Hub repository: say what it will run by.")
+    ] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter directory; more may follow.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
-    No weights are loaded. Exits with 1 if the model cannot be.
+    Of a model headers alone are read, of adapters all. Exits with 1 if the model cannot be loaded.
     """
     if adapter and model is None:
         raise typer.BadParameter("--adapter needs --model")

@@ -24,7 +24,7 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
     for field in dataclasses.fields(FinetuneConfig):
         text = field.metadata["help"]
         if field.default not in (dataclasses.MISSING, None):
-            text += f" [default: {field.default}]"
+            text += f" (default: {field.default})"
         kind: Any = plain(hints[field.name])
         flag = f"--{field.name.replace('_', '-')}"
         names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)

@@ -177,9 +177,17 @@ def stack_adapters(adapters: Sequence[LoraWeights]) -> LoraWeights:
     """
     if not adapters:
         raise ValueError("stack_adapters needs at least one adapter, got none")
+    models = {(a.shape[0], hidden_size(adapter, target)) for adapter in adapters for target, a in adapter.a.items()}
+    if len(models) > 1:
+        raise ValueError(f"adapters must be for models of one size, got (layers, hidden) {sorted(models)}")
     targets = [target for target in TARGETS if any(target in adapter.a for adapter in adapters)]
     joined = {target: join([factors_of(adapter, target) for adapter in adapters], target) for target in targets}
     return LoraWeights(*({target: getattr(f, field) for target, f in joined.items()} for field in Factors._fields))
+
+
+def hidden_size(adapter: LoraWeights, target: str) -> int:
+    """The model's, which o and down write and the others read."""
+    return adapter.b[target].shape[-2] if target in ("o", "down") else adapter.a[target].shape[-1]
 
 
 def factors_of(adapter: LoraWeights, target: str) -> Factors | None:

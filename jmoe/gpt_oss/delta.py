@@ -14,7 +14,7 @@ from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights
 
 
 class AdapterWarning(UserWarning):
-    """An adapter changes only part of what it has LoRA on."""
+    """An adapter changes only part of what it has LoRA on, or its file lacks some of what its settings list."""
 
 
 class Finding(NamedTuple):

@@ -63,6 +63,7 @@ def load(
     Raises:
       FileNotFoundError: neither the directory nor a repository of that name is there; a file is missing.
       ValueError: a setting, tensor or file that does not fit; the message names it.
+      ImportError: packed is None, the default device a GPU, and Triton or jax-triton is missing or too old.
     """
     directory = local_directory(path)
     config = Config.load(directory)

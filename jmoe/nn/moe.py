@@ -92,7 +92,7 @@ class MoE(nnx.Module):
         if train_experts and any(isinstance(getattr(experts, p), Mxfp4 | PackedMxfp4) for p in PROJECTIONS):
             raise ValueError(
                 "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
-                "jmoe.dequantize them first"
+                "jmoe.dequantize them first (packed ones after jmoe.unpack)"
             )
         kind = nnx.Param if train_experts else Frozen
         for name in ("gate_up", "gate_up_bias", "down", "down_bias"):

@@ -65,8 +65,8 @@ def moe(
 
     Raises:
       ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is none.
-      NotImplementedError: the Triton backend was asked for what it cannot do: another platform than CUDA, another dtype
-        than bfloat16, a gradient in the experts' weights.
+      NotImplementedError: the Triton backend, named or chosen, cannot do it: another platform than CUDA, a GPU older
+        than 8.0 or none here and no Target, another dtype than bfloat16, a gradient in the experts' weights.
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
     """
     one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)

@@ -107,7 +107,12 @@ def dequantize(q: Mxfp4, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "E N K
 
     Exact in bfloat16 and float32 for scale bytes 2 to 252. At the ends: 0 and 1 may flush subnormals to zero, 253 and
     254 overflow to infinity where the format's value passes the dtype's range, 255 gives NaN for its whole block.
+
+    Raises:
+      ValueError: q is no Mxfp4.
     """
+    if not isinstance(q, Mxfp4):
+        raise ValueError(f"dequantize takes Mxfp4, and jmoe.unpack makes it of a PackedMxfp4; got {type(q).__name__}")
     nibbles = jnp.stack([q.blocks & 15, q.blocks >> 4], axis=-1).reshape(*q.scales.shape, BLOCK)
     values = e2m1_values(nibbles) * scale_values(q.scales)[..., None]
     return values.reshape(q.shape).astype(dtype)

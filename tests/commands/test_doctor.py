@@ -14,10 +14,11 @@ from jmoe.checkpoint import Spec
 from jmoe.cli import app
 from jmoe.commands.doctor import gigabytes
 from jmoe.device_memory import FRACTION, NAMES
+from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.cache import cache_bytes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
-MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, missing=())
+MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, no_flash="no Hopper", missing=())
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,20 @@ def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, mon
     parts = {part.name: part for part in doctor.examine_model(TINY, [], machine, batch=tokens, context=48).parts}
     assert parts["experts"].decode == f"Triton: {want}"
     assert parts["full attention"].decode == "Triton: cached_attention"
+    assert parts["full attention"].prefill == "XLA, in blocks"
+
+
+def test_prompts_on_hopper_are_flash_attentions() -> None:
+    machine = dataclasses.replace(MACHINE, no_flash=None)
+    parts = doctor.examine_model(TINY, [], machine, batch=2, context=48).parts
+    assert {part.name: part.prefill for part in parts}["full attention"] == "FlashAttention"
+
+
+def test_flash_attention_is_missed_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "available", lambda: "it needs the package dew-flash-attn-cu13")
+    for capability, said in (("8.0", 0), ("9.0", 1)):
+        monkeypatch.setattr(flash_attention, "capabilities", lambda capability=capability: [capability])
+        assert sum("FlashAttention" in problem for problem in doctor.examine_machine().missing) == said
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:

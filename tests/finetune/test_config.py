@@ -62,3 +62,4 @@ def test_every_option_is_a_flag() -> None:
     help_text = CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "200"}).output
     for field in dataclasses.fields(FinetuneConfig):
         assert f"--{field.name.replace('_', '-')}" in help_text
+    assert "LoRA's rank. (default: 16)" in help_text

@@ -179,3 +179,9 @@ def test_smaller_ranks_are_padded() -> None:
     shorter = jax.tree.map(lambda leaf: leaf[:1], adapter)
     with pytest.raises(ValueError, match="must be for models of one size"):
         gpt_oss.stack_adapters([adapter, shorter])
+    on_q, on_down = (
+        gpt_oss.LoraWeights(*({target: field[target]} for field in (one.a, one.b, one.scale)))
+        for one, target in ((adapter, "q"), (shorter, "down"))
+    )
+    with pytest.raises(ValueError, match=r"one size, got \(layers, hidden\) \[\(1, 64\), \(2, 64\)\]"):
+        gpt_oss.stack_adapters([on_q, on_down])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe import Mxfp4, dequantize, quantize
+from jmoe import Experts, Mxfp4, dequantize, pack, quantize, unpack
 
 
 def every_code(scale: int) -> Mxfp4:
@@ -31,6 +31,14 @@ def test_dequantized_values_are_exact(scale: int, dtype: jnp.dtype) -> None:
 def test_low_nibble_comes_first() -> None:
     q = Mxfp4(jnp.full((1, 1, 1, 16), 0x72, jnp.uint8), jnp.full((1, 1, 1), 127, jnp.uint8))
     assert dequantize(q)[0, 0, :4].tolist() == [1.0, 6.0, 1.0, 6.0]
+
+
+def test_packed_weights_are_dequantized_after_unpacking() -> None:
+    experts = Experts(quantize(jnp.ones((1, 64, 32))), None, quantize(jnp.ones((1, 32, 32))), None)
+    packed = pack(experts)
+    with pytest.raises(ValueError, match=r"dequantize takes Mxfp4, and jmoe.unpack makes it .* got PackedMxfp4"):
+        dequantize(packed.gate_up)
+    assert (dequantize(unpack(packed).gate_up) == 1).all()
 
 
 def test_scale_255_is_nan_for_zeros_too() -> None:
