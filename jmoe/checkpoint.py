@@ -66,10 +66,12 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
     Raises:
       FileNotFoundError: the file does not exist.
+      PermissionError: it may not be read.
       ValueError: it is truncated or corrupt.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    file.open("rb").close()  # safetensors' own error would be that it does not exist
     try:
         handle = safe_open(file, framework="np")
     except SafetensorError as error:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import jax
 import numpy as np
@@ -239,7 +239,9 @@ def read_layer(
     source = Checkpoint(directory)
     layer = load_moe_layer(source, index)
     words = text.read_text() if text is not None else readme_text()
-    ids = np.array(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(words).ids[:tokens])
+    if not (file := directory / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    ids = np.array(Tokenizer.from_file(str(file)).encode(words).ids[:tokens])
     if not len(ids):
         raise ValueError(f"{text or 'the README'} must hold at least one token")
     x = rms_norm(embed(source, ids), layer.norm_weight, source.config.rms_norm_eps)
@@ -262,8 +264,17 @@ def main() -> None:
     try:
         app()
     except (OSError, ValueError, ImportError) as error:
-        Console(stderr=True).print(f"jmoe: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
+        fail(str(error), error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"memory ran out; ask for fewer or shorter sequences at once: {str(error).splitlines()[0]}", error)
+
+
+def fail(message: str, error: Exception) -> NoReturn:
+    """Says what is wrong in a line, and ends with 1."""
+    Console(stderr=True).print(f"jmoe: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(os.fspath(path))
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{file} is no tokenizer that transformers can read: {error}") from error
+        raise ValueError(f"{path} has no tokenizer that transformers can read: {error}") from error
     if day is not None and isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = NOW.sub(lambda now: repr(day.strftime(now[2])), tokenizer.chat_template)
     return tokenizer
@@ -63,6 +63,22 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], *, reply: bool) -> st
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses these messages: {error}") from error
 
 
+def check_vocabulary(largest: int, vocabulary: int) -> None:
+    """Raises ValueError unless the model has the largest token that its tokenizer made."""
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token ids must be in [0, {vocabulary}), got {largest}: the model lacks what its tokenizer has"
+        )
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The text's tokens, and no others; special tokens may be written out in it."""
+    """The text's tokens, and no others; special tokens may be written out in it.
+
+    Raises:
+      ValueError: it has halves of surrogate pairs, as arguments that are no UTF-8 get from Python.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text must be Unicode, got {text[error.start]!r} at character {error.start}") from None
     return tokenizer.encode(text, add_special_tokens=False)

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import pytest
+
+from jmoe import cli
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_gpt_oss"
 
@@ -56,6 +61,21 @@ def test_parity_fails_when_results_disagree() -> None:
     )
     assert run.returncode == 1, run.stdout + run.stderr
     assert "FAIL 3 tokens, 4 experts, top-2, 64/64: triton_torch is off by 1.0e-02, more than 5e-03" in run.stdout
+
+
+def test_memory_that_ran_out_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def app(message: str) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(cli, "app", lambda: app("RESOURCE_EXHAUSTED: Out of memory\nmore"))
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == (
+        "jmoe: memory ran out; ask for fewer or shorter sequences at once: RESOURCE_EXHAUSTED: Out of memory\n"
+    )
+    monkeypatch.setattr(cli, "app", lambda: app("INTERNAL: something else"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        cli.main()
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ def test_text_survives_its_tokens() -> None:
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(ValueError, match=r"text must be Unicode, got '\\\\udcff' at character 1"):
+        encode(load_tokenizer(TINY), "a\udcff")
+
+
 def test_special_tokens_are_tokens() -> None:
     assert encode(load_tokenizer(TINY), "<|start|>") == [2]
 
@@ -53,5 +58,5 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer that transformers can read"):
         load_tokenizer(tmp_path)

@@ -1,6 +1,8 @@
 """Tasks of the lm-evaluation-harness on a checkpoint, without and with an adapter, and the two side by side."""
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +73,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     manager = task_manager(options)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()  # before the hours that there would be nowhere to write of
     model = gpt_oss.load(directory, adapter=options.adapter)
     ends = stop_tokens(directory, model.config)
     return [
@@ -146,10 +149,30 @@ def run(model: HarnessModel, manager: TaskManager, options: Options) -> dict[str
     assert results is not None  # None is for other processes than the first
     samples = results.pop("samples", None)
     if samples is not None:
+        assert options.out is not None
+        before = set(options.out.rglob("*.json*"))
         tracker.save_results_aggregated(results=results, samples=samples)
         for task in results["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
+        # The tracker logs what it could not write, and goes on.
+        whole = [file for file in options.out.rglob("*.json*") if file not in before and is_whole(file)]
+        if len(whole) < 1 + len(results["configs"]):
+            raise OSError(
+                f"results could not be written under {options.out}: whole are {[str(file) for file in whole]}"
+            )
     return results
+
+
+def is_whole(file: Path) -> bool:
+    """Whether all of a JSON or JSONL file is there."""
+    text = file.read_text(encoding="utf-8")
+    values = text.removesuffix("\n").split("\n") if file.suffix == ".jsonl" else [text]
+    try:
+        for value in values:
+            json.loads(value)
+    except ValueError:
+        return False
+    return True
 
 
 def metrics_of(results: Mapping[str, Any]) -> list[Metric]:

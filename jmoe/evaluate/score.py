@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jmoe.gpt_oss.model import GptOss
+from jmoe.text import check_vocabulary
 
 CHUNK = 256
 """Positions whose float32 logits are held at a time: 206 MB of gpt-oss's vocabulary."""
@@ -37,7 +38,11 @@ def score(model: GptOss, spans: Sequence[Span], adapter_ids: Sequence[int] | Non
 
     Args:
       adapter_ids: each span's adapter, -1 for none; None for a model without adapters.
+
+    Raises:
+      ValueError: a token past the vocabulary; a log-probability that is not finite.
     """
+    check_vocabulary(max(max((*span.tokens, *span.targets)) for span in spans), model.config.vocab_size)
     adapters = [-1] * len(spans) if adapter_ids is None else adapter_ids
     inputs = [(tuple(span.tokens), adapter) for span, adapter in zip(spans, adapters, strict=True)]
     different = list(dict.fromkeys(inputs))
@@ -68,6 +73,8 @@ def score(model: GptOss, spans: Sequence[Span], adapter_ids: Sequence[int] | Non
     )
     found, likeliest = (np.asarray(array) for array in score_places(model, tokens, places, ids))
     ends = np.cumsum(lengths)
+    if not np.isfinite(found[: ends[-1]]).all():
+        raise ValueError("log-probabilities must be finite: the model's or the adapter's numbers are not, or overflow")
     return [
         Score(float(found[end - length : end].sum(dtype=np.float64)), bool(likeliest[end - length : end].all()))
         for length, end in zip(lengths, ends, strict=True)

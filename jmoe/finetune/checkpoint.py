@@ -79,20 +79,30 @@ class Checkpoints:
           state: of the same shapes, which says where the arrays go.
 
         Raises:
-          ValueError: the checkpoint is of a run with other options, which are named, or on other data.
+          ValueError: the checkpoint is of a run with other options, which are named, or on other data; it is damaged.
         """
         step = self.manager.latest_step()
         if step is None:
             return state, Standing()
-        run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]  # type: ignore[call-arg]
+        run = self._read(step, run=ocp.args.JsonRestore())["run"]  # type: ignore[call-arg]
         self._check_config(run["config"])
         if run.get("data") != self.data:
             raise ValueError(
                 f"{self.directory} holds a run on other data: rows of the training or validation file, or the "
                 "tokenizer, have changed since; choose another --out"
             )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(state))  # type: ignore[call-arg]
-        return self.manager.restore(step, args=args)["state"], Standing(**run["standing"])
+        saved = self._read(step, state=ocp.args.StandardRestore(state))["state"]  # type: ignore[call-arg]
+        return saved, Standing(**run["standing"])
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """These items of a checkpoint. Raises ValueError if orbax cannot read them."""
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # KeyError, OSError, ValueError and others, by what is damaged
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{self.directory / str(step)} cannot be read: {first}; without it the run goes on from the one before"
+            ) from error
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         """Raises ValueError unless the options that decide what is computed are the same."""

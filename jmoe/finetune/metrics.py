@@ -60,6 +60,14 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_plot() -> None:
+    """Raises ImportError unless plot can run."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('fine-tuning draws its losses with matplotlib: pip install "jmoe[finetune]"') from error
+
+
 def plot(directory: Path) -> Path:
     """Draws loss.png, the loss against the steps of metrics.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

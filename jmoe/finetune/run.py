@@ -18,15 +18,16 @@ from jmoe.finetune.display import Display
 from jmoe.finetune.examples import Examples, read_examples
 from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.loop import Ending, Run, run_steps
-from jmoe.finetune.metrics import Metrics, plot
+from jmoe.finetune.metrics import Metrics, check_plot, plot
 from jmoe.finetune.packing import pack
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
+from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.save import replace, save_adapter
 from jmoe.nn.report import trainable_report
-from jmoe.text import load_tokenizer
+from jmoe.text import check_vocabulary, load_tokenizer
 
 
 class Result(NamedTuple):
@@ -50,7 +51,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
       ValueError: an option, a row of the data or the checkpoint does not fit, or config.out holds a run with others; a
         loss was not finite (NonFiniteLossError).
       OSError: the disk is full.
+      ImportError: the extra "finetune" is not installed.
     """
+    check_plot()
     console = Console(stderr=True) if console is None else console
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     directory = local_directory(config.model)
     day = day_begun(out)
     training, validation = read_data(config, load_tokenizer(directory, day), console)
+    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
+    check_vocabulary(largest, Config.load(directory).vocab_size)
     batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
     held_out = validation_batches(config, validation)
@@ -92,7 +97,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
                 experts.after,
             )
             state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
-    if standing.best_loss is None:
+    if standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file():
+        console.print(
+            f"{adapter}, the best, is gone: the last is written", markup=False, highlight=False, soft_wrap=True
+        )
+        save(state)
+    elif standing.best_loss is None:
         save(state)
     plot(out)
     console.print(

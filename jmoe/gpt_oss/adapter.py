@@ -67,6 +67,10 @@ def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
                 elif key.replace("lora_B", "lora_A") not in keys:
                     raise ValueError(f"{file} has no tensor {key.replace('lora_B', 'lora_A')}, though it has {key}")
     for layer in suffixes_by_layer(keys):
+        if layer not in layers:
+            raise ValueError(
+                f"{file} has LoRA on experts of layer {layer}, past the model's {config.num_hidden_layers}"
+            )
         on_experts = load_lora(path, config, layer)
         for target in EXPERTS:
             a, b, scale = (getattr(on_experts, f"{target}_{part}") for part in ("a", "b", "scale"))

@@ -15,6 +15,8 @@ from jmoe.gpt_oss.decode import Decoding, decode, prefill
 from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import greedy, sample
 
+LARGEST_INT32 = 2**31 - 1
+
 type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
 
 
@@ -138,6 +140,8 @@ def check_options(
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if max(map(len, prompts)) + max_new_tokens > LARGEST_INT32:
+        raise ValueError(f"prompt and new tokens must be at most {LARGEST_INT32} in all, got {max_new_tokens} new ones")
     if math.isnan(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if not 0 < top_p <= 1:

@@ -26,13 +26,13 @@ from jmoe.ops.packed import empty_packed, pack_into
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 FILES = (
     "config.json",
-    "*.safetensors",
+    "model*.safetensors",
     "model.safetensors.index.json",
     "generation_config.json",
     "tokenizer*",
     "chat_template*",
 )
-"""What of a repository on the Hub a model and its text need."""
+"""What of a repository on the Hub a model and its text need; gpt-oss's have the weights again, in folders of others."""
 
 
 def load(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
-from safetensors.numpy import save_file
 
 from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, NORM, attention_specs, check_layers, local_directory, steps
+from jmoe.gpt_oss.save import write_tensors
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, TARGETS, LoraWeights, sizes
 from jmoe.ops.mxfp4 import Mxfp4, dequantize, quantize
 
@@ -109,6 +109,7 @@ def merge(
     Raises:
       FileNotFoundError, ValueError: as jmoe.gpt_oss.load; there is no such adapter; a sum is not finite.
       FileExistsError: out is not empty.
+      OSError: a file cannot be written.
     """
     directory, folder = local_directory(path), Path(out)
     config = Config.load(directory)
@@ -130,7 +131,7 @@ def merge(
         else:
             tensors = {name: checkpoint.tensor(name) for name in (EMBEDDING, NORM, HEAD)}
         file = f"model-{layer:05}-of-{layers:05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, tensors)
         files |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
     settings = {

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from jmoe.cli import app
-from jmoe.evaluate.run import Options, evaluate
+from jmoe.evaluate.run import Options, evaluate, is_whole
 from jmoe.text import load_tokenizer
 from tests.evaluate.tasks import write_tasks
 
@@ -38,6 +38,30 @@ def test_a_checkpoint_and_its_adapter_side_by_side(tmp_path: Path, monkeypatch: 
     samples = [file.read_text() for file in sorted((tmp_path / "out").rglob("samples_tiny_choice_*.jsonl"))]
     first, second = (json.loads(text.splitlines()[0])["resps"] for text in samples)
     assert first != second
+
+
+def test_results_that_could_not_be_written_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tasks(tmp_path)
+    monkeypatch.setattr("jmoe.evaluate.run.EvaluationTracker.save_results_samples", lambda *_, **__: None)
+    options = Options(model=TINY, tasks=["tiny_choice"], include_path=tmp_path, limit=2, out=tmp_path / "out")
+    with pytest.raises(OSError, match=r"results could not be written under .*out: whole are "):
+        evaluate(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "whole"),
+    [
+        ("a.json", "{}", True),
+        ("a.json", '{"x": ', False),
+        ("a.jsonl", '{"x": "\u2028"}\n{}\n', True),
+        ("a.jsonl", '{}\n{"x', False),
+        ("a.jsonl", "", False),
+    ],
+)
+def test_a_file_that_was_cut_is_not_whole(name: str, text: str, whole: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert is_whole(tmp_path / name) == whole
 
 
 def test_the_examples_tasks_score_answers_with_and_without_a_channel(

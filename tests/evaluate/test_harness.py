@@ -125,6 +125,15 @@ def test_questions_with_answers_of_one_token_are_one_row(model: gpt_oss.GptOss) 
     np.testing.assert_allclose([each.log_probability for each in found], direct(model, [7, 8, 9])[-1, :6], rtol=1e-4)
 
 
+def test_scores_are_of_tokens_that_the_model_has_and_finite(model: gpt_oss.GptOss) -> None:
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 512\), got 512: the model lacks"):
+        score(model, [Span([7, 512], [8])], [-1], rows=1)
+    assert model.lora is not None
+    huge = model.with_adapters(jax.tree.map(lambda leaf: leaf * 1e30, model.lora))
+    with pytest.raises(ValueError, match="log-probabilities must be finite"):
+        score(huge, [Span([7, 8], [9])], [0], rows=1)
+
+
 def test_contexts_are_cut_from_the_left(model: gpt_oss.GptOss, tokenizer: Any) -> None:
     short = HarnessModel(model, tokenizer, adapter=-1, max_length=24)
     tokens, count = tokens_of(tokenizer, PAIRS[4])

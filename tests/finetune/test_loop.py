@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 from rich.console import Console
 
 from jmoe.finetune import checkpoint as saving
-from jmoe.finetune import loop
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
@@ -147,17 +147,29 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(trainer: Trainer, tmp_pa
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run[1].factors))
 
 
+@pytest.mark.parametrize("step", [0, 2])
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(
-    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "validation_loss", lambda *_: float("nan"))
+    losses = iter([float("nan")] if step == 0 else [1.0, float("nan")])
+    monkeypatch.setattr(trainer, "loss", lambda *_: next(losses))
     saved: list[TrainState] = []
     with (
         a_run(trainer, tmp_path, save_adapter=saved.append) as run,
-        pytest.raises(NonFiniteLossError, match="validation loss nan"),
+        pytest.raises(NonFiniteLossError, match=f"step {step}: validation loss nan"),
     ):
         run_steps(*run)
     assert saved == []
+
+
+@pytest.mark.parametrize("lost", ["run", "run/metadata", "state"])
+def test_a_damaged_checkpoint_is_named(lost: str, trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path) as run:
+        run_steps(*run)
+    part = tmp_path / "checkpoints" / "5" / lost
+    shutil.rmtree(part) if part.is_dir() else part.write_text("")
+    with pytest.raises(ValueError, match=r"checkpoints/5 cannot be read"), a_run(trainer, tmp_path):
+        pass
 
 
 def test_a_full_disk_is_said_before_writing(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

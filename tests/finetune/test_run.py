@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,34 @@ def test_a_run_does_not_go_on_with_rows_that_have_changed(part: int, data: Path,
             finetune(config)
     finally:
         data.write_text(rows)
+
+
+def test_an_adapter_that_is_gone_is_written_again(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(out / "adapter")
+    run = subprocess.run(command(data, out), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "adapter, the best, is gone: the last is written" in run.stderr
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_tokens_that_the_model_lacks_are_an_error(data: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 512, "content": "<|more|>"})
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some <|more|> text"}\n' * 4)
+    config = FinetuneConfig(model=str(model), data=str(rows), out=str(tmp_path / "out"), length=64)
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 512\), got 512: the model lacks"):
+        finetune(config)
+
+
+def test_without_matplotlib_nothing_begins(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "jmoe\[finetune\]"'):
+        finetune(FinetuneConfig(model=str(TINY), data=str(data), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_input_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ def copy_of_adapter(folder: Path, change: object) -> Path:
             lambda t: t.update({f"{PREFIX}7.self_attn.k_proj.lora_A.weight": np.zeros((2, 64), np.float32)}),
             r"layers.7.self_attn.k_proj.lora_A.weight is of a layer past the model's 2",
         ),
+        (
+            lambda t: t.update({k.replace(".1.mlp", ".5.mlp"): t[k] for k in list(t) if ".1.mlp" in k}),
+            "adapter_model.safetensors has LoRA on experts of layer 5, past the model's 2",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_path: Path) -> None:

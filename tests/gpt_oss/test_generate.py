@@ -94,6 +94,7 @@ def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
         ({"prompts": [[1], []]}, r"got lengths \[1, 0\]"),
         ({"prompts": [[128]]}, r"token ids must be in \[0, 128\), got 128 to 128"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2**31 - 1}, "must be at most 2147483647 in all, got 2147483647 new ones"),
         ({"prompts": [[1.7]]}, "prompts must be token ids, which are integers"),
         ({"adapter_ids": [0.5]}, r"adapter_ids must be integers, got \[0.5\]"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),

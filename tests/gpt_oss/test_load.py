@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.load import put
+from jmoe.gpt_oss.load import FILES, put
 from jmoe.ops.mxfp4 import PackedMxfp4, quantize
 from jmoe.ops.packed import empty_packed, pack_into, pack_weight
 
@@ -128,3 +129,8 @@ def test_a_repository_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert gpt_oss.load("someone/tiny", progress=False).config.hidden_size == 64
     assert asked == ["someone/tiny"]
+
+
+def test_weights_are_fetched_once() -> None:
+    files = ["model-00000-of-00002.safetensors", "original/model.safetensors", "metal/model.bin", "tokenizer.json"]
+    assert list(filter_repo_objects(files, allow_patterns=list(FILES))) == [files[0], files[3]]

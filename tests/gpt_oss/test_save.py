@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from jmoe import gpt_oss
@@ -38,6 +39,25 @@ def test_a_round_trip(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_files_are_for_whom_any_new_file_is(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    gpt_oss.save_adapter(tmp_path, adapter)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_a_full_disk_leaves_the_adapter_before(
+    adapter: gpt_oss.LoraWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    gpt_oss.save_adapter(tmp_path, adapter)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr("jmoe.gpt_oss.save.save_file", full)
+    with pytest.raises(OSError, match=r"adapter_model.safetensors could not be written: .*No space left"):
+        gpt_oss.save_adapter(tmp_path, jax.tree.map(lambda leaf: 2 * leaf, adapter))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.filterwarnings("ignore::jmoe.gpt_oss.AdapterWarning")
