@@ -93,7 +93,9 @@ def check_adapters(buffers: dict[str, torch.Tensor]) -> None:
 
 
 def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Raises ValueError unless the tensor is on this device, contiguous and aligned."""
+    """Raises ValueError unless it is a tensor on this device, contiguous and aligned."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
     if not tensor.is_contiguous():

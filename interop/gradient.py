@@ -1,7 +1,7 @@
 """The layer as a function that PyTorch's autograd differentiates, by the launches that the JAX side runs."""
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -69,8 +69,30 @@ class DifferentiableMoe(torch.autograd.Function):
         needs = dict(zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True))
         # LoRA's scales are constants, as adapters' formats have them.
         wanted = {name: buffers[name] for name, need in needs.items() if need and not name.endswith("_scale")}
-        gradients = backward(ctx.options, buffers, dy.contiguous(), wanted)
+        found = OnceDifferentiable.apply(ctx.options, ctx.names, tuple(wanted), dy.contiguous(), *buffers.values())
+        gradients = dict(zip(wanted, found, strict=True))
         return (None, None, *(gradients.get(name) for name in ctx.inputs))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The gradients, of which autograd is told that they have none: untold, it would take them for constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: Options,
+        names: tuple[str, ...],
+        wanted: tuple[str, ...],
+        dy: torch.Tensor,
+        *saved: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        buffers = dict(zip(names, saved, strict=True))
+        gradients = backward(options, buffers, dy, {name: buffers[name] for name in wanted})
+        return tuple(gradients[name] for name in wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> NoReturn:
+        raise NotImplementedError("interop.moe has no second derivative; interop.reference.moe has")
 
 
 def backward(options: Options, buffers: Buffers, dy: torch.Tensor, wanted: Buffers) -> Buffers:

@@ -103,12 +103,14 @@ def moe(
     the routing's weights, LoRA's A and B, and biases.
 
     Raises:
-      ValueError: a tensor's shape or dtype does not fit the others, it is on another device than x, not contiguous or
-        not aligned to 16 bytes, or adapters and adapter_ids do not go together; or the user's tile table for this GPU
-        (see `jmoe tune`) is none.
-      NotImplementedError: no GPU and no interpreter, packed weights where no kernel reads them, or a gradient in the
-        experts' weights.
+      ValueError: an argument is no tensor, or its shape or dtype does not fit the others'; it is on another device than
+        x, not contiguous or not aligned to 16 bytes; adapters and adapter_ids do not go together; or the user's tile
+        table for this GPU (see `jmoe tune`) is none.
+      NotImplementedError: no GPU and no interpreter, packed weights where no kernel reads them, a gradient in the
+        experts' weights, or a second derivative.
     """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
     buffers = {"x": x}

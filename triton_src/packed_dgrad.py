@@ -59,6 +59,7 @@ def packed_dgrad_kernel(
     AHEAD: blocks of 64 rows of the weights that are loaded ahead.
     Grid: (cdiv(K, BLOCK_K), slots).
     """
+    pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     tile = gl.program_id(1)
     expert = gl.load(tiles_ptr + tile * 3)
     if expert >= 0:

@@ -101,6 +101,7 @@ def packed_experts_kernel(
     DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
     LAST_DOWN: gl.constexpr = (H + 16 * LAST_ROWS - 1) // (16 * LAST_ROWS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
+    pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     gate_up = Product(
         x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,

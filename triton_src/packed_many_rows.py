@@ -92,6 +92,7 @@ def packed_many_rows_kernel(
     Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows. GATE_UP and
     DOWN are programs a tile, 0 of what is not computed. Grid: (slots * (GATE_UP + DOWN),).
     """
+    pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     program = gl.program_id(0)
     if GATE_UP > 0:

@@ -114,10 +114,22 @@ def put_layer(stack: LayerWeights, layer: LayerWeights, index: int) -> LayerWeig
 
     def put_one(stacked: Any, one: Any) -> Any:
         if isinstance(stacked, PackedMxfp4) and isinstance(one, Mxfp4):
-            return pack_into(stacked, one, index)
-        return jax.tree.map(lambda stacked_leaf, leaf: put(stacked_leaf, leaf, index), stacked, one)
+            return pack_into(stacked, beside(one, stacked.words), index)
+        return jax.tree.map(
+            lambda stacked_leaf, leaf: put(stacked_leaf, beside(leaf, stacked_leaf), index), stacked, one
+        )
 
     return jax.tree.map(put_one, stack, layer, is_leaf=lambda leaf: isinstance(leaf, PackedMxfp4 | Mxfp4))
+
+
+def beside[T](tree: T, stacked: Array) -> T:
+    """The tree on all devices of the stack's mesh, if it has one."""
+    sharding = stacked.sharding
+    return (
+        jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+        if isinstance(sharding, NamedSharding)
+        else tree
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 
@@ -55,6 +56,7 @@ def trainable_report(model: nnx.Module, wrt: Any = nnx.Param) -> TrainableReport
         trained = is_trained(path, variable)
         for inner, array in jax.tree_util.tree_leaves_with_path(variable.get_value()):
             name = "/".join(map(str, path)) + jax.tree_util.keystr(inner)
+            array = array if hasattr(array, "shape") else np.asarray(array)  # a counter may be a plain number
             size = math.prod(array.shape) * array.dtype.itemsize  # an abstract model's arrays have no nbytes
             tensors.append(Tensor(name, array.shape, str(array.dtype), size, trained))
     if not any(tensor.trainable for tensor in tensors):

@@ -33,7 +33,8 @@ def moe_of_batches(options: Options) -> Callable[[Buffers], jax.Array]:
                 for name, array in buffers.items()
             }
             y = call(merged)
-            return y.reshape(axis_size, y.shape[0] // axis_size, y.shape[1]), True
+            tokens = buffers["x"].shape[-2]
+            return y.reshape(axis_size, tokens, y.shape[1]), True
         moving = {name: buffers[name] for name in batched}
         return lax.map(lambda one: call({**buffers, **one}), moving), True
 

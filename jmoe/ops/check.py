@@ -125,8 +125,8 @@ def check_lora(lora: Lora | None, experts: Experts) -> None:
         return
     for projection in ("gate_up", "down"):
         scale = getattr(lora, f"{projection}_scale")
-        if scale is not None and scale.ndim != 1:
-            raise ValueError(f"lora.{projection}_scale must have rank 1 [A], got shape {scale.shape}")
+        if scale is not None and jnp.ndim(scale) != 1:
+            raise ValueError(f"lora.{projection}_scale must have rank 1 [A], got shape {jnp.shape(scale)}")
     adapters = adapter_count(lora)
     for projection in ("gate_up", "down"):
         a, b, scale = (getattr(lora, f"{projection}_{part}") for part in ("a", "b", "scale"))

@@ -14,7 +14,7 @@ from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_dtypes
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, as_int
-from jmoe.ops.sharding import vary_alike
+from jmoe.ops.sharding import by_auto_axes, vary_alike
 from jmoe.ops.target import Target
 
 type Backend = Literal["triton", "xla"] | Target | None
@@ -98,10 +98,10 @@ def moe(
         recompute=recompute,
     )
     if backend == "xla":
-        return moe_xla(options, buffers).reshape(x.shape)
+        return by_auto_axes(functools.partial(moe_xla, options), buffers).reshape(x.shape)
     if options.forced:
         check_dtypes(buffers)
-    y = moe_by_platform(options, buffers)
+    y = by_auto_axes(functools.partial(moe_by_platform, options), buffers)
     return y.reshape(x.shape)
 
 

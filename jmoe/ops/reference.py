@@ -35,6 +35,10 @@ def moe_reference(
     """
     if adapter_ids is None:
         adapter_ids = jnp.zeros_like(routing.experts[:, 0])
+    if lora is not None:
+        known = (adapter_ids >= -1) & (adapter_ids < adapter_count(lora))
+        # Such a token of an earlier layer is NaN, which times its gradient of 0 would be NaN in all of LoRA's.
+        x = jnp.where(known[:, None], x, 0)
 
     def one_expert(
         y: Float[Array, "T H"], local: tuple[Int32[Array, ""], Experts, Lora | None]
@@ -61,7 +65,6 @@ def moe_reference(
     y = jnp.zeros_like(x, jnp.float32)
     y, _ = lax.scan(jax.checkpoint(one_expert), y, (jnp.arange(count), experts, lora_by_expert))
     if lora is not None:
-        known = (adapter_ids >= -1) & (adapter_ids < adapter_count(lora))
         y = jnp.where(known[:, None], y, jnp.nan)
     return y.astype(x.dtype)
 

@@ -30,8 +30,8 @@ def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
     Raises:
       ValueError: top_k is no integer between 1 and E, or the logits are not bfloat16 or float32.
     """
-    if jnp.ndim(router_logits) < 1:
-        raise ValueError(f"router_logits must have rank 1 or more [..., E], got {router_logits!r}")
+    if not hasattr(router_logits, "dtype") or jnp.ndim(router_logits) < 1:
+        raise ValueError(f"router_logits must be an array of rank 1 or more [..., E], got {router_logits!r}")
     top_k = as_int("top_k", top_k)
     check_top_k(top_k, router_logits.shape[-1])
     if router_logits.dtype not in (jnp.bfloat16, jnp.float32):

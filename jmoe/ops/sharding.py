@@ -1,5 +1,6 @@
-"""Arrays inside jax.shard_map."""
+"""Arrays inside jax.shard_map, and on meshes whose axes are explicit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,3 +24,16 @@ def vary_alike[T](tree: T) -> T:
 def varying_axes(array: Any) -> frozenset[Any]:
     """The mesh axes over which an array's value differs."""
     return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def by_auto_axes(function: Callable[[dict[str, jax.Array]], jax.Array], buffers: dict[str, jax.Array]) -> jax.Array:
+    """function(buffers), sharded as x is; on explicit axes, as jax.make_mesh makes them, XLA shards what is within.
+
+    Results of a scan over experts, or of launches, have no sharding that JAX could tell by rules.
+    """
+    meshes = (jax.typeof(array).sharding.mesh for array in buffers.values())
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if mesh is None:
+        return function(buffers)
+    sharding = jax.NamedSharding(mesh, jax.typeof(buffers["x"]).sharding.spec)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=sharding)(buffers)

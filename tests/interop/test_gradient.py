@@ -186,6 +186,15 @@ def test_twice_the_same_bits() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_second_derivatives_are_refused() -> None:
+    layer = random_layer(tokens=3)
+    x = layer.x.requires_grad_()
+    y = moe(x, layer.router_logits, layer.experts, **layer.options)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative; interop.reference.moe has"):
+        torch.autograd.grad(dx.float().square().sum(), x)
+
+
 def test_no_tokens_have_a_gradient_of_zero() -> None:
     layer = random_layer(tokens=0, adapters=1, gate_up_rank=5, down_rank=3)
     ours = gradients(layer, moe, torch.zeros(0, 64).bfloat16())

@@ -290,6 +290,10 @@ def test_tensors_that_lie_wrong_are_named() -> None:
     shifted = torch.zeros(17, dtype=torch.bfloat16)[1:].view(4, 4)
     with pytest.raises(ValueError, match=r"gate_up_scales must be contiguous, got shape \(4, 192, 2\) with strides"):
         moe(PLAIN.x, PLAIN.router_logits, strided, top_k=2)
+    with pytest.raises(ValueError, match=r"expert_offset must be a torch.Tensor, got int"):
+        moe(PLAIN.x, PLAIN.router_logits, PLAIN.experts, top_k=2, expert_offset=0)
+    with pytest.raises(ValueError, match=r"x must be a torch.Tensor, got ndarray"):
+        moe(PLAIN.x.float().numpy(), PLAIN.router_logits, PLAIN.experts, top_k=2)
     with pytest.raises(ValueError, match="router_logits must be aligned to 16 bytes, got address 0x"):
         moe(PLAIN.x, shifted, PLAIN.experts, top_k=2)
 

@@ -189,6 +189,12 @@ def test_the_report_tells_trained_from_frozen() -> None:
         trainable_report(new_layer(lora=None))
 
 
+def test_a_report_counts_plain_numbers() -> None:
+    layer = new_layer()
+    layer.calls = nnx.Variable(0)
+    assert ("calls", ()) in [tensor[:2] for tensor in trainable_report(layer).tensors]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -198,6 +204,7 @@ def test_the_report_tells_trained_from_frozen() -> None:
         ({"alpha": 0}, "alpha must be positive and finite, got 0"),
         ({"targets": []}, "targets must name one of the experts' tensors"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"rank": 2.5}, "rank must be an integer, got 2.5"),
         ({"adapters": 0}, "adapters must be at least 1, got 0"),
     ],
 )

@@ -82,6 +82,7 @@ CASES = {
     "lora.gate_up_a must have shape (2, 5, 4, 64), got (2, 4, 4, 64)": lora(gate_up_a=zeros(2, 4, 4, 64)),
     "lora.down_b must have shape (2, 5, 64, 4), got (3, 5, 64, 4)": lora(down_b=zeros(3, 5, 64, 4)),
     "lora.down_a must be bfloat16 or float32, got int32": lora(down_a=zeros(2, 5, 4, 96, dtype=jnp.int32)),
+    "lora.gate_up_scale must have rank 1 [A], got shape ()": lora(gate_up_scale=1.0),
     "lora.gate_up_scale must be float32, got bfloat16": lora(gate_up_scale=zeros(2)),
     "lora.down_scale must have rank 1 [A], got shape ()": lora(down_scale=zeros(dtype=jnp.float32)),
     "lora.gate_up_a must hold at least one adapter of rank 1 or more, got shape (2, 5, 0, 64)": lora(
@@ -156,8 +157,10 @@ def test_an_expert_offset_that_is_no_integer_scalar(offset: object) -> None:
 
 
 def test_route_needs_an_axis_of_experts() -> None:
-    with pytest.raises(ValueError, match=r"^router_logits must have rank 1 or more \[\.\.\., E\], got "):
+    with pytest.raises(ValueError, match=r"^router_logits must be an array of rank 1 or more \[\.\.\., E\], got "):
         jmoe.route(zeros(), 1)
+    with pytest.raises(ValueError, match=r"must be an array of rank 1 or more .*, got \[\[1.0, 2.0\]\]"):
+        jmoe.route([[1.0, 2.0]], 1)
 
 
 def test_unknown_backend() -> None:

@@ -96,6 +96,25 @@ def test_every_gradient_compiles(shape: LayerShape, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
+def test_a_single_pair_compiles_for_hopper(lora: dict[str, int]) -> None:
+    shape = LayerShape(1, top_k=1, **lora)
+    assert launches(lower(shape, "sm_90", packed=True)) == 3
+    assert launches(lower_gradient(shape, "sm_90", packed=True)) > 3
+
+
+def test_symbolic_numbers_of_tokens_are_refused() -> None:
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    layer = jax.eval_shape(
+        functools.partial(random_layer, LayerShape(8, hidden=64, intermediate=64, experts=4, top_k=2))
+    )
+    x = jax.ShapeDtypeStruct((tokens, 64), jnp.bfloat16)
+    logits = jax.ShapeDtypeStruct((tokens, 4), jnp.float32)
+    call = jax.jit(lambda *a: jmoe.moe(*a, top_k=2, backend=jmoe.Target("sm_90")))
+    with pytest.raises(NotImplementedError, match="takes numbers of tokens, got tokens: export one program for each"):
+        jax.export.export(call, platforms=["cuda"])(x, logits, layer.experts)
+
+
+@pytest.mark.parametrize("lora", [{}, {"adapters": 2, "rank": 5, "mixed": True}])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_packed_gradients_compile_for_hopper(recompute: bool, lora: dict[str, int]) -> None:
     program = lower_gradient(LayerShape(4096, **lora), "sm_90", packed=True, recompute=recompute)

@@ -258,6 +258,52 @@ def test_vmap_inside_shard_map(packed: bool) -> None:
     assert jnp.array_equal(sharded(layer.x, layer.router_logits), jax.jit(run)(layer))
 
 
+@pytest.mark.parametrize("split", ["tokens", "experts", "both"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_explicit_axes(recompute: bool, split: str) -> None:
+    layer = random_layer(LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2, adapters=2, rank=3, mixed=True))
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def loss(x: jax.Array, logits: jax.Array, lora: jmoe.Lora, ids: jax.Array, experts: jmoe.Experts) -> jax.Array:
+        y = jmoe.moe(x, logits, experts, top_k=2, lora=lora, adapter_ids=ids, recompute=recompute)
+        assert jax.typeof(y).sharding.spec == jax.typeof(x).sharding.spec
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    arguments = layer.x, layer.router_logits, layer.lora, layer.adapter_ids, layer.experts
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    want = gradient(*arguments)
+    tokens, experts = (P("d") if split in (of, "both") else P() for of in ("tokens", "experts"))
+    specs = tokens, tokens, P(), tokens, experts
+    got = gradient(
+        *(jax.device_put(one, jax.NamedSharding(mesh, spec)) for one, spec in zip(arguments, specs, strict=True))
+    )
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(
+            *(jax.device_get(each).astype(np.float32) for each in (one, other)), rtol=1e-2, atol=1e-5
+        )
+
+
+def test_vmap_over_nothing() -> None:
+    layer = random_layer(LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2))
+    call = jax.jit(jax.vmap(lambda x, logits: jmoe.moe(x, logits, layer.experts, top_k=2)))
+    assert call(jnp.zeros((0, 6, 64), jnp.bfloat16), jnp.zeros((0, 6, 4))).shape == (0, 6, 64)
+
+
+def test_an_unknown_adapter_in_a_stack_leaves_the_gradients_of_others() -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=96, experts=4, top_k=2, adapters=2, rank=3, mixed=True))
+
+    @jax.jit
+    @jax.grad
+    def gradient(lora: jmoe.Lora, ids: jax.Array) -> jax.Array:
+        x = layer.x
+        for _ in range(2):
+            x = x + jmoe.moe(x, layer.router_logits, layer.experts, top_k=2, lora=lora, adapter_ids=ids)
+        return jnp.sum(jnp.where(ids[:, None] == 7, 0, x).astype(jnp.float32))
+
+    got = gradient(layer.lora, jnp.array([0, 1, 7, 1]))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(got))
+
+
 def test_expert_shards_under_shard_map_sum_to_the_whole() -> None:
     layer = random_layer(LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2))
     mesh = jax.make_mesh((2,), ("experts",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))

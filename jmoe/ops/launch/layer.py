@@ -196,6 +196,10 @@ def route_and_sort(
 
 def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
     """Raises NotImplementedError for what only backend "xla" computes."""
+    if jax.export.is_symbolic_dim(tokens := buffers["x"].shape[0]):
+        raise NotImplementedError(
+            f"the Triton backend takes numbers of tokens, got {tokens}: export one program for each"
+        )
     for name in ("x", "gate_up", "down"):
         dtype = buffers[name].dtype
         if dtype not in (jnp.bfloat16, jnp.uint8, jnp.int32):
