@@ -73,7 +73,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     manager = task_manager(options)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()  # before the hours that there would be nowhere to write of
+        tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
     model = gpt_oss.load(directory, adapter=options.adapter)
     ends = stop_tokens(directory, model.config)
     return [

@@ -97,12 +97,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
                 experts.after,
             )
             state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
-    if standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file():
-        console.print(
-            f"{adapter}, the best, is gone: the last is written", markup=False, highlight=False, soft_wrap=True
-        )
-        save(state)
-    elif standing.best_loss is None:
+    gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
+    if gone:
+        console.print(f"{adapter}, the best, is gone: the last is written", highlight=False, soft_wrap=True)
+    if gone or standing.best_loss is None:
         save(state)
     plot(out)
     console.print(

@@ -124,12 +124,9 @@ def put_layer(stack: LayerWeights, layer: LayerWeights, index: int) -> LayerWeig
 
 def beside[T](tree: T, stacked: Array) -> T:
     """The tree on all devices of the stack's mesh, if it has one."""
-    sharding = stacked.sharding
-    return (
-        jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
-        if isinstance(sharding, NamedSharding)
-        else tree
-    )
+    if not isinstance(stacked.sharding, NamedSharding):
+        return tree
+    return jax.device_put(tree, NamedSharding(stacked.sharding.mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
