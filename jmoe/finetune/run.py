@@ -99,7 +99,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
             state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
     gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
     if gone:
-        console.print(f"{adapter}, the best, is gone: the last is written", highlight=False, soft_wrap=True)
+        console.print(f"the best adapter is gone from {adapter}: the last is saved", markup=False, soft_wrap=True)
     if gone or standing.best_loss is None:
         save(state)
     plot(out)

@@ -29,7 +29,7 @@ def pack(experts: Experts) -> Experts:
     On compute capability 9.0 jmoe.moe is fastest on packed experts, whatever the number of tokens and with or without
     LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
     checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device
-    but for it and the result.
+    but for it and the result. A sharding is not kept: experts are sharded after they are packed.
 
     Raises:
       ValueError: a weight's arrays do not fit together, or are of several layers.

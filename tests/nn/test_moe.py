@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import flax.linen
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,6 +289,21 @@ def test_the_linen_module_has_the_same_gradient() -> None:
 
     gradient = jax.jit(jax.grad(loss))(adapters)
     assert jax.tree.leaves(gradient["down_b"])[0].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_linen_variables_are_saved_by_flax_serialization(packed: bool) -> None:
+    module = linen_moe(HIDDEN, INTERMEDIATE, EXPERTS, top_k=2, lora=LoraConfig(3))
+    variables, other = (module.init(jax.random.key(seed), tokens()) for seed in (0, 1))
+    saved = flax.serialization.to_bytes(variables)
+    restored = flax.serialization.from_bytes(other, saved)
+    assert jax.tree.structure(restored) == jax.tree.structure(variables)
+    assert jnp.array_equal(module.apply(restored, tokens()), module.apply(variables, tokens()))
+    experts = new_layer().experts
+    experts = jmoe.pack(experts) if packed else experts
+    state = flax.serialization.to_state_dict(experts)
+    again = flax.serialization.from_state_dict(jax.tree.map(jnp.zeros_like, experts), state)
+    assert all(map(jnp.array_equal, jax.tree.leaves(again), jax.tree.leaves(experts)))
 
 
 def test_a_step_is_compiled_once() -> None:
