@@ -63,7 +63,7 @@ def run_steps(
     """
     rate = learning_rate(run.config, run.steps)
     if run.validation and standing.step == 0:
-        figures: dict[str, Any] = {"validation_loss": validation_loss(run, state, 0)}
+        figures: dict[str, Any] = {"validation_loss": finite_validation_loss(run, state, 0)}
         metrics.write(0, figures)
         display.show(0, figures)
     if stops_early(run, standing) and standing.step < run.steps:  # it did before
@@ -111,7 +111,7 @@ def validate(
     run: Run, state: TrainState, standing: Standing, figures: dict[str, Any]
 ) -> tuple[Standing, dict[str, Any]]:
     """(where the run stands, the figures) with the validation's loss; a better adapter is saved."""
-    loss = validation_loss(run, state, standing.step)
+    loss = finite_validation_loss(run, state, standing.step)
     if standing.best_loss is None or loss < standing.best_loss:
         run.save_adapter(state)
         standing = dataclasses.replace(standing, best_loss=loss, since_best=0)
@@ -120,14 +120,19 @@ def validate(
     return standing, {**figures, "validation_loss": loss}
 
 
-def validation_loss(run: Run, state: TrainState, step: int) -> float:
-    """Mean over the validation's trained tokens.
+def validation_loss(trainer: Trainer, state: TrainState, validation: Sequence[Batch]) -> float:
+    """Mean over the validation's trained tokens."""
+    losses = sum(float(trainer.loss(state, batch)) for batch in validation)
+    return losses / sum(float(batch.weights.sum()) for batch in validation)
+
+
+def finite_validation_loss(run: Run, state: TrainState, step: int) -> float:
+    """The run's validation loss.
 
     Raises:
       NonFiniteLossError: it is not finite.
     """
-    losses = sum(float(run.trainer.loss(state, batch)) for batch in run.validation)
-    loss = losses / sum(float(batch.weights.sum()) for batch in run.validation)
+    loss = validation_loss(run.trainer, state, run.validation)
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"step {step}: validation loss {loss}")
     return loss
