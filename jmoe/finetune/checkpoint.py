@@ -98,6 +98,8 @@ class Checkpoints:
         """These items of a checkpoint. Raises ValueError if orbax cannot read them."""
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except jax.errors.JaxRuntimeError:  # of the device, as when its memory runs out
+            raise
         except Exception as error:  # KeyError, OSError, ValueError and others, by what is damaged
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(

@@ -97,12 +97,10 @@ def moe(
         forced=backend is not None,
         recompute=recompute,
     )
-    if backend == "xla":
-        return by_auto_axes(functools.partial(moe_xla, options), buffers).reshape(x.shape)
-    if options.forced:
+    if options.forced and backend != "xla":
         check_dtypes(buffers)
-    y = by_auto_axes(functools.partial(moe_by_platform, options), buffers)
-    return y.reshape(x.shape)
+    run = moe_xla if backend == "xla" else moe_by_platform
+    return by_auto_axes(functools.partial(run, options), buffers).reshape(x.shape)
 
 
 def flatten_tokens(array: jax.Array, axes: int) -> jax.Array:

@@ -153,7 +153,7 @@ def test_an_adapter_that_is_gone_is_written_again(data: Path, finished: tuple[Pa
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_tokens_that_the_model_lacks_are_an_error(data: Path, tmp_path: Path) -> None:
+def test_tokens_that_the_model_lacks_are_an_error(tmp_path: Path) -> None:
     model = shutil.copytree(TINY, tmp_path / "model")
     content = json.loads((model / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 512, "content": "<|more|>"})
