@@ -35,7 +35,7 @@ class Sampling(NamedTuple):
           ValueError: an option is out of range.
         """
         for name, value, good, wanted in (
-            ("temperature", temperature, 0 <= temperature, "0 or more"),
+            ("temperature", temperature, temperature >= 0, "0 or more"),
             ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
             ("top_k", top_k, isinstance(top_k, numbers.Integral) and top_k >= 0, "an integer, 0 for all or more"),
             ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1]"),
