@@ -102,7 +102,7 @@ def generate(
     if temperature == 0 and samples > 1:
         raise typer.BadParameter("--samples above 1 needs --temperature above 0: without it all are the same")
     from jmoe.generation.output import REPLY_KEYS, RowFile
-    from jmoe.generation.prompts import Frame, read_tools, tokens_of
+    from jmoe.generation.prompts import Frame, tokens_of, tools_of_file
 
     rows = None if out is None else RowFile(out)
     asked = read_prompts(prompts, prompts_file, REPLY_KEYS if as_json or out is not None else ())
@@ -116,7 +116,7 @@ def generate(
         system=system,
         developer=developer,
         reasoning_effort=reasoning_effort,
-        tools=None if tools is None else read_tools(tools),
+        tools=() if tools is None else tools_of_file(tools),
     )
     allow_whole_gpu()
     from jmoe import gpt_oss
