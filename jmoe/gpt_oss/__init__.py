@@ -11,6 +11,7 @@ from jmoe.gpt_oss.delta import delta_report as delta_report
 from jmoe.gpt_oss.generate import Generated as Generated
 from jmoe.gpt_oss.generate import generate as generate
 from jmoe.gpt_oss.load import load as load
+from jmoe.gpt_oss.log_probs import log_probs as log_probs
 from jmoe.gpt_oss.merge import MergeReport as MergeReport
 from jmoe.gpt_oss.merge import merge as merge
 from jmoe.gpt_oss.model import GptOss as GptOss
@@ -35,6 +36,7 @@ __all__ = [
     "generate",
     "load",
     "load_adapter",
+    "log_probs",
     "merge",
     "save_adapter",
     "stack_adapters",
