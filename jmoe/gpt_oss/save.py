@@ -3,16 +3,15 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from jmoe.files import replace, write_tensors
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights
 
 PREFIX = "base_model.model."
@@ -46,31 +45,6 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors(lora, adapter, layers))
     replace(folder / "adapter_config.json", json.dumps(settings(lora, adapter, layers, base_model), indent=2).encode())
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_bytes(content)
-    fresh.replace(file)
-
-
-def write_tensors(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whole or not at all.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    fresh = file.with_name(file.name + ".new")
-    fresh.touch()
-    mode = fresh.stat().st_mode  # what any new file may be done with; safetensors' are for their owner alone
-    try:
-        save_file(dict(arrays), fresh, metadata={"format": "pt"})
-    except SafetensorError as error:
-        fresh.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error}") from None
-    fresh.chmod(mode)
-    fresh.replace(file)
 
 
 def module_name(layer: int, target: str) -> str:
