@@ -20,6 +20,7 @@ from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
 from jmoe.commands.generate import generate
 from jmoe.commands.merge import merge
+from jmoe.commands.output_path import output_path
 
 if TYPE_CHECKING:
     from jmoe.interop.parity import Row
@@ -44,7 +45,10 @@ def parity(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.", min=1)] = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")
+        Path | None,
+        typer.Option(
+            help="Write the table as JSON, with date, commit, GPU and versions.", parser=output_path, metavar="<path>"
+        ),
     ] = None,
 ) -> None:
     """Runs a layer through JAX and PyTorch on the same bytes, and compares each result with float64.
@@ -103,7 +107,9 @@ def bench(
         Path | None,
         typer.Option(
             help="Write the figures as JSON, with date, commit, GPU and versions, after each row; a file of the same "
-            "commit, GPU and versions keeps its other figures."
+            "commit, GPU and versions keeps its other figures.",
+            parser=output_path,
+            metavar="<path>",
         ),
     ] = None,
 ) -> None:
@@ -144,7 +150,10 @@ def bench(
 @app.command()
 def tune(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens to measure at, with commas between.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the table here instead of to the user's cache.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the table here instead of to the user's cache.", parser=output_path, metavar="<path>"),
+    ] = None,
 ) -> None:
     """Measures which launch parameters are best on this machine's GPU, and writes the table that jmoe then uses here.
 
