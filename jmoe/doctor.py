@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 from safetensors import safe_open
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
 from jmoe.gpt_oss import flash_attention
-from jmoe.gpt_oss.adapter import load_adapter
+from jmoe.gpt_oss.adapter import layouts_of, load_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
@@ -118,12 +119,14 @@ def examine_model(
     *,
     batch: int,
     context: int,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> ModelReport:
     """What a checkpoint's layers run by and what it takes, in bfloat16: from config.json, headers, and whole adapters.
 
     Args:
       batch: sequences that are decoded together.
       context: tokens of each, the prompt's among them.
+      lora_b_layout: of adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter.
 
     Raises:
       FileNotFoundError: the directory or a file of it is missing.
@@ -138,8 +141,8 @@ def examine_model(
         spec = checkpoint.spec(name)
         resident[kind_of(name, spec)] += bytes_of(spec)
     resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
-    for adapter in adapters:
-        load_adapter(adapter, config)
+    for adapter, layout in zip(adapters, layouts_of(adapters, lora_b_layout), strict=True):
+        load_adapter(adapter, config, lora_b_layout=layout)
         with open_safetensors(adapter / "adapter_model.safetensors") as shard:
             resident["adapters"] += adapter_bytes(shard)
     parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def doctor(
         str | None, typer.Option(help="A gpt-oss directory or Hub repository: say what it will run by.")
     ] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter directory; more may follow.")] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
 ) -> None:
@@ -34,7 +36,7 @@ def doctor(
     machine = examine_machine()
     tables = [machine_table(machine)]
     if model is not None:
-        report = examine_model(model, adapter or [], machine, batch=batch, context=context)
+        report = examine_model(model, adapter or [], machine, batch=batch, context=context, lora_b_layout=lora_b_layout)
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
     console = Console(width=max(120, Console().width))
     for table in tables:

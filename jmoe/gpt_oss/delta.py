@@ -13,10 +13,6 @@ from jaxtyping import Array, Float
 from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights
 
 
-class AdapterWarning(UserWarning):
-    """An adapter changes only part of what it has LoRA on, or its file lacks some of what its settings list."""
-
-
 class Finding(NamedTuple):
     """Something about one layer's LoRA on one target that an ordinary adapter does not have."""
 
