@@ -73,6 +73,13 @@ class AdapterFile:
         """How keys name the experts; None without LoRA on them."""
         return next((of[0].form for of in self.pairs.values() if of[0].form != "attention"), None)
 
+    @property
+    def orders_differ(self) -> bool:
+        """Whether there is a lora_B that the two orders of columns read differently."""
+        return _orders_differ(
+            self.settings, self.sizes, [pair for of in self.pairs.values() for pair in of], self.specs
+        )
+
     def pairs_on(self, layer: int, target: str) -> list[Pair]:
         """What makes up a target's LoRA in a layer: one pair, the experts', or those of gate and of up."""
         return [pair for part in _parts(target) for pair in self.pairs.get((layer, part), ())]
@@ -160,7 +167,7 @@ def _check_dtypes(file: Path, specs: Mapping[str, Spec]) -> None:
 
 
 def _shapes(pair: Pair, settings: Settings, sizes: Sizes, *, swapped: bool) -> dict[str, tuple[Shape, ...]]:
-    """Of the two keys the shapes that they may have, in the layout of most versions of PEFT or with axes swapped."""
+    """Of the two keys the shapes that they may have, the likeliest first; swapped: with `in` and `out` exchanged."""
     whole = "gate_up" if pair.target in ("gate", "up") else pair.target
     n, k = sizes.weights[whole]
     n = n // 2 if pair.target != whole else n
@@ -169,12 +176,11 @@ def _shapes(pair: Pair, settings: Settings, sizes: Sizes, *, swapped: bool) -> d
     rank, experts = settings.rank(*pair.names), sizes.experts
     if not pair.is_of_all_experts:
         return {pair.a: ((rank, k),), pair.b: ((n, rank),)}
-    a: tuple[Shape, ...] = ((experts * rank, k),)
-    b: tuple[Shape, ...] = ((n, rank * experts),)
-    if pair.form == "stacked":
-        a = ((experts, rank, k), (1, rank, k), *a)
-        b = ((experts, n, rank), (1, n, rank), *b)
-    return {pair.a: a, pair.b: b}
+    flat_a, flat_b = (experts * rank, k), (n, rank * experts)
+    a, b = ((experts, rank, k), (1, rank, k)), ((experts, n, rank), (1, n, rank))
+    if pair.form == "parameters":
+        return {pair.a: (flat_a, *a), pair.b: (flat_b, *b)}
+    return {pair.a: (*a, flat_a), pair.b: (*b, flat_b)}
 
 
 def _is_swapped(file: Path, settings: Settings, sizes: Sizes, pairs: Sequence[Pair], specs: Mapping[str, Spec]) -> bool:
@@ -187,17 +193,13 @@ def _is_swapped(file: Path, settings: Settings, sizes: Sizes, pairs: Sequence[Pa
         wanted.append(shapes)
     usual, exchanged = wanted
     wrong = [
-        f"  {key}: wanted {_any_of(usual[key])}"
-        + (f", or {_any_of(exchanged[key])} if all are swapped" if exchanged[key] != usual[key] else "")
+        f"  {key}: wanted {usual[key][0]}"
+        + (f", or {exchanged[key][0]} if all are swapped" if ".experts." in key else "")
         + f", got {spec.shape}"
         for key, spec in specs.items()
         if spec.shape not in usual[key]
     ]
     raise ValueError("\n".join([f"{file} does not match the model and its adapter_config.json:", *wrong]))
-
-
-def _any_of(shapes: Sequence[Shape]) -> str:
-    return " or ".join(map(str, shapes))
 
 
 def _orders_differ(settings: Settings, sizes: Sizes, pairs: Sequence[Pair], specs: Mapping[str, Spec]) -> bool:
