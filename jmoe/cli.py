@@ -16,6 +16,7 @@ from rich.table import Table
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.bench_model import bench_model
+from jmoe.commands.convert_adapter import convert_adapter
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
@@ -195,6 +196,7 @@ app.command()(doctor)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(convert_adapter)
 
 
 def words(listed: str) -> list[str]:

@@ -15,7 +15,8 @@ def adapter_tables(report: "AdapterReport") -> list[Table]:
     for name, value in report.facts.items():
         facts.add_row(name, value)
     facts.add_row("sums in bf16", report.sampled or "only with --model")
-    targets = Table(title="what it changes", box=box.SIMPLE_HEAD)
+    caption = "D = scale * B A. PEFT computes with the experts' W + D in bf16, jmoe with all of D."
+    targets = Table(title="what it changes", box=box.SIMPLE_HEAD, caption=caption)
     for column in ("target", "layers", "rank", "scale", "dtype", "norm of D"):
         targets.add_column(column)
     if report.sampled is not None:

@@ -106,9 +106,7 @@ def facts_of(adapter: AdapterFile, asked: LoraBLayout | None) -> dict[str, str]:
     return facts | {
         "experts' keys": FORMS[adapter.form],
         "columns of lora_B": columns(adapter, asked),
-        "axes": "in and out exchanged, as some versions of PEFT have them"
-        if adapter.is_swapped
-        else "PEFT's usual ones",
+        "axes": "in and out exchanged, as some PEFT have them" if adapter.is_swapped else "as most PEFT have them",
         "shared by all experts": ", ".join(shared) or "nothing",
     }
 
