@@ -23,8 +23,8 @@ def loss_lines(report: "ParagraphLoss") -> list[str]:
     ]
     limit = bound(report.vocabulary)
     return lines + [
-        f"warning: the loss of {name} is above {limit:.2f}, half of ln({report.vocabulary}), and knowing how frequent words "
-        "are takes no less: its weights do not fit together (a square down_proj whose last two axes are swapped has the "
-        "right shape), the tokenizer is another model's, or it was never trained on English"
+        f"warning: the loss of {name} is above {limit:.2f}, half of ln({report.vocabulary}), which knowing how frequent "
+        "words are takes already: its weights do not fit together (a square down_proj whose last two axes are swapped has "
+        "the right shape), the tokenizer is another model's, or it was never trained on English"
         for name in report.too_high
     ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.output_path import output_path
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def merge(
         Literal["bfloat16", "mxfp4"],
         typer.Option(help="What experts are written in: dense bfloat16, or MXFP4 in OpenAI's own layout."),
     ] = "bfloat16",
+    lora_b_layout: LoraBLayoutOption = None,
 ) -> None:
     """Adds an adapter to a model's weights and writes a model that transformers and others load.
 
@@ -28,7 +30,7 @@ def merge(
     """
     from jmoe import gpt_oss
 
-    report = gpt_oss.merge(model, adapter, out, format=format)
+    report = gpt_oss.merge(model, adapter, out, format=format, lora_b_layout=lora_b_layout)
     typer.echo(str(report))
     written = "all in bfloat16" if format == "bfloat16" else "experts in MXFP4, everything else in bfloat16"
     typer.echo(f"wrote {out}: {written}")

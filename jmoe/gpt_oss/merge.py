@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
 from jmoe.files import copy, replace, write_tensors
 from jmoe.gpt_oss.adapter import load_adapter
@@ -114,6 +115,7 @@ def merge(
     adapter_index: int = 0,
     format: Format = "bfloat16",
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> MergeReport:
     """Writes the model with one adapter added to its weights, in Hugging Face's layout.
 
@@ -130,6 +132,7 @@ def merge(
         experts that the adapter leaves alone stay as they are. MXFP4's rounding may well be larger than the delta:
         see the report.
       progress: show a bar on a terminal.
+      lora_b_layout: of an adapter's directory that does not say it; see jmoe.gpt_oss.load_adapter.
 
     Returns:
       How much of each delta is left in what was written, and how much would be in the other format.
@@ -146,7 +149,12 @@ def merge(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
-    lora = adapter if isinstance(adapter, LoraWeights) else load_adapter(adapter, config)
+    if isinstance(adapter, LoraWeights):
+        if lora_b_layout is not None:
+            raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
+        lora = adapter
+    else:
+        lora = load_adapter(adapter, config, lora_b_layout=lora_b_layout)
     check_adapter(lora, config, adapter_index)
     if format == "mxfp4":
         check_blocks(config)
