@@ -132,7 +132,7 @@ class Checkpoint:
         layer = int(experts[1])
         if layer not in self._input_first:
             self._input_first[layer] = self._find_input_first(layer)
-        return self._dense(name)._replace(swapped=self._input_first[layer])
+        return self._dense(name)._replace(swapped=not self._input_first[layer])
 
     def _dense(self, name: str) -> Part:
         """Where dense experts lie: transformers 5 up to 5.23 wrote them under the name of packed blocks."""
@@ -209,7 +209,7 @@ class Checkpoint:
         return array.swapaxes(-1, -2) if part.swapped else array
 
     def expert(self, name: str, expert: int) -> np.ndarray:
-        """One of dense experts, [out, in], in the file's own dtype; the others are not read. Raises as `tensor`."""
+        """One of dense experts, [in, out], in the file's own dtype; the others are not read. Raises as `tensor`."""
         part = self.part(name)
         with self._shard_of(part.name) as shard:
             array = shard.get_slice(part.name)[expert : expert + 1][0]
@@ -266,7 +266,7 @@ def load_moe_layer(
     layer: int,
     *,
     on_host: bool = False,
-    read_dense: Callable[[Checkpoint, str], Any] = Checkpoint.tensor,
+    read_dense: Callable[[Checkpoint, str], Any] | None = None,
 ) -> MoeLayer:
     """Reads layer `layer`, 0 <= layer < num_hidden_layers; its arrays are numpy's if they are to stay on the host.
 
@@ -275,7 +275,7 @@ def load_moe_layer(
     Hugging Face has it, or [out, in]: its shape tells, and if it is square the other projection's.
 
     Args:
-      read_dense: what stands in the layer for dense experts of this name.
+      read_dense: what stands in the layer for dense experts of this name; None: their values.
 
     Raises:
       ValueError: the layer is out of range; or tensors are missing or do not have the dtype and shape that config.json
@@ -297,7 +297,7 @@ def load_moe_layer(
         if len(names) == 2:
             return Mxfp4(*map(read, names))
         (name,) = names
-        return read_dense(checkpoint, name)
+        return read(name).swapaxes(1, 2) if read_dense is None else read_dense(checkpoint, name)
 
     moe = MoeLayer(
         config=config,
@@ -336,7 +336,7 @@ def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int)
     """The tensors that must hold one projection, given which of the forms the checkpoint uses."""
     experts = checkpoint.config.num_local_experts
     if not checkpoint.is_packed(name):
-        return {name: Spec("BF16", (experts, rows, columns))}
+        return {name: Spec("BF16", (experts, columns, rows))}
     blocks, scales = f"{name}_blocks", f"{name}_scales"
     if columns % BLOCK:
         raise ValueError(f"{blocks} packs blocks of {BLOCK} values, so its input size cannot be {columns}")

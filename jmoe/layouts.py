@@ -1,7 +1,7 @@
 """Where a model's tensors lie in the files of each layout that gpt-oss checkpoints have.
 
 Everything else sees one view of a checkpoint: tensors by Hugging Face's names, experts either packed
-(`mlp.experts.*_proj_blocks` and `*_proj_scales`) or dense (`mlp.experts.*_proj`, [E, out, in]), dense ones in bfloat16.
+(`mlp.experts.*_proj_blocks` and `*_proj_scales`) or dense (`mlp.experts.*_proj`, [E, in, out]), dense ones in bfloat16.
 """
 
 import re
