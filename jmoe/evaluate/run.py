@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from jmoe import gpt_oss
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.evaluate.harness import HarnessModel
-from jmoe.gpt_oss.config import stop_tokens
 from jmoe.gpt_oss.load import local_directory
 from jmoe.text import load_tokenizer
 
@@ -78,7 +77,6 @@ def evaluate(options: Options) -> list[list[Metric]]:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
     model = gpt_oss.load(directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout)
-    ends = stop_tokens(directory, model.config)
     return [
         metrics_of(
             run(
@@ -88,7 +86,6 @@ def evaluate(options: Options) -> list[list[Metric]]:
                     adapter=adapter,
                     batch_size=options.batch_size,
                     max_length=options.max_length,
-                    stop_tokens=ends,
                 ),
                 manager,
                 options,

@@ -6,7 +6,6 @@ from jmoe.gpt_oss.adapter import load_adapter as load_adapter
 from jmoe.gpt_oss.adapter import stack_adapters as stack_adapters
 from jmoe.gpt_oss.attention import attend as attend
 from jmoe.gpt_oss.config import Config as Config
-from jmoe.gpt_oss.config import Rope as Rope
 from jmoe.gpt_oss.delta import DeltaReport as DeltaReport
 from jmoe.gpt_oss.delta import delta_report as delta_report
 from jmoe.gpt_oss.generate import Generated as Generated
@@ -16,6 +15,7 @@ from jmoe.gpt_oss.log_probs import log_probs as log_probs
 from jmoe.gpt_oss.merge import MergeReport as MergeReport
 from jmoe.gpt_oss.merge import merge as merge
 from jmoe.gpt_oss.model import GptOss as GptOss
+from jmoe.gpt_oss.rope_settings import Rope as Rope
 from jmoe.gpt_oss.save import save_adapter as save_adapter
 from jmoe.gpt_oss.weights import LayerWeights as LayerWeights
 from jmoe.gpt_oss.weights import Linear as Linear
