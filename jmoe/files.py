@@ -1,6 +1,7 @@
 """Files written whole or not at all, and errors that name them."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,18 +12,18 @@ from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
-def named(file: Path) -> Iterator[None]:
-    """Gives an OSError within that names no file this one's name: a full disk's, which comes from write(), has none.
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives errors of writing and reading the file's name, which those that come from an open file lack.
 
     Raises:
-      OSError: of the same errno, with the name.
+      OSError: of the kind that it was, with the name.
     """
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise OSError(error.errno, error.strerror, os.fspath(file)) from error
 
 
 def replace(file: Path, content: bytes) -> None:
@@ -32,7 +33,7 @@ def replace(file: Path, content: bytes) -> None:
       OSError: it cannot be written; the error names it.
     """
     fresh = file.with_name(file.name + ".new")
-    with named(file):
+    with naming(file):
         try:
             fresh.write_bytes(content)
             fresh.replace(file)
@@ -47,7 +48,7 @@ def copy(source: Path, file: Path) -> None:
     Raises:
       OSError: it cannot be read or written; the error names it.
     """
-    with named(file):
+    with naming(file):
         shutil.copyfile(source, file)
 
 
@@ -61,7 +62,7 @@ def write_tensors(file: Path, arrays: Mapping[str, Any]) -> None:
     fresh.touch()
     mode = fresh.stat().st_mode  # what any new file may be done with; safetensors' are for their owner alone
     try:
-        with named(file):
+        with naming(file):
             save_file(dict(arrays), fresh, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         fresh.unlink(missing_ok=True)

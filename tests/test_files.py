@@ -64,11 +64,11 @@ def test_an_adapter_names_the_file_that_had_no_room(tmp_path: Path) -> None:
 
 
 def test_errors_that_name_a_file_and_those_of_no_system_call_stay(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="elsewhere") as found, files.named(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError, match="elsewhere") as found, files.naming(tmp_path / "file"):
         (tmp_path / "elsewhere").read_bytes()
     assert found.value.filename == str(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"^no room for a checkpoint$"), files.named(tmp_path / "file"):
+    with pytest.raises(OSError, match=r"^no room for a checkpoint$"), files.naming(tmp_path / "file"):
         raise OSError("no room for a checkpoint")
-    with pytest.raises(OSError, match="No space") as full, files.named(tmp_path / "file"):
+    with pytest.raises(OSError, match="No space") as full, files.naming(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))

@@ -6,12 +6,18 @@ from typing import Annotated
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.output_path import output_path
 
 
 def convert_adapter(
     model: Annotated[Path, typer.Option(help="The gpt-oss directory that the adapter is for; config.json is read.")],
     adapter: Annotated[Path, typer.Option(help="An adapter directory in any layout that jmoe reads.")],
-    out: Annotated[Path, typer.Option(help="A new or empty directory for the adapter as PEFT writes it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A new or empty directory for the adapter as PEFT writes it.", parser=output_path, metavar="<path>"
+        ),
+    ],
     portable: Annotated[
         bool,
         typer.Option(

@@ -18,6 +18,8 @@ from jmoe.commands.output_path import output_path
         ["tune"],
         ["bench-model"],
         ["merge", "--model", "a-model", "--adapter", "an-adapter"],
+        ["convert-adapter", "--model", "a-model", "--adapter", "an-adapter"],
+        ["generate", "--model", "a-model", "a prompt"],
     ],
     ids=lambda command: command[0],
 )
