@@ -11,6 +11,7 @@ import typer
 
 from jmoe.commands.bench import bench
 from jmoe.commands.bench_model import bench_model
+from jmoe.commands.convert_adapter import convert_adapter
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
@@ -54,6 +55,7 @@ app.command()(generate)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(convert_adapter)
 app.command()(doctor)
 app.command()(parity)
 app.command()(bench)

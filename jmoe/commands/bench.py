@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.comma_lists import numbers, words
+from jmoe.commands.output_path import output_path
 
 console = Console(width=max(150, Console().width))
 
@@ -26,7 +27,9 @@ def bench(
         Path | None,
         typer.Option(
             help="Write the figures as JSON, with date, commit, GPU and versions, after each row; a file of the same "
-            "commit, GPU and versions keeps its other figures."
+            "commit, GPU and versions keeps its other figures.",
+            parser=output_path,
+            metavar="<path>",
         ),
     ] = None,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.output_path import output_path
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -38,13 +40,16 @@ def generate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a row of JSON a reply to this new file, batch by batch."),
+        typer.Option(
+            metavar="FILE", parser=output_path, help="Write a row of JSON a reply to this new file, batch by batch."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a row of JSON a reply.")] = False,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="A PEFT adapter directory. One is for all prompts; of several, prompt i has the i-th."),
     ] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     raw: Annotated[
         bool,
         typer.Option(
@@ -148,7 +153,7 @@ def generate(
             "repetition_penalty": repetition_penalty,
         },
     )
-    loaded = gpt_oss.load(directory, adapter=adapters)
+    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout)
     printer = Printer()
     streams = len(requests) == 1 and rows is None and not as_json
     with contextlib.closing(rows) if rows is not None else contextlib.nullcontext():

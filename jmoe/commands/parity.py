@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.output_path import output_path
 
 if TYPE_CHECKING:
+    from jmoe.adapters.settings import LoraBLayout
     from jmoe.interop.parity import Row
     from jmoe.ops.random_layer import Layer
 
@@ -26,12 +29,16 @@ def parity(
     checkpoint: Annotated[Path | None, typer.Option(help="A gpt-oss directory: run one of its layers.")] = None,
     layer: Annotated[int, typer.Option(help="Which layer of the checkpoint.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory for the checkpoint.")] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     text: Annotated[
         Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to run.", min=1)] = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Write the table as JSON, with date, commit, GPU and versions.")
+        Path | None,
+        typer.Option(
+            help="Write the table as JSON, with date, commit, GPU and versions.", parser=output_path, metavar="<path>"
+        ),
     ] = None,
 ) -> None:
     """Runs a layer through JAX and PyTorch on the same bytes, and compares each result with float64.
@@ -49,7 +56,7 @@ def parity(
         shapes = check.real_shapes() if gpu else check.small_shapes()
         rows = [check.compare_random(shape) for shape in shapes]
     else:
-        arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens)
+        arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens, lora_b_layout)
         layers = {"": dataclasses.replace(arrays, lora=None)} | ({} if arrays.lora is None else {", adapter": arrays})
         shapes = [check.shape_of(each, top_k) for each in layers.values()]
         name = f"layer {layer}, {arrays.x.shape[0]} tokens"
@@ -90,7 +97,12 @@ def show(rows: "list[Row]") -> None:
 
 
 def read_layer(
-    directory: Path, index: int, adapter: Path | None, text: Path | None, tokens: int
+    directory: Path,
+    index: int,
+    adapter: Path | None,
+    text: Path | None,
+    tokens: int,
+    lora_b_layout: "LoraBLayout | None" = None,
 ) -> "tuple[Layer, int]":
     """(one layer's arguments for the first tokens of a text, top_k); the checkpoint embeds, normalises and routes."""
     from tokenizers import Tokenizer
@@ -109,7 +121,7 @@ def read_layer(
     if not len(ids):
         raise ValueError(f"{text or 'the README'} must hold at least one token")
     x = rms_norm(embed(source, ids), layer.norm_weight, source.config.rms_norm_eps)
-    lora = None if adapter is None else load_lora(adapter, source.config, index)
+    lora = None if adapter is None else load_lora(adapter, source.config, index, lora_b_layout=lora_b_layout)
     console.print(
         f"{directory}: layer {index} of {source.config.num_hidden_layers}, {source.config.num_local_experts} experts, "
         f"top-{source.config.num_experts_per_tok}, {source.config.hidden_size}/{source.config.intermediate_size}; "

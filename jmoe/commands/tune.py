@@ -9,13 +9,17 @@ from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.comma_lists import numbers
+from jmoe.commands.output_path import output_path
 
 console = Console(width=max(150, Console().width))
 
 
 def tune(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens to measure at, with commas between.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the table here instead of to the user's cache.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the table here instead of to the user's cache.", parser=output_path, metavar="<path>"),
+    ] = None,
 ) -> None:
     """Measures which launch parameters are best on this machine's GPU, and writes the table that jmoe then uses here.
 
