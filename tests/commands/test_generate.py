@@ -126,7 +126,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
     monkeypatch.setattr("jmoe.text.load_tokenizer", lambda directory: tokenizer)
     stop = tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])
     model = SimpleNamespace(config=SimpleNamespace(stop_tokens=tuple(stop)))
-    monkeypatch.setattr("jmoe.gpt_oss.load", lambda directory, adapter: model)
+    monkeypatch.setattr("jmoe.gpt_oss.load", lambda directory, **options: model)
 
     def write(*replies: str) -> list[dict]:
         calls: list[dict] = []
