@@ -24,7 +24,7 @@ class Printer:
     """
 
     def __init__(self) -> None:
-        self._place = ("", None)  # the channel and recipient that stand last on standard error
+        self._place: tuple[str, str | None] = ("", None)  # the channel and recipient that stand last on standard error
         self._at_line_begin = True
 
     def push(self, pieces: list[ChannelText]) -> None:
