@@ -46,7 +46,6 @@ def generate(
         )
     allow_whole_gpu()
     from jmoe import gpt_oss
-    from jmoe.gpt_oss.config import stop_tokens
     from jmoe.gpt_oss.load import local_directory
     from jmoe.gpt_oss.stream import TextStream
     from jmoe.text import encode, load_tokenizer
@@ -64,7 +63,6 @@ def generate(
         loaded,
         tokens,
         max_new_tokens=max_new_tokens,
-        stop_tokens=stop_tokens(directory, loaded.config),
         temperature=temperature,
         top_p=top_p,
         seed=seed,

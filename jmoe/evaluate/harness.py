@@ -54,8 +54,7 @@ class HarnessModel(TemplateLM):
             as the model's positions are stretched to.
           max_gen_toks: tokens of an answer for which the task sets no limit.
           seed: of sampled answers.
-          stop_tokens: what ends an answer, as jmoe.gpt_oss.config.stop_tokens finds; None: the configuration's
-            eos_token_id.
+          stop_tokens: what ends an answer; None: the configuration's stop_tokens.
 
         Raises:
           ValueError: a number is out of range, or the adapter is none of the model's.
@@ -68,7 +67,7 @@ class HarnessModel(TemplateLM):
         self.max_length = int(rope.factor * rope.original_max_position_embeddings) if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         self.seed = seed
-        self.ends = (self.eot_token_id,) if stop_tokens is None else tuple(stop_tokens)
+        self.ends = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from jmoe import gpt_oss
 from jmoe.evaluate.harness import HarnessModel
-from jmoe.gpt_oss.config import stop_tokens
 from jmoe.gpt_oss.load import local_directory
 from jmoe.text import load_tokenizer
 
@@ -75,7 +74,6 @@ def evaluate(options: Options) -> list[list[Metric]]:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
     model = gpt_oss.load(directory, adapter=options.adapter)
-    ends = stop_tokens(directory, model.config)
     return [
         metrics_of(
             run(
@@ -85,7 +83,6 @@ def evaluate(options: Options) -> list[list[Metric]]:
                     adapter=adapter,
                     batch_size=options.batch_size,
                     max_length=options.max_length,
-                    stop_tokens=ends,
                 ),
                 manager,
                 options,

@@ -9,6 +9,9 @@ from typing import Any, Literal, Self
 from jmoe import checkpoint
 from jmoe.checkpoint import is_number, read_json
 
+RELEASED_STOP_TOKENS = (200002, 199999, 200012)
+"""<|return|>, <|endoftext|> and <|call|>."""
+
 type LayerType = Literal["sliding_attention", "full_attention"]
 
 
@@ -36,6 +39,13 @@ class Config(checkpoint.Config):
     rope: Rope = Rope()
     eos_token_id: int = 200002
     pad_token_id: int = 199999
+    stop_tokens: tuple[int, ...] = ()
+    """What ends a text. Left empty, it is what the released models have, or eos_token_id where that is not theirs."""
+
+    def __post_init__(self) -> None:
+        """Fills in stop_tokens."""
+        if not self.stop_tokens:
+            object.__setattr__(self, "stop_tokens", with_released((self.eos_token_id,)))
 
     @classmethod
     def gpt_oss_20b(cls) -> Self:
@@ -64,6 +74,8 @@ class Config(checkpoint.Config):
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads config.json of a checkpoint directory, in transformers 4's spelling or 5's.
 
+        stop_tokens are those of generation_config.json where it is there.
+
         Raises:
           FileNotFoundError: there is no config.json.
           ValueError: a field is missing or none that this model has; an unknown kind of rope, of quantisation or of
@@ -89,7 +101,8 @@ class Config(checkpoint.Config):
             fields["eos_token_id"] = tokens[0]
         if isinstance(padding := entries.get("pad_token_id"), int):
             fields["pad_token_id"] = padding
-        return cls(**dataclasses.asdict(sizes), **fields)
+        config = cls(**dataclasses.asdict(sizes), **fields)
+        return dataclasses.replace(config, stop_tokens=stop_tokens(path, config))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -99,6 +112,8 @@ class Config(checkpoint.Config):
 
 def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]:
     """The tokens that end a text: eos_token_id of generation_config.json, else of config.json.
+
+    config.json of the released models lists <|return|> alone, which then stands for RELEASED_STOP_TOKENS.
 
     Raises:
       ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
@@ -112,7 +127,12 @@ def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]
             )
         return tokens
     listed = token_ids(model, name, read_json(model).get(name)) if model.is_file() else ()
-    return listed or (config.eos_token_id,)
+    return with_released(listed or (config.eos_token_id,))
+
+
+def with_released(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens, or in place of <|return|> alone what generation_config.json of the released models lists."""
+    return RELEASED_STOP_TOKENS if tokens == RELEASED_STOP_TOKENS[:1] else tokens
 
 
 def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:

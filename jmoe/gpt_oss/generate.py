@@ -71,7 +71,7 @@ def generate(
 
     Args:
       prompts: token ids of each sequence, at least one each.
-      stop_tokens: a sequence ends with any of these; None: the configuration's eos_token_id.
+      stop_tokens: a sequence ends with any of these; None: the configuration's stop_tokens.
       temperature: 0 takes the likeliest token; else see jmoe.gpt_oss.sample.
       adapter_ids: each sequence's adapter, -1 for none.
       callback: called after each chunk with its tokens [B, n] and which of them are text.
@@ -87,7 +87,7 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
+    stop = np.array(model.config.stop_tokens if stop_tokens is None else stop_tokens, np.int32)
     if adapter_ids is not None and not np.issubdtype(np.asarray(adapter_ids).dtype, np.integer):
         raise ValueError(f"adapter_ids must be integers, got {adapter_ids}")
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)

@@ -108,6 +108,26 @@ def test_stop_tokens_may_be_several_in_the_configuration(tmp_path: Path) -> None
     assert stop_tokens(directory, Config.load(directory)) == (0, 5)
 
 
+def test_a_loaded_configuration_has_the_stop_tokens_of_the_command(tmp_path: Path) -> None:
+    directory = written(tmp_path)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert Config.load(directory).stop_tokens == (3, 5)
+    assert Config.load(CASE).stop_tokens == (127,)
+
+
+def test_return_alone_stands_for_what_ends_a_text_of_the_released_models(tmp_path: Path) -> None:
+    released = (200002, 199999, 200012)
+    assert Config.gpt_oss_20b().stop_tokens == released
+    assert Config.load(written(tmp_path, vocab_size=201088, eos_token_id=200002)).stop_tokens == released
+    assert Config.load(written(tmp_path, vocab_size=201088, eos_token_id=None)).stop_tokens == released
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 200002}')
+    assert Config.load(tmp_path).stop_tokens == (200002,)
+
+
+def test_a_configuration_by_hand_stops_at_its_own_end_of_text() -> None:
+    assert dataclasses.replace(Config.gpt_oss_20b(), eos_token_id=7, stop_tokens=()).stop_tokens == (7,)
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [

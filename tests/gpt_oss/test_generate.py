@@ -1,5 +1,6 @@
 """Generated text: greedy, sampled, stopped, streamed, in batches."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -54,6 +55,15 @@ def test_a_sequence_ends_at_its_stop_token(model: gpt_oss.GptOss, expected: dict
     assert generated.lengths.tolist() == [end]
     assert generated.tokens[0, : end + 1].tolist() == want[: end + 1]
     assert (generated.tokens[0, end + 1 :] == model.config.pad_token_id).all()
+
+
+def test_the_configuration_says_what_stops_where_nothing_else_does(expected: dict[str, np.ndarray]) -> None:
+    want = expected["gen_tokens"].tolist()
+    config = dataclasses.replace(gpt_oss.Config.load(CASE / "model"), stop_tokens=(want[9], want[5]))
+    model = gpt_oss.load(CASE / "model", dtype=jnp.float32, progress=False)
+    model.config = config
+    generated = gpt_oss.generate(model, [expected["gen_prompt"][0].tolist()], max_new_tokens=16)
+    assert generated.lengths.tolist() == [min(want.index(want[9]), want.index(want[5]))]
 
 
 def test_a_seed_is_a_text(model: gpt_oss.GptOss) -> None:
