@@ -1,9 +1,10 @@
 """Tasks of the lm-evaluation-harness by name, whose errors say which task and file they come from."""
 
 import functools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 try:
     import yaml
@@ -61,20 +62,59 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Task | Group]
     """The tasks and groups of these names, each task once, in the names' order.
 
     Raises:
-      ValueError: a task file, its data or what it refers to is at fault.
+      TaskError: a task file, its data or what it refers to is at fault.
     """
     loaded: list[Task | Group] = []
     for name in dict.fromkeys(names):
+        said = Said()
         try:
-            found = manager.load([name])
+            with said:
+                found = manager.load([name])
         except Exception as error:  # whatever the harness, datasets or the task's own code raises
             file = manager.task_index[name].yaml_path
-            raise ValueError(f"task {name}{'' if file is None else f' ({file})'}: {reason(error)}") from error
+            own = f"task {name}{'' if file is None else f' ({file})'}"
+            for member in members(manager, name):
+                if member not in manager.task_index:
+                    raise TaskError(f"{own}: the harness knows no task {member}") from error
+                load_tasks(manager, [member])  # names the member that is at fault
+            raise TaskError("; ".join([f"{own}: {reason(error)}", *said.errors])) from error
         for task in found["tasks"].values():
             name_errors(task)
         groups = found.get("groups", {})
         loaded += [groups[name]] if name in groups else list(found["tasks"].values())
     return loaded
+
+
+def members(manager: TaskManager, name: str) -> list[str]:
+    """The tasks and groups that a group or a tag names."""
+    entry = manager.task_index[name]
+    listed = (entry.cfg or {}).get("task")
+    if not isinstance(listed, list):
+        return sorted(entry.tags) if entry.cfg is None else []
+    named = [each.get("task") if isinstance(each, Mapping) else each for each in listed]
+    return [each for each in named if isinstance(each, str)]
+
+
+class Said(logging.Handler):
+    """Collects the errors that the harness logs, and not raises, such as an unknown metric's name."""
+
+    def __init__(self) -> None:
+        """A handler without errors yet."""
+        super().__init__(logging.ERROR)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the message."""
+        self.errors.append(" ".join(record.getMessage().split()))
+
+    def __enter__(self) -> Self:
+        """Listens."""
+        logging.getLogger("lm_eval").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listens no longer."""
+        logging.getLogger("lm_eval").removeHandler(self)
 
 
 def tasks_of(loaded: Sequence[Task | Group]) -> list[Task]:

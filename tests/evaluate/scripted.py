@@ -10,9 +10,10 @@ from jmoe.text import encode
 
 
 class Call(NamedTuple):
-    """What was asked of the model: the prompts' texts, special tokens too, and the options."""
+    """What was asked of the model: the prompts, as texts with special tokens and as tokens, and the options."""
 
     prompts: list[str]
+    tokens: list[list[int]]
     options: dict[str, Any]
 
 
@@ -30,7 +31,13 @@ def say(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, reply: Callable[[str], 
         **options: Any,
     ) -> None:
         texts = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
-        calls.append(Call(texts, options | {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}))
+        calls.append(
+            Call(
+                texts,
+                [list(prompt) for prompt in prompts],
+                options | {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens},
+            )
+        )
         tokens = np.full((len(prompts), max_new_tokens), stop_tokens[0])
         for row, text in zip(tokens, texts, strict=True):
             own = encode(tokenizer, reply(text))[:max_new_tokens]
