@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jmoe.commands.paths import path
+from jmoe.commands.input_path import input_path
+from jmoe.commands.output_path import output_path
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A gpt-oss directory, or a repository on the Hub.", parser=path)],
+    model: Annotated[
+        Path, typer.Option(help="A gpt-oss directory, or a repository on the Hub.", parser=input_path, metavar="<path>")
+    ],
     tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between.")],
     adapter: Annotated[
         Path | None,
-        typer.Option(help="A PEFT adapter's directory: runs without and with it, and compares.", parser=path),
+        typer.Option(
+            help="A PEFT adapter's directory: runs without and with it, and compares.",
+            parser=input_path,
+            metavar="<path>",
+        ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="A directory of task files of your own.", parser=path)
+        Path | None, typer.Option(help="A directory of task files of your own.", parser=input_path, metavar="<path>")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; all if not given.", min=1)] = None,
     num_fewshot: Annotated[
@@ -58,7 +65,9 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write results and samples here, in the harness's format.", parser=path),
+        typer.Option(
+            help="Write results and samples here, in the harness's format.", parser=output_path, metavar="<path>"
+        ),
     ] = None,
 ) -> None:
     """Evaluates a checkpoint, and an adapter beside it, on tasks of the lm-evaluation-harness.

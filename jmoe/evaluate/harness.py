@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jmoe.channels import CONTROL, has_channels
+from jmoe.channels import CONTROL, ENDS_OF_REPLIES, has_channels
 from jmoe.evaluate.generation import Reply, generate_replies
 from jmoe.evaluate.generation_options import CHAT_LIMIT, PLAIN_LIMIT, for_generate
 from jmoe.evaluate.score import Score, Span, score
@@ -153,7 +153,8 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results about the model."""
         adapter = self.adapter if isinstance(self.adapter, int) else "by request"
-        return {"model_dtype": str(self.model.dtype), "adapter": adapter, "chat_template": self.template_variables}
+        told = {"template_variables": self.template_variables} if self.template_variables else {}
+        return {"model_dtype": str(self.model.dtype), "adapter": adapter, **told}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether greedy decoding gives it) of each request's continuation.
@@ -332,12 +333,13 @@ class HarnessModel(TemplateLM):
     def stop_tokens(self, until: Sequence[str], channels: bool = False) -> list[int]:
         """The tokens that end an answer, and those of `until` that are special and so in no text.
 
-        channels: those of channels end no reply in channels, as each of its messages has them.
+        channels: whether the answer is in channels, where control tokens end no more than a message of several.
         """
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         named = {tokens[0] for tokens in map(self.tok_encode, until) if len(tokens) == 1 and tokens[0] in special}
         ends = {self.tokenizer.get_vocab().get(END_OF_TEXT), self.tokenizer.eos_token_id} - {None}
-        return sorted({*self.ends, *ends, *(named - self.control.keys() if channels else named)})
+        within = {token for token, name in self.control.items() if name not in ENDS_OF_REPLIES}
+        return sorted({*self.ends, *ends, *named} - (within if channels else set()))
 
     def adapter_of(self, request: Instance) -> int:
         """The adapter that answers the request."""

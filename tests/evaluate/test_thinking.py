@@ -192,3 +192,10 @@ def test_a_reply_that_a_task_begins_is_in_its_final_channel(model: gpt_oss.GptOs
         asking.apply_chat_template(asked[:1]) + header.removeprefix("<|start|>assistant")
         == context[: context.index("The")]
     )
+
+
+def test_a_message_of_several_ends_no_reply(model: gpt_oss.GptOss, tokenizer: Any) -> None:
+    end, returned, call = (tokenizer.convert_tokens_to_ids(name) for name in ("<|end|>", "<|return|>", "<|call|>"))
+    thinking = HarnessModel(model, tokenizer, stop_tokens=(end, returned, call))
+    assert thinking.stop_tokens(["<|channel|>", "<|pad|>"], channels=True) == sorted([0, 1, returned, call])
+    assert end in thinking.stop_tokens([])
