@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.input_path import input_path
 from jmoe.commands.output_path import output_path
 from jmoe.device_memory import allow_whole_gpu
@@ -31,6 +32,7 @@ def evaluate(
             metavar="<path>",
         ),
     ] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     include_path: Annotated[
         Path | None, typer.Option(help="A directory of task files of your own.", parser=input_path, metavar="<path>")
     ] = None,
@@ -84,6 +86,7 @@ def evaluate(
         Options(
             model=model,
             adapter=adapter,
+            lora_b_layout=lora_b_layout,
             tasks=[task.strip() for task in tasks.split(",") if task.strip()],
             include_path=include_path,
             limit=limit,

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from jmoe import gpt_oss
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.evaluate.generation_options import LIMITS, check, limit, overrides
 from jmoe.evaluate.harness import HarnessModel
 from jmoe.evaluate.metrics import Metric, counts_of, metrics_of
@@ -38,6 +39,7 @@ class Options:
     Attributes:
       model: a gpt-oss directory, or a repository on the Hugging Face Hub.
       adapter: a PEFT adapter's directory, or None.
+      lora_b_layout: of an adapter that does not say it itself; see jmoe.gpt_oss.load_adapter.
       tasks: names that the harness knows.
       include_path: a directory of more task files, or None.
       limit: documents of each task; None: all.
@@ -54,6 +56,7 @@ class Options:
 
     model: Path | str
     adapter: Path | None = None
+    lora_b_layout: LoraBLayout | None = None
     tasks: Sequence[str]
     include_path: Path | None = None
     limit: int | None = None
@@ -90,7 +93,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
-    model = gpt_oss.load(directory, adapter=options.adapter)
+    model = gpt_oss.load(directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout)
     variables = {} if options.reasoning_effort is None else {"reasoning_effort": options.reasoning_effort}
     found = []
     for adapter in [-1] if options.adapter is None else [-1, 0]:

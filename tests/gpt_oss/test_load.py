@@ -11,7 +11,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.load import FILES, put
+from jmoe.gpt_oss.load import FILES
+from jmoe.gpt_oss.stack import put
 from jmoe.ops.mxfp4 import PackedMxfp4, quantize
 from jmoe.ops.packed import empty_packed, pack_into, pack_weight
 
