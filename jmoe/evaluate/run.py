@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from rich.console import Console
 
 from jmoe import gpt_oss
@@ -84,6 +84,8 @@ def evaluate(options: Options) -> list[list[Metric]]:
         raise ValueError("tasks must be at least one, got none")
     check(options.gen_kwargs)
     wanted = overrides(options.gen_kwargs, options.max_gen_toks)
+    if options.max_length is not None and wanted.get("max_gen_toks", 0) >= options.max_length:
+        raise ValueError(f"max_gen_toks must be below max_length {options.max_length}, got {wanted['max_gen_toks']}")
     directory = local_directory(options.model)
     tokenizer = load_tokenizer(directory)
     check_template(tokenizer, options)
@@ -226,10 +228,12 @@ def run(
             task_manager=manager,
             log_samples=options.out is not None,
         )
-    except (OSError, ValueError, ImportError, MemoryError, jax.errors.JaxRuntimeError):
+    except TaskError:
         raise
     except Exception as error:  # whatever a task's metric raises over all documents
-        raise TaskError(f"one of the tasks {list(options.tasks)} fails: {reason(error)}") from error
+        if is_of_model(error):
+            raise
+        raise TaskError(f"one of the tasks {', '.join(options.tasks)} fails: {reason(error)}") from error
     assert results is not None  # None is for other processes than the first
     documents = {task: number["effective"] for task, number in results["n-samples"].items()}
     results["counts"] = {
@@ -243,6 +247,12 @@ def run(
         complete_samples(samples, model)
         save(tracker, results, samples, options.out)
     return results
+
+
+def is_of_model(error: Exception) -> bool:
+    """Whether the error comes from the model's answers, and not from the harness around them."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == HarnessModel.__module__ for frame, _ in frames)
 
 
 def complete_samples(samples: Mapping[str, list[dict[str, Any]]], model: HarnessModel) -> None:

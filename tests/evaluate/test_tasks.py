@@ -67,6 +67,19 @@ def test_a_document_that_a_task_fails_on(tmp_path: Path) -> None:
     assert error_of(tmp_path, "wrong").startswith(f"task wrong ({file}): UndefinedError: ")
 
 
+def test_a_metric_that_fails_over_all_documents(tmp_path: Path) -> None:
+    (tmp_path / "means.py").write_text("def of_none(values):\n    raise ZeroDivisionError('nothing')\n")
+    write(tmp_path, "wrong", "tiny_choice", ("acc", "acc\n    aggregation: !function means.of_none"))
+    assert error_of(tmp_path, "wrong") == "one of the tasks wrong fails: ZeroDivisionError: nothing"
+
+
+def test_an_error_of_the_model_is_not_a_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tasks(tmp_path)
+    monkeypatch.setattr("jmoe.evaluate.harness.score", lambda *_: 1 + "1")
+    with pytest.raises(TypeError):
+        evaluate(Options(model=TINY, tasks=["tiny_choice"], include_path=tmp_path))
+
+
 def test_an_answer_that_is_empty_is_named(tmp_path: Path) -> None:
     choices = "\"{{ ['yes', '' if question == 'You may' else 'no'] }}\"\ntarget_delimiter: ''"
     write(tmp_path, "wrong", "tiny_choice", ('"{{choices}}"', choices))

@@ -141,6 +141,7 @@ def test_documents_put_no_words_into_the_assistants_mouth(
         (["--reasoning-effort", "high"], False, "reasoning_effort needs apply_chat_template"),
         (["--gen-kwargs", "num_beams=3"], True, "got ['num_beams'] too"),
         (["--gen-kwargs", "max_gen_toks=3", "--max-gen-toks", 4], True, "must be one number"),
+        (["--max-gen-toks", 40, "--max-length", 40], True, "max_gen_toks must be below max_length 40, got 40"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: list, template: bool, message: str, tmp_path: Path) -> None:
