@@ -36,8 +36,8 @@ def generate(
             "--prompts",
             metavar="FILE",
             parser=input_path,
-            help='Prompts of a file: JSON Lines of {"prompt": ...} or {"messages": [...]} if it is named .jsonl, else '
-            "one a line.",
+            help='Prompts of a file: rows {"prompt": ...} or {"messages": [...]} if named .jsonl, .csv or .parquet, '
+            "else one a line.",
         ),
     ] = None,
     out: Annotated[
