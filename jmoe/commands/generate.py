@@ -158,6 +158,7 @@ def generate(
     )
     loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout)
     printer = Printer()
+    done = 0
     streams = len(requests) == 1 and rows is None and not as_json
     with contextlib.closing(rows) if rows is not None else contextlib.nullcontext():
         for found, generated in answers(loaded, tokenizer, requests, how, on_text=printer.push if streams else None):
@@ -171,7 +172,9 @@ def generate(
                     printer.label(f"[{label(each.request.prompt, each.request.sample, len(asked), samples)}] ")
                     printer.push(each.reply.messages)
                 printer.finish(each)
-            echo(speed(generated, sum(len(each.request.tokens) for each in found), len(found)), err=True)
+            done += len(found)
+            progress = f"{done} of {len(requests)}: " if len(found) < len(requests) else ""
+            echo(progress + speed(generated, sum(len(each.request.tokens) for each in found), len(found)), err=True)
 
 
 def read_prompts(texts: list[str] | None, file: Path | None, reserved: tuple[str, ...]) -> "list[Prompt]":

@@ -8,7 +8,7 @@ import numpy as np
 
 from jmoe.channels import ChannelText
 from jmoe.generation.reply import Reply
-from jmoe.gpt_oss.generate import Generated, generate
+from jmoe.gpt_oss.generate import Generated, NotFiniteError, generate
 from jmoe.gpt_oss.model import GptOss
 
 CHUNK = 8
@@ -91,18 +91,21 @@ def answers(
         own = [seeds[min(start + i, len(seeds) - 1)] for i in range(len(rows))] if how.own_seeds else how.seed
         replies = [Reply(tokenizer, how.stop_strings, whole=how.whole) for _ in batch]
         growing = Growing(replies, on_text if start == 0 else None, len(rows))
-        generated = generate(
-            model,
-            [request.tokens for request in rows],
-            max_new_tokens=how.max_new_tokens,
-            stop_tokens=ends,
-            seed=own,
-            adapter_ids=adapter_ids(rows),
-            callback=growing.add,
-            chunk=CHUNK,
-            prefill_chunk=how.prefill_chunk,
-            **how.sampling,
-        )
+        try:
+            generated = generate(
+                model,
+                [request.tokens for request in rows],
+                max_new_tokens=how.max_new_tokens,
+                stop_tokens=ends,
+                seed=own,
+                adapter_ids=adapter_ids(rows),
+                callback=growing.add,
+                chunk=CHUNK,
+                prefill_chunk=how.prefill_chunk,
+                **how.sampling,
+            )
+        except NotFiniteError as error:
+            raise ValueError(f"prompt {rows[error.sequence].prompt}: {error}") from error
         growing.finish()
         found = [answer(*each, generated, i, tokenizer) for i, each in enumerate(zip(batch, replies, strict=True))]
         yield found, generated

@@ -94,8 +94,8 @@ def generate(
       prefill_chunk: as in jmoe.gpt_oss.decode.prefill.
 
     Raises:
-      ValueError: a prompt is empty, or a number or an adapter is out of range; or the model's logits are not finite,
-        as those of weights with NaN or infinity are not, which is found within a chunk.
+      ValueError: a prompt is empty, or a number or an adapter is out of range; or, as NotFiniteError, the model's logits
+        are not finite, as those of weights with NaN or infinity are not, which is found within a chunk.
     """
     check_options(model, prompts, max_new_tokens, chunk)
     sampling = Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)
@@ -165,13 +165,22 @@ def tokens_of(prompts: Sequence[Sequence[int]], vocabulary: int) -> Bool[np.ndar
     return seen
 
 
+class NotFiniteError(ValueError):
+    """The model's logits for this sequence of the batch are not finite."""
+
+    def __init__(self, sequence: int, message: str) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+
+
 def check_finite(finite: Bool[np.ndarray, "n B"], before: int) -> None:
-    """Raises ValueError, naming the first, if a step's logits were not finite; before: new tokens before these."""
+    """Raises NotFiniteError of the first step whose logits were not finite; before: new tokens before these."""
     if not finite.all():
         step, sequence = np.argwhere(~finite)[0]
-        raise ValueError(
+        raise NotFiniteError(
+            int(sequence),
             f"the model's logits are not finite in sequence {sequence} at its new token {before + step + 1}: weights "
-            "or an adapter hold NaN or infinity, or lead to it"
+            "or an adapter hold NaN or infinity, or lead to it",
         )
 
 

@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path: Path, monkeypatch: p
     assert ended.value.code == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert "jmoe: the model's logits are not finite in sequence 0 at its new token 1" in err
+    assert "jmoe: prompt 0: the model's logits are not finite in sequence 0 at its new token 1" in err
 
 
 THINKS = "<|channel|>analysis<|message|>No. STOP<|end|><|start|>assistant"
