@@ -169,7 +169,7 @@ def generate(
                     echo(json_line(as_row(asked[each.request.prompt], each), sys.stdout.encoding))
                     continue
                 if not streams:
-                    printer.label(f"[{label(each.request.prompt, each.request.sample, len(asked), samples)}] ")
+                    printer.begin(f"[{label(each.request.prompt, each.request.sample, len(asked), samples)}] ")
                     printer.push(each.reply.messages)
                 printer.finish(each)
             done += len(found)

@@ -26,12 +26,19 @@ class Printer:
     def __init__(self) -> None:
         self._place: tuple[str, str | None] = ("", None)  # the channel and recipient that stand last on standard error
         self._at_line_begin = True
+        self._label = ""
+        self._label_is_due = False
+
+    def begin(self, label: str) -> None:
+        """Has the next reply's lines begin with a label, on either side."""
+        self._label, self._label_is_due = label, True
 
     def push(self, pieces: list[ChannelText]) -> None:
         """Prints what is new."""
         for channel, text, recipient in pieces:
             if channel == FINAL:
                 self._end_line()
+                self._print_label()
                 echo(text, nl=False)
             else:
                 self._aside(channel, recipient, text)
@@ -39,19 +46,21 @@ class Printer:
     def finish(self, answer: Answer) -> None:
         """Ends the reply's line, and says so if there is no answer in it."""
         self._end_line()
+        self._print_label()
         echo()
         if not answer.reply.answered:
-            echo(dimmed(f"(no final channel: {why_none(answer)})"), err=True)
+            echo(dimmed(f"{self._label}(no final channel: {why_none(answer)})"), err=True)
 
-    def label(self, label: str) -> None:
-        """What stands before the next reply."""
-        echo(label, nl=False)
+    def _print_label(self) -> None:
+        if self._label_is_due:
+            echo(self._label, nl=False)
+        self._label_is_due = False
 
     def _aside(self, channel: str, recipient: str | None, text: str) -> None:
         if self._place != (channel, recipient):
             self._end_line()
             to = "" if recipient is None else f" to={recipient}"
-            echo(dimmed(f"[{channel or 'no channel'}{to}] "), err=True, nl=False)
+            echo(dimmed(f"{self._label}[{channel or 'no channel'}{to}] "), err=True, nl=False)
             self._place = (channel, recipient)
         echo(dimmed(text), err=True, nl=False)
         self._at_line_begin = text.endswith("\n")

@@ -37,6 +37,18 @@ def test_a_pipe_gets_the_final_channel_alone(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("π is 3.\n", "[analysis] Hm.\n")
 
 
+def test_of_several_replies_each_line_has_its_number(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer()
+    for number, text in enumerate((THINKS + ANSWERS, THINKS)):
+        found = answer(text)
+        printer.begin(f"[{number}] ")
+        printer.push(found.reply.messages)
+        printer.finish(found)
+    out, err = capsys.readouterr()
+    assert out == "[0] π is 3.\n[1] \n"
+    assert err.startswith("[0] [analysis] Hm.\n[1] [analysis] Hm.\n[1] (no final channel: ")
+
+
 def test_a_terminal_has_the_thinking_dimmed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
