@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jmoe.adapters.file import AdapterFile, Sizes, open_adapter
-from jmoe.adapters.keys import parameter_name
+from jmoe.adapters.keys import module_names, parameter_name
 from jmoe.adapters.settings import AdapterWarning, LoraBLayout, Settings
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.delta import delta_report, findings
@@ -155,13 +155,10 @@ def lists_experts(adapter: AdapterFile, layer: int, target: str) -> bool:
     """
     if adapter.form == "parameters":
         return target in adapter.settings.experts_listed(layer)
-    names = {
-        "stacked": f"model.layers.{layer}.mlp.experts.{target}_proj",
-        "pairs": f"model.layers.{layer}.mlp.experts.0.{target}_proj",
-        "lists": f"model.layers.{layer}.mlp.experts.{target}_projs.0",
-    }
-    listed = adapter.form in names and adapter.settings.lists_module(names[adapter.form])
-    return listed or adapter.settings.lists_parameter(parameter_name(layer, target))
+    names = [] if adapter.form is None else module_names(adapter.form, layer, target)
+    return adapter.settings.lists_parameter(parameter_name(layer, target)) or any(
+        map(adapter.settings.lists_module, names)
+    )
 
 
 def check_change(file: Path, lora: LoraWeights) -> None:
