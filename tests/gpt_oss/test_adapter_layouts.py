@@ -58,7 +58,10 @@ CASES: dict[str, tuple[Tensors, dict[str, Any]]] = {
         of_all_layers(layouts.as_pairs, "{target}_projs.{expert}"),
         {"target_parameters": None, "target_modules": r".*_projs\.\d+|.*[qkvo]_proj"},
     ),
-    "halves": (of_all_layers(layouts.as_halves), {"target_parameters": None, "target_modules": ["w1", "w2", "w3"]}),
+    "halves": (
+        of_all_layers(layouts.as_halves),
+        {"target_parameters": None, "target_modules": [*SETTINGS["target_modules"], "w1", "w2", "w3"]},
+    ),
     "all-linear": (TENSORS, {"target_modules": "all-linear"}),
     "parameters-as-modules": (TENSORS, MODULES),
     "default-in-keys": (renamed("lora_A.", "lora_A.default.", renamed("lora_B.", "lora_B.default.")), {}),
@@ -284,6 +287,15 @@ def test_names_of_other_models_modules_are_not_missed(tmp_path: Path) -> None:
         gpt_oss.load_adapter(layouts.write(tmp_path, ATTENTION, settings), CONFIG)
 
 
+def test_what_peft_leaves_out_is_warned_of(tmp_path: Path) -> None:
+    settings = SETTINGS | {"target_modules": ["q_proj", "k_proj", "v_proj"], "exclude_modules": ["1.self_attn.k_proj"]}
+    with pytest.warns(gpt_oss.AdapterWarning, match="PEFT does not") as caught:
+        gpt_oss.load_adapter(layouts.write(tmp_path, TENSORS, settings), CONFIG)
+    names = ["1.self_attn.k_proj", "0.self_attn.o_proj", "1.self_attn.o_proj"]
+    listed = ", ".join(f"model.layers.{name}" for name in names)
+    assert f"has LoRA on {listed}, which adapter_config.json does not target" in str(caught[0].message)
+
+
 def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
@@ -294,3 +306,16 @@ def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("jmoe.adapters.file.open_safetensors", counted)
     gpt_oss.load_adapter(layouts.write(tmp_path, PAIRS, SETTINGS | MODULES), CONFIG)
     assert opened == [tmp_path / "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["as-it-was", "portable"])
+@pytest.mark.parametrize("name", ["pairs", "halves", "stacked-float16", GROUPED])
+def test_what_was_read_is_saved_as_peft_writes_it(name: str, portable: bool, tmp_path: Path) -> None:
+    tensors, changed = CASES[name]
+    lora = gpt_oss.load_adapter(layouts.write(tmp_path / "theirs", tensors, SETTINGS | changed), CONFIG)
+    gpt_oss.save_adapter(tmp_path / "ours", lora, portable=portable)
+    saved, _ = layouts.read(tmp_path / "ours")
+    assert saved.keys() == TENSORS.keys()
+    for key, value in TENSORS.items():
+        scale = 3.5 if portable and "lora_B" in key else 1
+        np.testing.assert_allclose(saved[key], scale * value, rtol=1e-3 if "float16" in name else 1e-6, atol=1e-6)
