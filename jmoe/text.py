@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jmoe.config_file import why_no_tokenizer
+
 type Message = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, and what else the chat template knows."""
 
@@ -29,7 +31,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise FileNotFoundError(f"{file} does not exist{why_no_tokenizer(path)}")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def doctor(
     adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter directory; more may follow.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
@@ -34,7 +36,7 @@ def doctor(
     machine = examine_machine()
     tables = [machine_table(machine)]
     if model is not None:
-        report = examine_model(model, adapter or [], machine, batch=batch, context=context)
+        report = examine_model(model, adapter or [], machine, batch=batch, context=context, quantize=quantize)
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
     console = Console(width=max(120, Console().width))
     for table in tables:

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of context and answer; longer contexts are cut from the left.", min=2)
     ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Write results and samples here, in the harness's format.")] = None,
 ) -> None:
     """Evaluates a checkpoint, and an adapter beside it, on tasks of the lm-evaluation-harness."""
@@ -49,6 +51,7 @@ def evaluate(
             batch_size=batch_size,
             max_length=max_length,
             apply_chat_template=apply_chat_template,
+            quantize=quantize,
             out=out,
         )
     )

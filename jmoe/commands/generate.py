@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the fewest tokens that have this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
     show_special: Annotated[bool, typer.Option("--show-special", help="Print special tokens too.")] = False,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
     prefill_chunk: Annotated[
         int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if none.", min=1)
     ] = None,
@@ -53,7 +55,7 @@ def generate(
     directory = local_directory(model)
     tokenizer = load_tokenizer(directory)
     tokens = [encode(tokenizer, prompt if raw else as_message(tokenizer, prompt, system)) for prompt in prompts]
-    loaded = gpt_oss.load(directory, adapter=adapters)
+    loaded = gpt_oss.load(directory, adapter=adapters, quantize=quantize)
     stream = TextStream(tokenizer, show_special=show_special)
 
     def print_first(new: Any, is_text: Any) -> None:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from jmoe.evaluate.generation import generate_texts
 from jmoe.evaluate.score import Score, Span, score
+from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import encode
 
@@ -71,6 +72,7 @@ class HarnessModel(TemplateLM):
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        warn_past_positions(model.config, max_length or 0)
         self.adapters = 0 if model.lora is None else next(iter(model.lora.scale.values())).shape[1]
         if adapter is None and self.adapters > 1:
             raise ValueError(f"adapter must be given with {self.adapters} adapters, got None")

@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jmoe import gpt_oss
 from jmoe.evaluate.harness import HarnessModel
@@ -33,6 +33,7 @@ class Options:
       num_fewshot: examples before each question; None: the task's own number.
       batch_size, max_length: as in HarnessModel.
       apply_chat_template: ask by the checkpoint's chat template.
+      quantize: as in jmoe.gpt_oss.load.
       out: a directory for results and samples in the harness's format, or None.
     """
 
@@ -45,6 +46,7 @@ class Options:
     batch_size: int = 8
     max_length: int | None = None
     apply_chat_template: bool = False
+    quantize: Literal["mxfp4"] | None = None
     out: Path | None = None
 
 
@@ -73,7 +75,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
-    model = gpt_oss.load(directory, adapter=options.adapter)
+    model = gpt_oss.load(directory, adapter=options.adapter, quantize=options.quantize)
     return [
         metrics_of(
             run(

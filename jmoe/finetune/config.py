@@ -57,6 +57,7 @@ class FinetuneConfig:
     checkpoint_every: int = option(100, help="Steps between checkpoints.")
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order and split.")
+    quantize: Literal["mxfp4"] | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can have."""

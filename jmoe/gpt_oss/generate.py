@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.decode import Decoding, decode, prefill
 from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import greedy, sample
@@ -83,6 +84,7 @@ def generate(
     """
     check_options(model, prompts, max_new_tokens, temperature, top_p, chunk)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    warn_past_positions(model.config, int(lengths.max()) + max_new_tokens)
     width = -(-int(lengths.max()) // 64) * 64
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

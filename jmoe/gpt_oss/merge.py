@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
+from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer
+from jmoe.config_file import model_entries
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, NORM, attention_specs, check_layers, local_directory, steps
@@ -134,9 +135,7 @@ def merge(
         write_tensors(folder / file, tensors)
         files |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    settings = {
-        key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"
-    }
+    settings = {key: value for key, value in model_entries(directory).items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     for pattern in COPIED:
         for source in directory.glob(pattern):
