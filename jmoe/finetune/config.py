@@ -127,7 +127,7 @@ def plain_types(hint: Any) -> tuple[Any, ...]:
     """The classes of a hint, and of a Literal its values."""
     if isinstance(hint, typing.TypeAliasType):
         return plain_types(hint.__value__)
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return tuple(kind for part in typing.get_args(hint) for kind in plain_types(part))
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
