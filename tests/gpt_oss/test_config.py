@@ -16,6 +16,7 @@ from jmoe.gpt_oss.config import PositionsWarning, stop_tokens, warn_past_positio
 from jmoe.gpt_oss.rope import inverse_frequencies, scale
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 
 
 def written(folder: Path, **changes: object) -> Path:
@@ -267,3 +268,31 @@ def test_generation_past_it_is_warned_of(tmp_path: Path) -> None:
     model = gpt_oss.load(written(directory, max_position_embeddings=4), progress=False)
     with pytest.warns(PositionsWarning, match="a text of 5 tokens"):
         gpt_oss.generate(model, [[1, 2, 3]], max_new_tokens=2)
+
+
+def test_fine_tuning_past_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jmoe.finetune.config import FinetuneConfig
+    from jmoe.finetune.run import finetune
+
+    def load(*_: object, **__: object) -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr("jmoe.finetune.run.load", load)
+    directory = Path(shutil.copytree(EXAMPLE, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "permission of the licensor"}))
+    options = {"model": str(directory), "data": str(tmp_path / "data.jsonl"), "out": str(tmp_path / "out")}
+    options |= {"validation_fraction": 0.0}
+    with pytest.warns(PositionsWarning, match="longer than the 4 that"), pytest.raises(ValueError, match="enough"):
+        finetune(FinetuneConfig.create(options))
+
+
+def test_evaluation_past_it_is_warned_of(tmp_path: Path) -> None:
+    from jmoe.evaluate.harness import HarnessModel
+
+    directory = Path(shutil.copytree(CASE, tmp_path / "model"))
+    model = gpt_oss.load(written(directory, max_position_embeddings=40), progress=False)
+    with pytest.warns(PositionsWarning, match="a text of 41 tokens"):
+        HarnessModel(model, None, max_length=41)
+    HarnessModel(model, None, max_length=40)
