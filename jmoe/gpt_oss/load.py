@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer, moe_specs
-from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
+from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
@@ -45,6 +46,7 @@ def load(
     recompute: bool = False,
     remat: bool = False,
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> GptOss:
     """The model of a directory in Hugging Face's layout or OpenAI's own, or of a repository on the Hub.
 
@@ -63,6 +65,8 @@ def load(
       quantize: "mxfp4" rounds dense experts to MXFP4, one at a time and from the file's own dtype, as jmoe.quantize
         does; those that are MXFP4 already stay as they are. None: dense experts stay dense.
       progress: show a bar on a terminal.
+      lora_b_layout: for adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter. Of several it must not
+        be for some with Unsloth's mark and some without.
 
     Raises:
       FileNotFoundError: neither the directory nor a repository of that name is there; a file is missing.
@@ -74,8 +78,7 @@ def load(
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config, quantize)
     directories = [adapter] if isinstance(adapter, str | os.PathLike) else adapter or []
-    adapters = [load_adapter(one, config) for one in directories]
-    lora = stack_adapters(adapters) if adapters else None
+    lora = load_adapters(directories, config, lora_b_layout=lora_b_layout)
     packed = reads_packed_here() if packed is None else packed
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     embedding, norm, head = (jax.device_put(checkpoint.tensor(name), device) for name in (EMBEDDING, NORM, HEAD))
