@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def doctor(
     lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
@@ -41,7 +43,15 @@ def doctor(
     machine = examine_machine()
     tables = [machine_table(machine)]
     if model is not None:
-        report = examine_model(model, adapter or [], machine, batch=batch, context=context, lora_b_layout=lora_b_layout)
+        report = examine_model(
+            model,
+            adapter or [],
+            machine,
+            batch=batch,
+            context=context,
+            lora_b_layout=lora_b_layout,
+            quantize=quantize,
+        )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
         reports = report.adapters
     else:

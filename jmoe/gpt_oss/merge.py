@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
+from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer
+from jmoe.config_file import model_entries
 from jmoe.files import copy, replace, write_tensors
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
@@ -185,7 +186,7 @@ def merge(
 
 def settings(directory: Path, format: Format) -> dict[str, Any]:
     """config.json of the merged model."""
-    entries = read_json(directory / "config.json")
+    entries = model_entries(directory)
     quantization = entries.pop("quantization_config", None) or QUANTIZATION
     entries |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in entries}
     return entries | ({"quantization_config": quantization} if format == "mxfp4" else {})
