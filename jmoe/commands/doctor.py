@@ -10,8 +10,8 @@ from rich.table import Table
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
-from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.commands.doctor_lines import loss_lines, text_lines
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
