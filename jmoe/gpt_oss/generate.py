@@ -95,8 +95,9 @@ def generate(
       prefill_chunk: as in jmoe.gpt_oss.decode.prefill.
 
     Raises:
-      ValueError: a prompt is empty, or a number or an adapter is out of range; or, as NotFiniteError, the model's logits
-        are not finite, as those of weights with NaN or infinity are not, which is found within a chunk.
+      ValueError: a prompt is empty, or a number or an adapter is out of range.
+      NotFiniteError: a ValueError: the model's logits are not finite, as those of weights with NaN or infinity are
+        not; found within a chunk.
     """
     check_options(model, prompts, max_new_tokens, chunk)
     sampling = Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)
