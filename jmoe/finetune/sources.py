@@ -24,7 +24,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".arrow")
 
-MISSING = "reading {} needs the packages datasets and pyarrow: pip install 'jmoe[data]'"
+MISSING = 'reading {} needs the packages datasets and pyarrow: pip install "jmoe[data]"'
 
 
 class Record(NamedTuple):

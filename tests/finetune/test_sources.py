@@ -239,5 +239,5 @@ def test_a_csvs_cells_may_be_long(tmp_path: Path) -> None:
 def test_what_a_format_needs_is_named(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "parquet" if module == "pyarrow" else "saved")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"needs the packages datasets and pyarrow: pip install 'jmoe\[data\]'"):
+    with pytest.raises(ImportError, match=r"needs the packages datasets and pyarrow: pip install \"jmoe\[data\]\""):
         list(read_rows(path))
