@@ -86,9 +86,7 @@ def examine_chat_template(tokenizer: Any) -> TextFile:
     known = tokenizer.get_added_vocab()
     unknown = [word for word in dict.fromkeys(CONTROL.findall(begun + whole)) if word not in known]
     if unknown:
-        return TextFile(
-            name, f"broken: it writes {', '.join(unknown)}, which the tokenizer has not as tokens", wrong=True
-        )
+        return TextFile(name, f"broken: it writes {', '.join(unknown)}, which the tokenizer does not have", wrong=True)
     return TextFile(name, "writes a question and an answer")
 
 

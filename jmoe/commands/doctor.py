@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
+from jmoe.commands.doctor_lines import loss_lines, text_lines
 from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
@@ -28,13 +29,19 @@ def doctor(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
     quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    loss: Annotated[
+        bool,
+        typer.Option("--loss", help="Load the model, and take its loss on an English paragraph: do the weights fit?"),
+    ] = False,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
     Of an adapter it says what is in its files, how large its changes are and, with the model, how much of them is left
     where weights are summed in bfloat16. Of a model headers are read, and some weights that the adapter changes; of
-    adapters all. Exits with 1 if the model or an adapter cannot be loaded.
+    adapters all; with --loss everything. Exits with 1 if the model or an adapter cannot be loaded.
     """
+    if loss and model is None:
+        raise typer.BadParameter("--loss needs --model")
     allow_whole_gpu()
     from jmoe.doctor import examine_machine, examine_model
     from jmoe.gpt_oss.adapter import layouts_of
@@ -42,7 +49,9 @@ def doctor(
 
     machine = examine_machine()
     tables = [machine_table(machine)]
+    lines: list[str] = []
     if model is not None:
+        lines += text_lines(model)
         report = examine_model(
             model,
             adapter or [],
@@ -54,6 +63,7 @@ def doctor(
         )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
         reports = report.adapters
+        lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:
         layouts = layouts_of(adapter or [], lora_b_layout)
         reports = tuple(
@@ -63,8 +73,8 @@ def doctor(
     console = Console(width=max(120, Console().width))
     for table in tables:
         console.print(table)
-    for problem in machine.missing:
-        console.print(f"missing: {problem}", markup=False, highlight=False, soft_wrap=True)
+    for line in [*lines, *(f"missing: {problem}" for problem in machine.missing)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def machine_table(machine: "Machine") -> Table:

@@ -51,7 +51,7 @@ def _sum(
         gradient = jnp.where(weight[:, None] > 0, gradient, 0).astype(x.dtype)
         return total + losses.sum(), _product("pv,vh->ph", gradient, head).astype(x.dtype)
 
-    parts = tuple(in_chunks(array, chunk) for array in (hidden, targets, weights))
+    parts = in_chunks(hidden, chunk), in_chunks(targets, chunk), in_chunks(weights, chunk)
     total, gradients = lax.scan(one, jnp.float32(0), parts)
     return total, None if gradients is None else gradients.reshape(-1, width)[:positions]
 

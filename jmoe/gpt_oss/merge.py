@@ -185,8 +185,8 @@ def merge(
 
 
 def settings(directory: Path, format: Format) -> dict[str, Any]:
-    """config.json of the merged model."""
-    entries = model_entries(directory)
+    """config.json of the merged model, in Hugging Face's names whatever the model's is in."""
+    entries = dict(model_entries(directory))
     quantization = entries.pop("quantization_config", None) or QUANTIZATION
     entries |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in entries}
     return entries | ({"quantization_config": quantization} if format == "mxfp4" else {})
@@ -244,7 +244,7 @@ def merge_layer(
             if own is None:
                 continue
             name = f"{prefix}self_attn.{target}_proj.weight"
-            weight, sums = add_to_matrix(jnp.asarray(tensors[name]), own, on_experts=False, format="bfloat16")
+            weight, sums = add_to_matrix(jnp.asarray(tensors[name]), own, requantize=False)
         else:
             name = f"{prefix}mlp.experts.{target}_proj"
             tensors[f"{name}_bias"] = np.asarray(getattr(moe.experts, f"{target}_bias"))
@@ -298,15 +298,15 @@ def add_to_each_expert(
     def one_expert(own: tuple[Any, tuple[Array, Array] | None]) -> tuple[Mxfp4 | Array, Sums | None]:
         weight, pair = own
         of_one = None if pair is None or factors is None else Factors(*pair, factors.scale)
-        total, sums = add_to_matrix(weight, of_one, on_experts=True, format=format)
+        total, sums = add_to_matrix(weight, of_one, requantize=True, format=format)
         return total if isinstance(total, Mxfp4) else total.T, sums
 
     return lax.map(one_expert, (weight, None if factors is None else factors[:2]))
 
 
-@functools.partial(jax.jit, static_argnames=("on_experts", "format"))
+@functools.partial(jax.jit, static_argnames=("requantize", "format"))
 def add_to_matrix(
-    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, on_experts: bool, format: Format
+    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, requantize: bool, format: Format = "bfloat16"
 ) -> tuple[Mxfp4 | Float[Array, "N K"], Sums | None]:
     """(W + scale * B A in the format, sums that say how much of the delta is left)."""
     wide = dequantize(weight, jnp.float32) if isinstance(weight, Mxfp4) else weight.astype(jnp.float32)
@@ -318,7 +318,7 @@ def add_to_matrix(
         total = wide + delta
     in_bfloat16 = total.astype(jnp.bfloat16)
     in_mxfp4 = None
-    if on_experts and (format == "mxfp4" or total.shape[-1] % BLOCK == 0):
+    if requantize and (format == "mxfp4" or total.shape[-1] % BLOCK == 0):
         in_mxfp4 = jax.tree.map(lambda part: part[0], quantize(total[None]))
     written = in_mxfp4 if format == "mxfp4" and in_mxfp4 is not None else in_bfloat16
     if delta is None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from jmoe import Mxfp4, dequantize, gpt_oss, quantize
 from jmoe.checkpoint import Checkpoint, load_moe_layer
 from jmoe.cli import app
+from jmoe.gpt_oss.merge import QUANTIZATION, settings
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -124,25 +125,39 @@ def test_experts_that_the_adapter_leaves_alone_keep_their_bytes(tmp_path: Path) 
             np.testing.assert_array_equal(after.tensor(name), before.tensor(name))
 
 
-def test_a_dense_checkpoint_becomes_mxfp4(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::jmoe.config_file.CheckpointWarning")
+def test_a_dense_checkpoint_in_float32_becomes_mxfp4(tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     gpt_oss.merge(CASE / "model", CASE / "adapter", dense, progress=False)
+    for file in dense.glob("*.safetensors"):
+        save_file({name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}, file)
     entries = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(entries | {"dtype": "float32"}))
     config = gpt_oss.Config.load(dense)
     lora = gpt_oss.load_adapter(CASE / "adapter", config)
     only_q = gpt_oss.LoraWeights(*({"q": part["q"]} for part in (lora.a, lora.b, lora.scale)))
     gpt_oss.merge(dense, only_q, tmp_path / "out", format="mxfp4", progress=False)
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert settings["dtype"] == "bfloat16"
-    assert (
-        settings["quantization_config"]
-        == json.loads((CASE / "model" / "config.json").read_text())["quantization_config"]
-    )
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    after = Checkpoint(tmp_path / "out")
+    assert {after.spec(name).dtype for name in after.names} == {"BF16", "U8"}
+    assert written["quantization_config"] == QUANTIZATION
     want = quantize(jnp.swapaxes(jnp.asarray(Checkpoint(dense).tensor("model.layers.1.mlp.experts.down_proj")), 1, 2))
     got = load_moe_layer(Checkpoint(tmp_path / "out"), 1).experts.down
     np.testing.assert_array_equal(got.blocks, want.blocks)
     np.testing.assert_array_equal(got.scales, want.scales)
+
+
+def test_the_config_of_openais_own_layout_is_written_in_hugging_faces_names(tmp_path: Path) -> None:
+    own = {"num_hidden_layers": 2, "num_experts": 4, "experts_per_token": 2, "vocab_size": 128, "hidden_size": 64}
+    own |= {"intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own |= {"sliding_window": 16, "initial_context_length": 4096, "rope_theta": 150000, "swiglu_limit": 7.0}
+    own |= {"rope_scaling_factor": 32.0, "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    entries = settings(tmp_path, "mxfp4")
+    assert entries["quantization_config"] == QUANTIZATION
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert gpt_oss.Config.load(tmp_path).num_local_experts == 4
 
 
 def narrow(folder: Path) -> Path:
@@ -193,9 +208,6 @@ def test_the_command_says_where_rounding_is_larger_than_the_delta(tmp_path: Path
     assert "warning" not in merge(TINY / "adapter", "strong")
     faint = shutil.copytree(TINY / "adapter", tmp_path / "faint")
     tensors = load_file(faint / "adapter_model.safetensors")
-    assert all(tensor.dtype in (np.float32, ml_dtypes.bfloat16) for tensor in tensors.values())
-    save_file(
-        {name: tensor / 8 if "lora_B" in name else tensor for name, tensor in tensors.items()},
-        faint / "adapter_model.safetensors",
-    )
+    smaller = {name: tensor / 8 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(smaller, faint / "adapter_model.safetensors")
     assert "warning: in 4 of 12 weights that the adapter changes, rounding" in merge(faint, "faint-merged")
