@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.input_path import input_path
 from jmoe.commands.output_path import output_path
 from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
@@ -35,8 +36,9 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help='Prompts of a file: JSON Lines of {"prompt": ...} or {"messages": [...]} if it is named .jsonl, else '
-            "one a line.",
+            parser=input_path,
+            help='Prompts of a file: rows {"prompt": ...} or {"messages": [...]} if named .jsonl, .csv or .parquet, '
+            "else one a line.",
         ),
     ] = None,
     out: Annotated[
@@ -66,7 +68,8 @@ def generate(
         typer.Option(help="How much the model shall think; the chat template's own if not given."),
     ] = None,
     tools: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A JSON list of the functions that the model may call.")
+        Path | None,
+        typer.Option(metavar="FILE", parser=input_path, help="A JSON list of the functions that the model may call."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens of each reply at most.", min=1)] = 256,
     stop: Annotated[

@@ -1,5 +1,6 @@
 """Prompts as people give them: arguments, standard input, a text file, JSON Lines."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,10 +9,12 @@ from typing import Any, BinaryIO
 
 from jmoe.finetune.guard import check_conversation
 from jmoe.finetune.rows import Conversation
+from jmoe.finetune.sources import open_source
 from jmoe.finetune.turns import read_tools, read_turns, shorten
 from jmoe.text import Message, chat_text, encode
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+"""What the names of files end with that hold rows; others hold text."""
 
 PROMPT_KEYS = ("prompt", "messages")
 
@@ -80,8 +83,8 @@ def _read(standard_input: BinaryIO) -> str:
 def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
     """The prompts of a file; lines without anything are left out.
 
-    A name that ends in .jsonl, .ndjson or .json is of JSON Lines: of each row `prompt`, a text or a list of messages,
-    or `messages`, or the row is a text itself. Other files hold a prompt a line.
+    A name that ends in one of ROWS is of rows, read as jmoe.finetune.sources reads them: of each `prompt`, a text or a
+    list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
 
     Args:
       reserved: names that a row may not have, since its reply has them.
@@ -97,45 +100,54 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
 
 
 def _of_lines(file: Path, reserved: Sequence[str]) -> Iterator[Prompt]:
-    is_json = file.suffix.lower() in JSON_LINES
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, or is no file")
+    if file.suffix.lower() in ROWS:
+        for record in open_source(file).records:
+            try:
+                yield _of_row(record.place, record.content, reserved)
+            except ValueError as error:
+                raise ValueError(f"{record.place}: {error}") from error
+        return
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         place = f"{file}, line {number}"
         try:
             text = line.decode().removesuffix("\r")
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8: {error}") from None
         if text.strip():
-            yield _of_row(place, text, reserved) if is_json else Prompt(place, text, {"prompt": text})
+            yield Prompt(place, text, {"prompt": text})
 
 
-def _of_row(place: str, line: str, reserved: Sequence[str]) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON: {error}") from None
+def _of_row(place: str, content: bytes | Mapping[str, Any] | ValueError, reserved: Sequence[str]) -> Prompt:
+    if isinstance(content, ValueError):
+        raise content
+    row: Any = content
+    if isinstance(content, bytes):
+        try:
+            row = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON: {error}") from None
     if isinstance(row, str):
         row = {"prompt": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be an object or a text, got {shorten(row)}")
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row must be an object or a text, got {shorten(row)}")
     given = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
-        raise ValueError(f"{place}: a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
+        raise ValueError(f"a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
     if taken := sorted(set(row) & set(reserved)):
-        raise ValueError(f"{place}: {', '.join(taken)} would be the reply's in what is written: rename it in the row")
+        raise ValueError(f"{', '.join(taken)} would be the reply's in what is written: rename it in the row")
     words = row[given[0]]
     if not (isinstance(words, str) and given == ["prompt"]):
-        words = _conversation(place, given[0], words)
-    return Prompt(place, words, row, _tools(place, row["tools"]) if row.get("tools") else ())
+        words = _conversation(given[0], words)
+    return Prompt(place, words, row, _tools(row["tools"]) if row.get("tools") else ())
 
 
-def _conversation(place: str, name: str, value: Any) -> list[Message]:
+def _conversation(name: str, value: Any) -> list[Message]:
     """The turns of a conversation whose next one is the assistant's."""
-    try:
-        messages = [turn.message for turn in read_turns(name, value)]
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    messages = [turn.message for turn in read_turns(name, value)]
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{place}: the last turn is the assistant's: leave out the reply that is to be generated")
+        raise ValueError("the last turn is the assistant's: leave out the reply that is to be generated")
     return messages
 
 
@@ -150,21 +162,20 @@ def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
-    return _tools(str(file), found)
-
-
-def _tools(place: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Raises ValueError, with the place, unless these are tools whose parameters are JSON schemas."""
     try:
-        tools = read_tools(value)
-        for i, tool in enumerate(tools):
-            parameters = tool["function"].get("parameters")
-            if parameters is not None and not (
-                isinstance(parameters, dict) and isinstance(parameters.get("properties", {}), dict)
-            ):
-                raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {shorten(parameters)}")
+        return _tools(found)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Raises ValueError unless these are tools whose parameters are JSON schemas."""
+    tools = read_tools(value)
+    for i, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters")
+        properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
+        if parameters is not None and not isinstance(properties, dict):
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {shorten(parameters)}")
     return tools
 
 

@@ -1,5 +1,6 @@
 """Prompts of arguments, standard input and files, and what the chat template makes of them."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_rows_are_texts_and_conversations_with_their_columns(tmp_path: Path) -> 
     assert [tool["function"]["name"] for tool in conversation.tools] == ["get_weather"]
     assert bare.words == "x"
     assert conversation.place == f"{file}, line 3"
+
+
+def test_tables_and_packed_files_are_read_too(tmp_path: Path) -> None:
+    table, packed = tmp_path / "a.csv", tmp_path / "a.jsonl.gz"
+    table.write_text("id,prompt\n7,Hi\n")
+    packed.write_bytes(gzip.compress(b'{"prompt": "Ho"}\n'))
+    assert [prompt.row for prompt in from_file(table)] == [{"id": "7", "prompt": "Hi"}]
+    assert [prompt.words for prompt in from_file(packed)] == ["Ho"]
+    with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+        from_file(tmp_path)
 
 
 def test_other_files_have_a_prompt_a_line(tmp_path: Path) -> None:
