@@ -1,6 +1,5 @@
 """What a model writes after a context, up to any of some strings, and how it ended."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +8,6 @@ import numpy as np
 from jmoe.channels import FINAL, ChannelReader
 from jmoe.gpt_oss.generate import generate
 from jmoe.gpt_oss.model import GptOss
-
-
-class Finished(Exception):
-    """Every reply has ended; ends jmoe.gpt_oss.generate from its callback."""
 
 
 class Reply(NamedTuple):
@@ -99,14 +94,12 @@ def generate_replies(
     """
     replies = [GrowingReply(tokenizer, until, channels) for _ in prompts]
 
-    def add(tokens: np.ndarray, is_text: np.ndarray) -> None:
-        """Adds a chunk of tokens [B, n]; is_text: which of them come before the sequence's stop token."""
+    def add(tokens: np.ndarray, is_text: np.ndarray) -> np.ndarray:
+        """Adds a chunk of tokens [B, n], and says which replies have ended; is_text: what comes before a stop token."""
         for reply, own, text in zip(replies, tokens, is_text, strict=True):
             if not reply.ended:
                 reply.add(own[text].tolist(), stopped=not text.all())
-        if all(reply.ended for reply in replies):
-            raise Finished
+        return np.array([reply.ended for reply in replies])
 
-    with contextlib.suppress(Finished):
-        generate(model, prompts, callback=add, **options)
+    generate(model, prompts, callback=add, **options)
     return [reply.finish() for reply in replies]

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jmoe.gpt_oss.sample import Sampling
+
 try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import handle_arg_string
@@ -53,7 +55,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises ValueError unless generation knows each of the options, and their values are of the right kind."""
+    """Raises ValueError unless generation knows each of the options and can go by its value."""
     without_effect = {name for name, value in WITHOUT_EFFECT.items() if options.get(name) in (value, None)}
     if unknown := sorted(options.keys() - KNOWN - without_effect):
         raise ValueError(f"generation takes {sorted(KNOWN)}, got {unknown} too")
@@ -68,6 +70,16 @@ def check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"generation option {name} must be an integer, got {value!r}")
         if name in LIMITS and value is not None and value < 1:
             raise ValueError(f"generation option {name} must be at least 1, got {value!r}")
+    said = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+    if not 0 <= said.get("seed", 0) < 2**32:
+        raise ValueError(f"generation option seed must be in [0, {2**32}), got {said['seed']!r}")
+    Sampling.create(
+        said.get("temperature", 0.0),
+        said.get("top_p", 1.0),
+        int(said.get("top_k", 0)),
+        said.get("min_p", 0.0),
+        said.get("repetition_penalty", 1.0),
+    )
     if not isinstance(options.get("do_sample"), bool | None):
         raise ValueError(f"generation option do_sample must be true or false, got {options['do_sample']!r}")
 

@@ -79,6 +79,8 @@ def read_examples(
     _check_options(tokenizer, max_length, too_long, bad_rows)
     reading = _Reading(tokenizer, max_length, too_long, bad_rows)
     paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not paths:
+        raise ValueError("sources must have a file, a directory or a data set, got none")
     for path in paths:
         reading.read(path)
     if not reading.examples:

@@ -158,7 +158,8 @@ def _may_be_left_out(word: Word, messages: Sequence[Message]) -> bool:
 def _is_named_by_call(word: Word, messages: Sequence[Message]) -> bool:
     """Whether the word names a result, and is the name of a call right before, by which the template names it."""
     calls = next((message["tool_calls"] for message in messages[word.turn :: -1] if message.get("tool_calls")), ())
-    return word.kind == "result" and word.value in [call.get("function", call)["name"] for call in calls]
+    names = [call.get("function", call)["name"] for call in calls]
+    return word.kind == "result" and word.value.removeprefix("functions.") in names
 
 
 def _results_by_id(messages: Sequence[Message]) -> list[Word]:

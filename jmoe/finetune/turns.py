@@ -201,6 +201,12 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
         raise ValueError(
             f"{name}: the arguments of {called} must be an object, or one as JSON, got {shorten(function['arguments'])}"
         )
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:  # NaN, or a date that a data set was given
+        raise ValueError(
+            f"{name}: the arguments of {called} must be JSON ({error}), got {shorten(arguments)}"
+        ) from error
     whole = {**{key: part for key, part in function.items() if part is not None}, "arguments": arguments}
     return {**call, "function": whole} if "function" in call else whole
 

@@ -27,7 +27,7 @@ def say(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, reply: Callable[[str], 
         *,
         max_new_tokens: int,
         stop_tokens: Sequence[int],
-        callback: Callable[[np.ndarray, np.ndarray], None],
+        callback: Callable[[np.ndarray, np.ndarray], np.ndarray],
         **options: Any,
     ) -> None:
         texts = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
@@ -44,7 +44,8 @@ def say(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, reply: Callable[[str], 
             row[: len(own)] = own
         is_text = np.cumsum(np.isin(tokens, stop_tokens), axis=1) == 0
         for start in range(0, max_new_tokens, chunk):
-            callback(tokens[:, start : start + chunk], is_text[:, start : start + chunk])
+            if callback(tokens[:, start : start + chunk], is_text[:, start : start + chunk]).all():
+                break
 
     monkeypatch.setattr("jmoe.evaluate.generation.generate", generate)
     return calls

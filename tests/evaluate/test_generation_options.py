@@ -30,6 +30,8 @@ def test_options_are_pairs_or_json(text: str, options: dict[str, Any]) -> None:
         ("top_k=1.5", "top_k must be an integer, got 1.5"),
         ("max_gen_toks=0", "max_gen_toks must be at least 1, got 0"),
         ("max_gen_toks=nan", "max_gen_toks must be a number, got nan"),
+        ("temperature=-1", "temperature must be 0 or more, got -1"),
+        ("seed=-1", r"seed must be in \[0, 4294967296\), got -1"),
         ("until=3", "until must be a string or a list of strings, got 3"),
         ("do_sample=maybe", "do_sample must be true or false, got 'maybe'"),
         ("top_p=true", "top_p must be a number, got True"),

@@ -173,6 +173,8 @@ def test_options_out_of_range_are_refused(tokenizer: Any, tmp_path: Path) -> Non
         read_examples(file, tokenizer, max_length=1)
     with pytest.raises(ValueError, match=r"too_long must be one of .* got 'cut'"):
         read_examples(file, tokenizer, max_length=4, too_long="cut")
+    with pytest.raises(ValueError, match=r"sources must have a file, .* got none"):
+        read_examples([], tokenizer, max_length=4)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="must have an eos_token"):
         read_examples(file, tokenizer, max_length=4)

@@ -37,6 +37,7 @@ def check(tokenizer: Any, *messages: Any, **columns: Any) -> int:
         [USER, {**USER, "content": ""}, {**ASSISTANT, "content": ' "π"\n'}],
         [USER, call("f"), {**RESULT, "content": ' {"a": "π\\n"}\n'}, ASSISTANT],
         [USER, call("f", thinking="hm"), {**RESULT, "name": "f"}],
+        [USER, call("f"), {**RESULT, "name": "functions.f"}],
         [USER, call("f", content="hm")],
         [USER, call("f"), {**RESULT, "tool_call_id": "id-f"}, call("g"), {**RESULT, "tool_call_id": "id-g"}, ASSISTANT],
     ],

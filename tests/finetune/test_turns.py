@@ -1,5 +1,6 @@
 """Turns of a conversation as people write them: roles, contents in parts, thinking, calls, and what is not trained."""
 
+import datetime
 import json
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_weight_and_train_say_whether_a_turn_is_trained(said: Any, trained: bool
         (call(json.dumps('{"a": 1}')), r"the arguments of f must be an object"),
         (call("null"), r"the arguments of f must be an object, or one as JSON, got 'null'"),
         (call([1]), r"the arguments of f must be an object, or one as JSON, got \[1\]"),
+        (call({"a": float("nan")}), r"the arguments of f must be JSON .* got \{'a': nan\}"),
+        (call({"a": datetime.date(2026, 1, 2)}), r"the arguments of f must be JSON .*date"),
         (call("[" * 100_000), r"the arguments of f must be JSON"),
     ],
 )
