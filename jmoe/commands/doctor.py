@@ -63,7 +63,7 @@ def doctor(
         )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
         reports = report.adapters
-        lines += loss_lines(model, adapter or [], lora_b_layout) if loss else []
+        lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:
         layouts = layouts_of(adapter or [], lora_b_layout)
         reports = tuple(

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -263,10 +264,14 @@ def test_the_longest_text_that_the_model_was_made_for(tmp_path: Path) -> None:
     warn_past_positions(unknown, 10**6)
 
 
-def test_generation_past_it_is_warned_of(tmp_path: Path) -> None:
+def test_generation_past_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr(sys.modules["jmoe.gpt_oss.generate"], "start", start)
     directory = Path(shutil.copytree(CASE, tmp_path / "model"))
     model = gpt_oss.load(written(directory, max_position_embeddings=4), progress=False)
-    with pytest.warns(PositionsWarning, match="a text of 5 tokens"):
+    with pytest.warns(PositionsWarning, match="a text of 5 tokens"), pytest.raises(ValueError, match="enough"):
         gpt_oss.generate(model, [[1, 2, 3]], max_new_tokens=2)
 
 
@@ -290,9 +295,11 @@ def test_fine_tuning_past_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_evaluation_past_it_is_warned_of(tmp_path: Path) -> None:
     from jmoe.evaluate.harness import HarnessModel
+    from jmoe.text import load_tokenizer
 
+    tokenizer = load_tokenizer(EXAMPLE)
     directory = Path(shutil.copytree(CASE, tmp_path / "model"))
     model = gpt_oss.load(written(directory, max_position_embeddings=40), progress=False)
     with pytest.warns(PositionsWarning, match="a text of 41 tokens"):
-        HarnessModel(model, None, max_length=41)
-    HarnessModel(model, None, max_length=40)
+        HarnessModel(model, tokenizer, max_length=41)
+    HarnessModel(model, tokenizer, max_length=40)
