@@ -25,6 +25,9 @@ OUTSIDE = ""
 
 CONTROL = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 
+ENDS_OF_REPLIES = ("<|return|>", "<|call|>")
+"""The control tokens after which a reply has no more messages."""
+
 BEGUN_RECIPIENT = re.compile(r"\s*(t|to|to=\S*\s*)?")
 """The recipient that may follow the template's `<|start|>assistant`, whole or in part."""
 

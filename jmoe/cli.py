@@ -1,5 +1,6 @@
 """The `jmoe` command."""
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -83,7 +84,8 @@ def main() -> None:
     except RecursionError as error:
         fail(f"the input is nested too deeply, or a program calls itself for ever: {error}", debug)
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
-        fail(str(error) or type(error).__name__, debug)
+        nameless = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        fail((str(error) or type(error).__name__) + (": standard output, or a file" if nameless else ""), debug)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.input_path import input_path
 from jmoe.commands.output_path import output_path
 from jmoe.device_memory import allow_whole_gpu
 
@@ -34,8 +35,9 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help='Prompts of a file: JSON Lines of {"prompt": ...} or {"messages": [...]} if it is named .jsonl, else '
-            "one a line.",
+            parser=input_path,
+            help='Prompts of a file: rows {"prompt": ...} or {"messages": [...]} if named .jsonl, .csv or .parquet, '
+            "else one a line.",
         ),
     ] = None,
     out: Annotated[
@@ -65,7 +67,8 @@ def generate(
         typer.Option(help="How much the model shall think; the chat template's own if not given."),
     ] = None,
     tools: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A JSON list of the functions that the model may call.")
+        Path | None,
+        typer.Option(metavar="FILE", parser=input_path, help="A JSON list of the functions that the model may call."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens of each reply at most.", min=1)] = 256,
     stop: Annotated[
@@ -107,7 +110,7 @@ def generate(
     if temperature == 0 and samples > 1:
         raise typer.BadParameter("--samples above 1 needs --temperature above 0: without it all are the same")
     from jmoe.generation.output import REPLY_KEYS, RowFile
-    from jmoe.generation.prompts import Frame, read_tools, tokens_of
+    from jmoe.generation.prompts import Frame, tokens_of, tools_of_file
 
     rows = None if out is None else RowFile(out)
     asked = read_prompts(prompts, prompts_file, REPLY_KEYS if as_json or out is not None else ())
@@ -121,7 +124,7 @@ def generate(
         system=system,
         developer=developer,
         reasoning_effort=reasoning_effort,
-        tools=None if tools is None else read_tools(tools),
+        tools=() if tools is None else tools_of_file(tools),
     )
     allow_whole_gpu()
     from jmoe import gpt_oss

@@ -138,6 +138,8 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
             bad_rows=config.bad_rows,
         )
         console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
+        for notice in found.notices:
+            console.print(notice, markup=False, highlight=False, soft_wrap=True)
         return found
 
     training = read(config.data).examples

@@ -114,7 +114,7 @@ def _read_turn(name: str, value: Any) -> Turn:
 def _from_sender(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A turn with `from` and `value` as one with `role` and `content`."""
     sender = fields["from"]
-    if sender not in SENDERS:
+    if not isinstance(sender, str) or sender not in SENDERS:
         raise ValueError(f"{name}.from must be one of {', '.join(SENDERS)}, got {shorten(sender)}")
     rest = {key: part for key, part in fields.items() if key not in ("from", "value")}
     if sender == "function_call":

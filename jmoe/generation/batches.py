@@ -97,7 +97,7 @@ def answers(
             max_new_tokens=how.max_new_tokens,
             stop_tokens=ends,
             seed=own,
-            adapter_ids=[request.adapter for request in rows] if rows[0].adapter is not None else None,
+            adapter_ids=adapter_ids(rows),
             callback=growing.add,
             chunk=CHUNK,
             prefill_chunk=how.prefill_chunk,
@@ -106,6 +106,12 @@ def answers(
         growing.finish()
         found = [answer(*each, generated, i, tokenizer) for i, each in enumerate(zip(batch, replies, strict=True))]
         yield found, generated
+
+
+def adapter_ids(requests: Sequence[Request]) -> list[int] | None:
+    """The adapter of each; None where they name none."""
+    ids = [request.adapter for request in requests if request.adapter is not None]
+    return ids or None
 
 
 class Growing:

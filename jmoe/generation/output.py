@@ -24,7 +24,7 @@ class Printer:
     """
 
     def __init__(self) -> None:
-        self._place = ("", None)  # the channel and recipient that stand last on standard error
+        self._place: tuple[str, str | None] = ("", None)  # the channel and recipient that stand last on standard error
         self._at_line_begin = True
 
     def push(self, pieces: list[ChannelText]) -> None:
@@ -100,7 +100,7 @@ def as_row(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 def json_line(row: dict[str, Any], encoding: str | None = "utf-8") -> str:
     """The row in one line, escaped where the encoding has not all of Unicode."""
     is_unicode = (encoding or "").lower().replace("-", "").startswith("utf")
-    return json.dumps(row, ensure_ascii=not is_unicode)
+    return json.dumps(row, ensure_ascii=not is_unicode, default=str)  # a Parquet file has dates, say
 
 
 class RowFile:

@@ -1,14 +1,20 @@
 """Prompts as people give them: arguments, standard input, a text file, JSON Lines."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jmoe.text import Message, chat_text, encode, without_marks
+from jmoe.finetune.guard import check_conversation
+from jmoe.finetune.rows import Conversation
+from jmoe.finetune.sources import open_source
+from jmoe.finetune.turns import read_tools, read_turns, shorten
+from jmoe.text import Message, chat_text, encode
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+"""What the names of files end with that hold rows; others hold text."""
 
 PROMPT_KEYS = ("prompt", "messages")
 
@@ -23,11 +29,13 @@ class Prompt:
       place: where it came from, for errors.
       words: one text, or the turns of a conversation.
       row: what stands beside the reply in JSON, the prompt itself among it.
+      tools: functions that the model may call.
     """
 
     place: str
     words: str | Sequence[Message]
     row: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,7 @@ class Frame:
     system: str | None = None
     developer: str | None = None
     reasoning_effort: str | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 def from_arguments(texts: Sequence[str], standard_input: BinaryIO) -> list[Prompt]:
@@ -75,8 +83,8 @@ def _read(standard_input: BinaryIO) -> str:
 def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
     """The prompts of a file; lines without anything are left out.
 
-    A name that ends in .jsonl, .ndjson or .json is of JSON Lines: of each row `prompt`, a text or a list of messages,
-    or `messages`, or the row is a text itself. Other files hold a prompt a line.
+    A name that ends in one of ROWS is of rows, read as jmoe.finetune.sources reads them: of each `prompt`, a text or a
+    list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
 
     Args:
       reserved: names that a row may not have, since its reply has them.
@@ -92,97 +100,83 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
 
 
 def _of_lines(file: Path, reserved: Sequence[str]) -> Iterator[Prompt]:
-    is_json = file.suffix.lower() in JSON_LINES
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, or is no file")
+    if file.suffix.lower() in ROWS:
+        for record in open_source(file).records:
+            try:
+                yield _of_row(record.place, record.content, reserved)
+            except ValueError as error:
+                raise ValueError(f"{record.place}: {error}") from error
+        return
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         place = f"{file}, line {number}"
         try:
             text = line.decode().removesuffix("\r")
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8: {error}") from None
         if text.strip():
-            yield _of_row(place, text, reserved) if is_json else Prompt(place, text, {"prompt": text})
+            yield Prompt(place, text, {"prompt": text})
 
 
-def _of_row(place: str, line: str, reserved: Sequence[str]) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON: {error}") from None
+def _of_row(place: str, content: bytes | Mapping[str, Any] | ValueError, reserved: Sequence[str]) -> Prompt:
+    if isinstance(content, ValueError):
+        raise content
+    row: Any = content
+    if isinstance(content, bytes):
+        try:
+            row = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON: {error}") from None
     if isinstance(row, str):
         row = {"prompt": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be an object or a text, got {shortly(row)}")
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row must be an object or a text, got {shorten(row)}")
     given = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
-        raise ValueError(f"{place}: a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
+        raise ValueError(f"a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
     if taken := sorted(set(row) & set(reserved)):
-        raise ValueError(f"{place}: {', '.join(taken)} would be the reply's in what is written: rename it in the row")
+        raise ValueError(f"{', '.join(taken)} would be the reply's in what is written: rename it in the row")
     words = row[given[0]]
     if not (isinstance(words, str) and given == ["prompt"]):
-        check_messages(place, words)
-    if row.get("tools") is not None:
-        row["tools"] = checked_tools(place, row["tools"])
-    return Prompt(place, words, row)
+        words = _conversation(given[0], words)
+    return Prompt(place, words, row, _tools(row["tools"]) if row.get("tools") else ())
 
 
-def check_messages(place: str, messages: Any) -> None:
-    """Raises ValueError unless this is a conversation whose next turn is the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: messages must be a list of at least one, got {shortly(messages)}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{place}: message {i} must be an object with a role, got {shortly(message)}")
+def _conversation(name: str, value: Any) -> list[Message]:
+    """The turns of a conversation whose next one is the assistant's."""
+    messages = [turn.message for turn in read_turns(name, value)]
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{place}: the last message is the assistant's: leave out the reply that is to be generated")
+        raise ValueError("the last turn is the assistant's: leave out the reply that is to be generated")
+    return messages
 
 
-def read_tools(file: Path) -> list[dict[str, Any]]:
-    """The tools of a JSON file, a list of schemas.
+def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
+    """The functions that a JSON file lists, in the form that chat templates take; see jmoe.finetune.turns.read_tools.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not JSON, or not a list of tools.
+      ValueError: it is not JSON, or not a list of functions with names.
     """
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
-    return checked_tools(str(file), found)
+    try:
+        return _tools(found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-def checked_tools(place: str, tools: Any) -> list[dict[str, Any]]:
-    """The tools in the form that chat templates take, `{"type": "function", "function": {...}}`.
-
-    A function's own schema without that around it is taken too, as is one with "type" beside its name.
-
-    Raises:
-      ValueError: it is not a list of functions with names, or parameters are no JSON schema of an object.
-    """
-    if not isinstance(tools, list):
-        raise ValueError(f"{place}: tools must be a list of functions' schemas, got {shortly(tools)}")
-    found = []
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Raises ValueError unless these are tools whose parameters are JSON schemas."""
+    tools = read_tools(value)
     for i, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or tool.get("type", "function") != "function":
-            raise ValueError(f'{place}: tool {i} must be {{"type": "function", "function": ...}}, got {shortly(tool)}')
-        function = {"description": ""} | {name: value for name, value in function.items() if name != "type"}
-        if not isinstance(function.get("name"), str) or not function["name"]:
-            raise ValueError(f"{place}: tool {i} must have a name, got {shortly(function.get('name'))}")
-        if not isinstance(function["description"], str):
-            raise ValueError(f"{place}: tool {i}: description must be a text, got {shortly(function['description'])}")
-        parameters = function.get("parameters")
-        if parameters is not None and not (
-            isinstance(parameters, dict) and isinstance(parameters.get("properties", {}), dict)
-        ):
-            raise ValueError(f"{place}: tool {i}: parameters must be a JSON schema, got {shortly(parameters)}")
-        found.append({"type": "function", "function": function})
-    return found
-
-
-def shortly(value: Any) -> str:
-    """The value as JSON, its beginning if it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        parameters = tool["function"].get("parameters")
+        properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
+        if parameters is not None and not isinstance(properties, dict):
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {shorten(parameters)}")
+    return tools
 
 
 def tokens_of(tokenizer: Any, prompt: Prompt, frame: Frame) -> list[int]:
@@ -210,17 +204,10 @@ def as_chat(tokenizer: Any, prompt: Prompt, frame: Frame) -> str:
     ]
     if turns[0]["role"] not in ("system", "developer"):
         turns = [*(turn for turn in before if turn["content"] is not None), *turns]
-    tools = prompt.row.get("tools") or frame.tools
+    tools = prompt.tools or frame.tools
     variables = {} if frame.reasoning_effort is None else {"reasoning_effort": frame.reasoning_effort}
     for name in [*(["tools"] if tools else []), *variables]:
-        if name not in str(tokenizer.chat_template):
+        if tokenizer.chat_template is not None and name not in str(tokenizer.chat_template):
             raise ValueError(f"the chat template of {tokenizer.name_or_path} knows no {name}")
-    text = chat_text(tokenizer, turns, reply=True, tools=tools, variables=variables)
-    shown = without_marks(text)
-    for turn in turns:
-        content = turn.get("content")
-        if isinstance(content, str) and content.strip() not in shown:
-            raise ValueError(
-                f"the chat template of {tokenizer.name_or_path} drops the {turn['role']} message {shortly(content)}"
-            )
-    return text
+    check_conversation(tokenizer, Conversation(tuple(turns), tuple(tools)))
+    return chat_text(tokenizer, turns, reply=True, tools=tools, variables=variables)

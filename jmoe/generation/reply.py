@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jmoe.channels import FINAL, ChannelReader, ChannelText, has_channels
+from jmoe.channels import FINAL, ChannelReader, ChannelText
 from jmoe.gpt_oss.stream import TextStream
 from jmoe.stop_strings import StopStrings
 
@@ -30,7 +30,6 @@ class Reply:
         self.new_tokens = 0
         self._reader = _Whole(tokenizer) if whole else ChannelReader(tokenizer)
         self._stop = StopStrings(stop_strings)
-        self._in_channels = not whole and has_channels(tokenizer)
 
     @property
     def stop_string(self) -> str | None:
@@ -40,7 +39,7 @@ class Reply:
     @property
     def answered(self) -> bool:
         """Whether it came to its final channel; True without channels."""
-        return not self._in_channels or any(message.channel == FINAL for message in self.messages)
+        return self._reader.reached_final
 
     def text(self, channel: str = FINAL) -> str:
         """All text of a channel so far."""
@@ -86,6 +85,8 @@ class Reply:
 
 class _Whole:
     """A reader of tokens that are all text."""
+
+    reached_final = True
 
     def __init__(self, tokenizer: Any) -> None:
         self._stream = TextStream(tokenizer, show_special=True)

@@ -149,11 +149,12 @@ def step_rate(chunks: Sequence[tuple[int, float]]) -> float | None:
 
 def keys(seed: int | Sequence[int], count: int) -> PRNGKeyArray:
     """The key of a seed, or the keys of one seed for each of so many sequences."""
-    if np.ndim(seed) == 0:
-        return jax.random.key(seed)
-    if np.shape(seed) != (count,):
+    seeds = np.asarray(seed)
+    if seeds.ndim == 0:
+        return jax.random.key(seed if isinstance(seed, int) else int(seeds))
+    if seeds.shape != (count,):
         raise ValueError(f"seed must be one, or one for each of the {count} prompts, got {seed}")
-    return jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def tokens_of(prompts: Sequence[Sequence[int]], vocabulary: int) -> Bool[np.ndarray, "B V"]:
