@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import jax
@@ -22,6 +23,8 @@ from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
 from jmoe.commands.tune import tune
 from jmoe.files import naming
+
+python_format = warnings.formatwarning
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
@@ -68,6 +71,7 @@ app.command()(profile)
 def main() -> None:
     """Entry point of the `jmoe` command: what is wrong with the input is one line, not a traceback."""
     debug = take_debug()
+    warnings.formatwarning = format_warning
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -90,6 +94,15 @@ def main() -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fail(f"memory ran out; ask for fewer or shorter sequences at once: {str(error).splitlines()[0]}", debug)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of jmoe's own as a line for people, without the place in the program; others as Python has them."""
+    if category.__module__.split(".")[0] == "jmoe":
+        return f"jmoe: {message}\n"
+    return python_format(message, category, filename, lineno, line)
 
 
 def take_debug() -> bool:

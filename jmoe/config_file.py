@@ -141,6 +141,17 @@ def model_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**built_in, **named, "rope_parameters": {"rope_type": "yarn", "truncate": False, **rope}}
 
 
+def why_no_tokenizer(path: str | os.PathLike[str]) -> str:
+    """What to say to one who misses a tokenizer in a directory: OpenAI's layout has none."""
+    folder = Path(path).absolute()
+    if not (folder / CONFIG).is_file() or not is_original(read_json(folder / CONFIG)):
+        return ""
+    said = f": {folder} is in OpenAI's layout, which has no tokenizer; "
+    if all((folder.parent / name).is_file() for name in (CONFIG, "tokenizer.json")):
+        return f"{said}give the directory that it lies in, {folder.parent}, which has one"
+    return f"{said}put the tokenizer's files of the same model in Hugging Face's layout into it"
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The part of config.json that the mixture-of-experts layers and the embedding need; names as in the file."""

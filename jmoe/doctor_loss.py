@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.gpt_oss.load import load, local_directory
+from jmoe.gpt_oss.load import Quantize, load, local_directory
 from jmoe.gpt_oss.log_probs import log_probs
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import chat_text, check_vocabulary, encode, load_tokenizer
@@ -66,7 +66,11 @@ class ParagraphLoss:
 
 
 def examine_loss(
-    path: str | os.PathLike[str], adapters: Sequence[Path] = (), *, lora_b_layout: LoraBLayout | None = None
+    path: str | os.PathLike[str],
+    adapters: Sequence[Path] = (),
+    *,
+    lora_b_layout: LoraBLayout | None = None,
+    quantize: Quantize | None = None,
 ) -> ParagraphLoss:
     """The loss of a checkpoint, and of it with each adapter, on PARAGRAPH.
 
@@ -75,7 +79,7 @@ def examine_loss(
     15155), and that is no fault.
 
     Args:
-      path, lora_b_layout: as in jmoe.gpt_oss.load; the path has the tokenizer too.
+      path, lora_b_layout, quantize: as in jmoe.gpt_oss.load; the path has the tokenizer too.
 
     Raises:
       FileNotFoundError, ValueError, ImportError: as jmoe.gpt_oss.load and jmoe.text.load_tokenizer.
@@ -83,7 +87,7 @@ def examine_loss(
     directory = local_directory(path)
     tokenizer = load_tokenizer(directory)
     before, paragraph, in_template = paragraph_tokens(tokenizer)
-    model = load(directory, adapter=list(adapters), lora_b_layout=lora_b_layout)
+    model = load(directory, adapter=list(adapters), lora_b_layout=lora_b_layout, quantize=quantize)
     check_vocabulary(max(before + paragraph), model.config.vocab_size)
     names = ["model", *map(str, adapters)]
     row = jnp.array([before + paragraph], jnp.int32)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jmoe.config_file import why_no_tokenizer
 from jmoe.control_tokens import MARK, ControlTokens, control_tokens, keep_within, mark_all, mark_within, stretches
 
 type Message = Mapping[str, Any]
@@ -31,7 +32,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise FileNotFoundError(f"{file} does not exist{why_no_tokenizer(path)}")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from jmoe import cli
+from jmoe.config_file import CheckpointWarning
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_gpt_oss"
@@ -228,3 +230,14 @@ def test_tune_needs_a_gpu() -> None:
     run = jmoe("tune")
     assert run.returncode == 2
     assert "jmoe tune measures on a GPU, and JAX sees none" in run.stderr
+
+
+def test_jmoes_own_warnings_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = cli.format_warning(CheckpointWarning("float32 weights are rounded"), CheckpointWarning, "file.py", 3)
+    assert said == "jmoe: float32 weights are rounded\n"
+    assert cli.format_warning("old", DeprecationWarning, "file.py", 3) == "file.py:3: DeprecationWarning: old\n"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", ["jmoe", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert warnings.formatwarning is cli.format_warning

@@ -11,6 +11,7 @@ from rich.table import Table
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
 from jmoe.commands.doctor_lines import loss_lines, text_lines
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def doctor(
     lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
     loss: Annotated[
         bool,
         typer.Option("--loss", help="Load the model, and take its loss on an English paragraph: do the weights fit?"),
@@ -50,10 +52,18 @@ def doctor(
     lines: list[str] = []
     if model is not None:
         lines += text_lines(model)
-        report = examine_model(model, adapter or [], machine, batch=batch, context=context, lora_b_layout=lora_b_layout)
+        report = examine_model(
+            model,
+            adapter or [],
+            machine,
+            batch=batch,
+            context=context,
+            lora_b_layout=lora_b_layout,
+            quantize=quantize,
+        )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
         reports = report.adapters
-        lines += loss_lines(model, adapter or [], lora_b_layout) if loss else []
+        lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:
         layouts = layouts_of(adapter or [], lora_b_layout)
         reports = tuple(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jmoe.adapters.settings import LoraBLayout
+    from jmoe.commands.quantize import Quantize
 
 
 def text_lines(model: str) -> list[str]:
@@ -19,11 +20,13 @@ def text_lines(model: str) -> list[str]:
     ]
 
 
-def loss_lines(model: str, adapters: Sequence[Path], lora_b_layout: "LoraBLayout | None") -> list[str]:
+def loss_lines(
+    model: str, adapters: Sequence[Path], lora_b_layout: "LoraBLayout | None", quantize: "Quantize | None" = None
+) -> list[str]:
     """The loss of the model and with each adapter, and a warning for each that is too high."""
     from jmoe.doctor_loss import bound, examine_loss
 
-    report = examine_loss(model, adapters, lora_b_layout=lora_b_layout)
+    report = examine_loss(model, adapters, lora_b_layout=lora_b_layout, quantize=quantize)
     where = "as an answer in the chat template" if report.in_template else "as bare text"
     lines = [
         f"loss of {name}: {loss:.2f} nats a token, on {report.tokens} tokens of plain English {where}"

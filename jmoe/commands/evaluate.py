@@ -13,6 +13,7 @@ from rich.table import Table
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.input_path import input_path
 from jmoe.commands.output_path import output_path
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of context and answer; longer contexts are cut from the left.", min=2)
     ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +100,7 @@ def evaluate(
             reasoning_effort=reasoning_effort,
             max_gen_toks=max_gen_toks,
             gen_kwargs=parse(gen_kwargs),
+            quantize=quantize,
             out=out,
         )
     )

@@ -10,6 +10,7 @@ import typer
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.input_path import input_path
 from jmoe.commands.output_path import output_path
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def generate(
     ] = 1.0,
     samples: Annotated[int, typer.Option(help="Replies to each prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -156,7 +158,7 @@ def generate(
             "repetition_penalty": repetition_penalty,
         },
     )
-    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout)
+    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout, quantize=quantize)
     printer = Printer()
     streams = len(requests) == 1 and rows is None and not as_json
     with contextlib.closing(rows) if rows is not None else contextlib.nullcontext():

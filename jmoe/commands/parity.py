@@ -109,6 +109,7 @@ def read_layer(
 
     from jmoe.adapters import load_lora
     from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
+    from jmoe.config_file import why_no_tokenizer
     from jmoe.ops.norm import rms_norm
     from jmoe.ops.random_layer import Layer
 
@@ -116,7 +117,7 @@ def read_layer(
     layer = load_moe_layer(source, index)
     words = text.read_text() if text is not None else readme_text()
     if not (file := directory / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise FileNotFoundError(f"{file} does not exist{why_no_tokenizer(directory)}")
     ids = np.array(Tokenizer.from_file(str(file)).encode(words).ids[:tokens])
     if not len(ids):
         raise ValueError(f"{text or 'the README'} must hold at least one token")

@@ -11,6 +11,7 @@ from jmoe.channels import CONTROL, ENDS_OF_REPLIES, has_channels
 from jmoe.evaluate.generation import Reply, generate_replies
 from jmoe.evaluate.generation_options import CHAT_LIMIT, PLAIN_LIMIT, for_generate
 from jmoe.evaluate.score import Score, Span, score
+from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import chat_text, encode
 
@@ -93,6 +94,7 @@ class HarnessModel(TemplateLM):
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        warn_past_positions(model.config, max_length or 0)
         self.adapters = 0 if model.lora is None else next(iter(model.lora.scale.values())).shape[1]
         if adapter is None and self.adapters > 1:
             raise ValueError(f"adapter must be given with {self.adapters} adapters, got None")

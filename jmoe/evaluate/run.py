@@ -51,6 +51,7 @@ class Options:
       max_gen_toks: tokens of a reply, whatever a task says. None: the task's own limit, else 256; by a chat template
         2048 where the task has none, or less and the model thinks in channels.
       gen_kwargs: generation options that win over each task's own, as jmoe.evaluate.generation_options knows them.
+      quantize: as in jmoe.gpt_oss.load.
       out: a directory for results and samples in the harness's format, or None.
     """
 
@@ -68,6 +69,7 @@ class Options:
     reasoning_effort: ReasoningEffort | None = None
     max_gen_toks: int | None = None
     gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quantize: Literal["mxfp4"] | None = None
     out: Path | None = None
 
 
@@ -95,7 +97,9 @@ def evaluate(options: Options) -> list[list[Metric]]:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
-    model = gpt_oss.load(directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout)
+    model = gpt_oss.load(
+        directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout, quantize=options.quantize
+    )
     variables = {} if options.reasoning_effort is None else {"reasoning_effort": options.reasoning_effort}
     found = []
     for adapter in [-1] if options.adapter is None else [-1, 0]:

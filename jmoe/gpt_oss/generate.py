@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.decode import Decoding, decode, prefill
 from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import Sampling, choose
@@ -101,6 +102,7 @@ def generate(
     sampling = Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)
     key = keys(seed, len(prompts))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    warn_past_positions(model.config, int(lengths.max()) + max_new_tokens)
     width = -(-int(lengths.max()) // 64) * 64
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -110,6 +110,8 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     if directory.is_dir():
         return directory
     name = os.fspath(path)
+    if name.count("/") == 2 and name.endswith("/original") and not name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} is no directory; of the Hub give {name.removesuffix('/original')}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
     import huggingface_hub
