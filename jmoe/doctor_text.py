@@ -37,7 +37,7 @@ def examine_text_files(directory: Path) -> tuple[TextFile, ...]:
         found = "missing: prompts and data can be neither read nor printed" if missing else f"broken: {first(error)}"
         return (
             TextFile("tokenizer.json", found, wrong=True),
-            TextFile("chat template", "not tried, for want of a tokenizer", wrong=True),
+            examine_template_alone(directory),
             examine_generation_config(directory, None, size),
         )
     return (
@@ -68,12 +68,26 @@ def examine_tokenizer(tokenizer: Any, vocabulary: int | None) -> TextFile:
     return TextFile(name, f"{len(known)} tokens" + ("" if vocabulary is None else f" of the model's {vocabulary}"))
 
 
+NO_TEMPLATE = "missing: messages need it (generate without --raw, rows of messages, eval --apply-chat-template)"
+
+
+def examine_template_alone(directory: Path) -> TextFile:
+    """Whether there is a chat template; it cannot be tried without a tokenizer."""
+    name = "chat template"
+    try:
+        there = (directory / "chat_template.jinja").is_file() or bool(
+            read_json(directory / "tokenizer_config.json").get("chat_template")
+        )
+    except (OSError, ValueError):
+        there = False
+    return TextFile(name, "not tried, for want of a tokenizer") if there else TextFile(name, NO_TEMPLATE, wrong=True)
+
+
 def examine_chat_template(tokenizer: Any) -> TextFile:
     """Whether it writes out what is said, in control tokens that the tokenizer has."""
     name = "chat template"
     if tokenizer.chat_template is None:
-        found = "missing: messages need it (generate without --raw, rows of messages, eval --apply-chat-template)"
-        return TextFile(name, found, wrong=True)
+        return TextFile(name, NO_TEMPLATE, wrong=True)
     question, answer = ({"role": role, "content": PROBES[i]} for i, role in enumerate(("user", "assistant")))
     try:
         begun = chat_text(tokenizer, [question], reply=True)

@@ -1,6 +1,7 @@
 """What doctor says of the files that text needs: one line each, whatever is in them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,14 +94,21 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
 
 @pytest.mark.parametrize(("name", "damage", "said"), BROKEN)
 def test_what_is_missing_or_broken_is_said(name: str, damage: Callable[[Path], Any], said: str, model: Path) -> None:
-    import re
-
     damage(model)
     files = found(model)
     assert files[name].wrong
     assert re.search(said, files[name].found), files[name].found
-    others = {other for other in NAMED if files[other].wrong} - {name}
-    assert others <= ({"chat template"} if name == "tokenizer.json" else set())
+    assert not any(files[other].wrong for other in NAMED if other != name)
+
+
+def test_without_a_tokenizer_the_template_is_looked_for(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert found(model)["chat template"].found == "not tried, for want of a tokenizer"
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    assert found(model)["chat template"].found.startswith("missing")
+    rewrite(model / "tokenizer_config.json", chat_template=template)
+    assert found(model)["chat template"].found == "not tried, for want of a tokenizer"
 
 
 def test_gpt_oss_own_files_fit(harmony_tokenizer: Any, tmp_path: Path) -> None:
