@@ -36,9 +36,12 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        try:
+            with naming(self.path):
+                self.file.close()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """One line. Raises OSError, with the file's name, if it cannot be written."""

@@ -217,7 +217,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(
     trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with a_run(trainer, tmp_path) as (run, state, standing, checkpoints, *_):
+    with a_run(trainer, tmp_path) as (_, state, standing, checkpoints, *_):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # files end there, as at a quota
         try:
             with pytest.raises(OSError, match=f"checkpoint 3 could not be written to {checkpoints.directory}: "):
