@@ -79,7 +79,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
     by = f" by {signal.Signals(result.signal).name}" if result.signal is not None else ""
     adapter = f"adapter in {result.adapter}" if result.adapter.is_dir() else "no adapter yet"
     on = "; the same command goes on" if result.ending == "interrupted" else ""
-    text = f"{result.ending}{by} after {result.steps} steps; {adapter}{on}"
+    steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+    text = f"{result.ending}{by} after {steps}; {adapter}{on}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return result
 
@@ -252,6 +253,7 @@ def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
         dtype=jnp.dtype(config.dtype),
         recompute=config.remat == "experts",
         remat=config.remat == "layers",
+        progress=not config.quiet,
     )
     lora = new_adapter(
         model.config, rank=config.rank, scale=config.scale, targets=config.lora_targets, seed=config.seed

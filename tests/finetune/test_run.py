@@ -218,8 +218,10 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(finished: tuple[
     out = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("[0-9]*", "adapter", "*.png"))
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(rows[:2]))
-    assert finetune(read_config(out, out=str(out), steps=1), Console(quiet=True)).steps == 1
-    assert [row["step"] for row in read(out)] == [0, 1]
+    printed = io.StringIO()
+    finetune(read_config(out, out=str(out), quiet=True), Console(file=printed, width=200))
+    assert printed.getvalue() == f"finished after 6 steps; adapter in {out / 'adapter'}\n"
+    assert [row["step"] for row in read(out)] == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
