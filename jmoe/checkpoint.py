@@ -1,63 +1,35 @@
-"""gpt-oss checkpoints in the Hugging Face layout: read tensor by tensor, and one mixture-of-experts layer at a time.
+"""gpt-oss checkpoints: read tensor by tensor, and one mixture-of-experts layer at a time.
 
 A checkpoint is a directory with config.json and either one model.safetensors or several shards listed by
-model.safetensors.index.json. Experts stay in MXFP4; only the tensors asked for are read.
+model.safetensors.index.json, in Hugging Face's layout or in OpenAI's own (the folder `original/` of the released
+models). Packed experts stay in MXFP4; only the tensors asked for are read.
 """
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
 from safetensors import SafetensorError, safe_open
 
+from jmoe.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
+from jmoe.config_file import is_number as is_number
+from jmoe.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, Mxfp4
+from jmoe.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
-
-# safetensors asks numpy for a dtype called "bfloat16", which exists once ml_dtypes is imported.
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-class Spec(NamedTuple):
-    """A tensor's header: the dtype as safetensors spells it (BF16, U8, F32, ...) and the shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {self.shape}"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: it does not hold a JSON object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 @contextlib.contextmanager
@@ -80,67 +52,11 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
         yield handle
 
 
-def tensor_spec(shard: safe_open, name: str) -> Spec:
-    """The header of one tensor of an open safetensors file."""
-    header = shard.get_slice(name)
-    return Spec(header.get_dtype(), tuple(header.get_shape()))
-
-
-def is_number(value: object, kind: type) -> bool:
-    """Whether a JSON value is positive, finite and of the kind int or float: an int is a float too, a bool neither."""
-    accepted = (int,) if kind is int else (int, float)
-    return isinstance(value, accepted) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The part of config.json that the mixture-of-experts layers and the embedding need; names as in the file."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_local_experts: int
-    num_experts_per_tok: int
-    vocab_size: int
-    rms_norm_eps: float
-    swiglu_limit: float = 7.0
-    swiglu_alpha: float = 1.702  # the released files leave it out
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads config.json of a checkpoint directory; `experts_per_token` may stand for `num_experts_per_tok`.
-
-        Raises:
-          FileNotFoundError: there is no config.json.
-          ValueError: it is not JSON, it is for another architecture, or fields are missing or no positive numbers
-            (all are listed).
-        """
-        file = Path(path) / "config.json"
-        entries = read_json(file)
-        if entries.get("model_type", "gpt_oss") != "gpt_oss":
-            raise ValueError(f"{file}: model_type must be 'gpt_oss', got {entries['model_type']!r}")
-        if "experts_per_token" in entries:
-            entries.setdefault("num_experts_per_tok", entries["experts_per_token"])
-        kinds = get_type_hints(cls)
-        given = {name: entries[name] for name in kinds if name in entries}
-        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        problems = [f"{name} is missing" for name in required if name not in given]
-        for name, value in given.items():
-            if not is_number(value, kinds[name]):
-                problems.append(f"{name} must be a positive {kinds[name].__name__}, got {json.dumps(value)}")
-        if problems:
-            raise ValueError(f"{file}: {'; '.join(problems)}")
-        config = cls(**given)
-        if config.num_experts_per_tok > config.num_local_experts:
-            raise ValueError(
-                f"{file}: num_experts_per_tok must be at most num_local_experts = {config.num_local_experts}, "
-                f"got {config.num_experts_per_tok}"
-            )
-        return config
-
-
 class Checkpoint:
-    """A checkpoint directory. Shards are opened when a tensor in them is asked for, so the others need not exist."""
+    """A checkpoint directory, in one view for all layouts: see jmoe.layouts.
+
+    Shards are opened when a tensor in them is asked for, so the others need not exist.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Reads config.json and the index, or the header of a single model.safetensors where there is one.
@@ -153,39 +69,113 @@ class Checkpoint:
         if not self.path.is_dir():
             raise FileNotFoundError(f"checkpoint directory {self.path} does not exist")
         self.config = Config.load(self.path)
-        self._file_of = self._single_file() if (self.path / SINGLE).is_file() else self._indexed_files()
+        self._file_of = self._files()
+        self._layout = layout_of(self._file_of, self._head_sizes)
+        self._input_first: dict[int, bool] = {}
+        self._said: set[str] = set()
 
-    def _single_file(self) -> dict[str, Path]:
-        file = self.path / SINGLE
-        with open_safetensors(file) as shard:
-            return dict.fromkeys(shard.keys(), file)
+    def _files(self) -> dict[str, Path]:
+        if (self.path / SINGLE).is_file():
+            return names_in(self.path / SINGLE)
+        if (self.path / INDEX).is_file():
+            return self._indexed_files()
+        shards = sorted(self.path.glob("*.safetensors"))
+        if shards and is_original(read_json(self.path / "config.json")):  # OpenAI's own code needs no index
+            return {name: file for shard in shards for name, file in names_in(shard).items()}
+        raise FileNotFoundError(f"{self.path} has neither {SINGLE} nor {INDEX}")
 
     def _indexed_files(self) -> dict[str, Path]:
         index = self.path / INDEX
-        if not index.is_file():
-            raise FileNotFoundError(f"{self.path} has neither {SINGLE} nor {INDEX}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map must be a JSON object, got {json.dumps(weight_map)}")
+            raise ValueError(f"{index}: weight_map must be a JSON object, got {shown(weight_map)}")
         for name, file in weight_map.items():
             # Not Path.resolve(): in the Hub's cache a shard is a link that leads out of the directory.
             if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
                 raise ValueError(
-                    f"{index}: {name} must be in a file of the checkpoint's own directory, got {json.dumps(file)}"
+                    f"{index}: {name} must be in a file of the checkpoint's own directory, got {shown(file)}"
                 )
         return {name: self.path / file for name, file in weight_map.items()}
 
+    def _head_sizes(self) -> HeadSizes:
+        entries = model_entries(self.path)
+        sizes = []
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            sizes.append(number(entries.get(name), int))
+            if sizes[-1] is None:
+                raise ValueError(
+                    f"{self.path / 'config.json'}: {name} must be a positive int, got {shown(entries.get(name))}"
+                )
+        queries, keys, width = sizes
+        return HeadSizes(queries * width, keys * width)
+
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor that the checkpoint lists."""
+        """Every tensor that the files list, by their own names."""
         return tuple(self._file_of)
 
+    @property
+    def layers(self) -> int:
+        """How many layers the files' tensors are of."""
+        return 1 + max((int(found[2]) for found in map(LAYER.search, self._file_of) if found), default=-1)
+
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint lists a tensor of this name."""
-        return name in self._file_of
+        """Whether the view has a tensor of this name."""
+        return self.part(name).name in self._file_of
+
+    def part(self, name: str) -> Part:
+        """Where a tensor of the view lies, if it is there."""
+        part = self._layout.locate(name)
+        experts = EXPERTS.fullmatch(name)
+        if experts is None:
+            return part
+        layer = int(experts[1])
+        if layer not in self._input_first:
+            self._input_first[layer] = self._find_input_first(layer)
+        return self._dense(name)._replace(swapped=not self._input_first[layer])
+
+    def _dense(self, name: str) -> Part:
+        """Where dense experts lie: transformers 5 up to 5.23 wrote them under the name of packed blocks."""
+        part, packed = self._layout.locate(name), self._layout.locate(f"{name}_blocks")
+        return packed if part.name not in self._file_of and packed.name in self._file_of else part
+
+    def _find_input_first(self, layer: int) -> bool:
+        """Whether dense experts of a layer are [E, in, out] in the files."""
+        names = {which: f"model.layers.{layer}.mlp.experts.{which}_proj" for which in ("gate_up", "down")}
+        dense = {which: self._dense(name).name for which, name in names.items() if not self.is_packed(name)}
+        shapes = {which: self.stored(name) for which, name in dense.items() if name in self._file_of}
+        config = self.config
+        first, told_by = input_first(self._layout, shapes, config.hidden_size, config.intermediate_size)
+        if told_by is not None and first != self._layout.input_first:
+            self.say(
+                "swapped",
+                f"dense experts are [experts, {'in, out' if first else 'out, in'}], the other way round than usual, "
+                f"as {told_by}'s shape {shapes[told_by].shape} tells; the other projection is read the same way",
+            )
+        elif told_by is None and "down" in shapes and config.hidden_size == config.intermediate_size:
+            self.say(
+                "untold",
+                f"nothing tells whether the square {dense['down']} is [experts, in, out]; it is read as if. "
+                "jmoe doctor --loss says whether the weights fit together",
+            )
+        return first
+
+    def say(self, kind: str, message: str) -> None:
+        """Warns of this kind of decision, once."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"{self.path}: {message}", CheckpointWarning, stacklevel=2)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether experts, by their name if they were dense, are in MXFP4 or, if they are nowhere, could be."""
+        blocks = self._layout.locate(f"{name}_blocks").name
+        if blocks in self._file_of:
+            return self.stored(blocks).dtype == "U8"
+        return self._layout.locate(name).name not in self._file_of
 
     @contextlib.contextmanager
     def _shard_of(self, name: str) -> Iterator[safe_open]:
+        """The file that holds a tensor, by the files' own name for it."""
         if name not in self._file_of:
             raise ValueError(f"{self.path} has no tensor {name}")
         file = self._file_of[name]
@@ -196,23 +186,38 @@ class Checkpoint:
                 raise ValueError(f"{file} has no tensor {name}, though {INDEX} places it there")
             yield shard
 
-    def spec(self, name: str) -> Spec:
-        """A tensor's dtype and shape; no data is read. Raises as `tensor` does."""
+    def stored(self, name: str) -> Spec:
+        """The header of a tensor as it lies in the files, by their own name for it. Raises as `tensor` does."""
         with self._shard_of(name) as shard:
             return tensor_spec(shard, name)
 
+    def spec(self, name: str) -> Spec:
+        """A tensor's dtype and shape in the view; no data is read. Raises as `tensor` does."""
+        part = self.part(name)
+        return part.view(self.stored(part.name))
+
     def tensor(self, name: str) -> np.ndarray:
-        """A whole tensor, in the dtype of the file (bfloat16 is ml_dtypes').
+        """A whole tensor of the view: bfloat16 (ml_dtypes') where the file has floating-point numbers, or uint8.
 
         Raises:
           FileNotFoundError: the shard that the index places the tensor in does not exist.
           ValueError: no such tensor in the checkpoint or in its shard, or the shard is truncated or corrupt.
         """
-        with self._shard_of(name) as shard:
-            return shard.get_tensor(name)
+        part = self.part(name)
+        rows = slice(None) if part.rows is None else slice(*part.rows[:2])
+        with self._shard_of(part.name) as shard:
+            array = read_tensor(self._file_of[part.name], shard, part.name, rows)
+        return array.swapaxes(-1, -2) if part.swapped else array
+
+    def expert(self, name: str, expert: int) -> np.ndarray:
+        """One of dense experts, [in, out], in the file's own dtype; the others are not read. Raises as `tensor`."""
+        part = self.part(name)
+        with self._shard_of(part.name) as shard:
+            array = shard.get_slice(part.name)[expert : expert + 1][0]
+        return array.T if part.swapped else array
 
     def rows(self, name: str, ids: Integer[np.ndarray, "..."]) -> np.ndarray:
-        """Rows of a tensor, [*ids.shape, *row shape], in the dtype of the file; each row is read once, the rest never.
+        """Rows of a tensor, [*ids.shape, *row shape], as `tensor` has them; each row is read once, the rest never.
 
         Raises:
           ValueError: ids are no integers, or outside the tensor; and as `tensor` does.
@@ -221,15 +226,24 @@ class Checkpoint:
         if not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"row ids of {name} must be integers, got {ids.dtype}")
         unique, inverse = np.unique(ids, return_inverse=True)
-        with self._shard_of(name) as shard:
-            table = shard.get_slice(name)
+        stored = self.part(name).name
+        with self._shard_of(stored) as shard:
+            table = shard.get_slice(stored)
             count = table.get_shape()[0]
             if unique.size and not (unique[0] >= 0 and unique[-1] < count):
                 raise ValueError(
-                    f"{self._file_of[name]}: row ids of {name} must be in [0, {count}), got {unique[0]} to {unique[-1]}"
+                    f"{self._file_of[stored]}: row ids of {name} must be in [0, {count}), "
+                    f"got {unique[0]} to {unique[-1]}"
                 )
-            read = [table[i : i + 1] for i in unique.tolist()] or [table[0:0]]
-        return np.concatenate(read)[inverse]
+            read = np.concatenate([table[i : i + 1] for i in unique.tolist()] or [table[0:0]])
+            converted = READ_AS.get(table.get_dtype()) == "BF16"
+        return (as_bfloat16(read) if converted else read)[inverse]
+
+
+def names_in(file: Path) -> dict[str, Path]:
+    """Every tensor of one file, and that file."""
+    with open_safetensors(file) as shard:
+        return dict.fromkeys(shard.keys(), file)
 
 
 @jax.tree_util.register_dataclass
@@ -248,11 +262,21 @@ class MoeLayer:
     experts: Experts
 
 
-def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False) -> MoeLayer:
+def load_moe_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    *,
+    on_host: bool = False,
+    read_dense: Callable[[Checkpoint, str], Any] | None = None,
+) -> MoeLayer:
     """Reads layer `layer`, 0 <= layer < num_hidden_layers; its arrays are numpy's if they are to stay on the host.
 
-    Experts may be packed (`*_blocks`, `*_scales`, uint8) or dense bf16 [E, in, out]: under their plain name, or under
-    the name `*_blocks`, where transformers 5 writes them when it saves a model that it has dequantised.
+    Experts may be packed (`*_blocks`, `*_scales`) or dense: under their plain name, or under the name `*_blocks`, where
+    transformers 5 up to 5.23 writes them when it saves a model that it has dequantised. A dense matrix is [in, out], as
+    Hugging Face has it, or [out, in]: its shape tells, and if it is square the other projection's.
+
+    Args:
+      read_dense: what stands in the layer for dense experts of this name; None: their values.
 
     Raises:
       ValueError: the layer is out of range; or tensors are missing or do not have the dtype and shape that config.json
@@ -274,7 +298,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
         if len(names) == 2:
             return Mxfp4(*map(read, names))
         (name,) = names
-        return read(name).swapaxes(1, 2)  # stored [E, in, out]
+        return read(name).swapaxes(1, 2) if read_dense is None else read_dense(checkpoint, name)
 
     moe = MoeLayer(
         config=config,
@@ -292,7 +316,7 @@ def load_moe_layer(checkpoint: Checkpoint, layer: int, *, on_host: bool = False)
 
 
 def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
-    """The headers that a layer's gate_up, its down, and its norm, router and biases must have."""
+    """The headers that a layer's gate_up, its down, and its norm, router and biases must have in the view."""
     config = checkpoint.config
     experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
     prefix = f"model.layers.{layer}."
@@ -310,14 +334,11 @@ def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict
 
 
 def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int) -> dict[str, Spec]:
-    """The tensors that must hold one projection, given which of the three forms the checkpoint uses."""
+    """The tensors that must hold one projection, given which of the forms the checkpoint uses."""
     experts = checkpoint.config.num_local_experts
+    if not checkpoint.is_packed(name):
+        return {name: Spec("BF16", (experts, columns, rows))}
     blocks, scales = f"{name}_blocks", f"{name}_scales"
-    dense = Spec("BF16", (experts, columns, rows))
-    if blocks in checkpoint and checkpoint.spec(blocks).dtype != "U8":
-        return {blocks: dense}
-    if blocks not in checkpoint and name in checkpoint:
-        return {name: dense}
     if columns % BLOCK:
         raise ValueError(f"{blocks} packs blocks of {BLOCK} values, so its input size cannot be {columns}")
     groups = columns // BLOCK
@@ -325,11 +346,27 @@ def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int)
 
 
 def check_specs(checkpoint: Checkpoint, wanted: dict[str, Spec]) -> None:
-    """Compares headers, so that nothing is read of a layer that does not fit."""
-    got = {name: checkpoint.spec(name) if name in checkpoint else "no such tensor" for name in wanted}
-    wrong = [f"  {name}: wanted {wanted[name]}, got {got[name]}" for name in wanted if got[name] != wanted[name]]
+    """Compares headers, so that nothing is read of a layer that does not fit; warns of dtypes that are rounded.
+
+    Raises:
+      ValueError: tensors are missing or have another dtype or shape: each kind is listed, by the files' own names.
+    """
+    wrong: dict[tuple[str, str], None] = {}
+    rounded = set()
+    for name, spec in wanted.items():
+        part = checkpoint.part(name)
+        stored = checkpoint.stored(part.name) if name in checkpoint else None
+        if stored is None or part.view(stored) != spec:
+            wrong[part.name, f"wanted {part.stored(spec)}, got {stored or 'no such tensor'}"] = None
+        elif spec.dtype == "BF16" != stored.dtype:
+            rounded.add(stored.dtype)
     if wrong:
-        raise ValueError("\n".join([f"{checkpoint.path} does not match its config.json:", *wrong]))
+        lines = [f"  {line}" for line in grouped(wrong)]
+        raise ValueError(
+            "\n".join([f"{checkpoint.path} does not match its config.json:", *lines, *why_not(checkpoint.names)])
+        )
+    for dtype in sorted(rounded):
+        checkpoint.say(dtype, f"{'float32' if dtype == 'F32' else 'float16'} weights are rounded to bfloat16")
 
 
 def embed(checkpoint: Checkpoint, token_ids: Integer[np.ndarray, " T"]) -> Float[Array, "T H"]:

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from safetensors import safe_open
 
-from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
+from jmoe.adapters.settings import LoraBLayout
+from jmoe.checkpoint import Checkpoint, Spec
 from jmoe.gpt_oss import flash_attention
-from jmoe.gpt_oss.adapter import load_adapter
+from jmoe.gpt_oss.adapter import layouts_of
+from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
+from jmoe.gpt_oss.load import EMBEDDING, HEAD, Quantize, check_layers, local_directory
 from jmoe.ops.launch.installed import INSTALL
 from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
+from jmoe.ops.mxfp4 import BLOCK
 from jmoe.ops.stacked_linear import MOST_ROWS
 
 PACKAGES = (
@@ -29,6 +31,9 @@ PACKAGES = (
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 """Of the dtypes that checkpoints and adapters have, as safetensors spells them."""
+
+PACKED, DENSE = "experts, packed 4-bit", "experts, bf16"
+"""What experts' bytes are counted as."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +79,13 @@ class ModelReport:
     """A model on this machine: its layers' parts, and bytes by what they are for, activations left out.
 
     limit: bytes that JAX may take of the first device, where a model goes; None where JAX does not say.
+    adapters: those that were given.
     """
 
     parts: tuple[Part, ...]
     resident: dict[str, int]
     limit: int | None
+    adapters: tuple[AdapterReport, ...] = ()
 
 
 def examine_machine() -> Machine:
@@ -118,12 +125,16 @@ def examine_model(
     *,
     batch: int,
     context: int,
+    quantize: Quantize | None = None,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> ModelReport:
     """What a checkpoint's layers run by and what it takes, in bfloat16: from config.json, headers, and whole adapters.
 
     Args:
       batch: sequences that are decoded together.
       context: tokens of each, the prompt's among them.
+      quantize: as in jmoe.gpt_oss.load.
+      lora_b_layout: of adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter.
 
     Raises:
       FileNotFoundError: the directory or a file of it is missing.
@@ -132,18 +143,22 @@ def examine_model(
     directory = local_directory(path)
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
-    check_layers(checkpoint, config)
     resident: Counter[str] = Counter()
-    for name in checkpoint.names:
-        spec = checkpoint.spec(name)
-        resident[kind_of(name, spec)] += bytes_of(spec)
+    for name, spec in check_layers(checkpoint, config, quantize).items():
+        if quantize is not None and kind_of(name, spec) == DENSE:
+            resident[PACKED] += math.prod(spec.shape) // BLOCK * (BLOCK // 2 + 1)
+        else:
+            resident[kind_of(name, spec)] += bytes_of(spec)
     resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
-    for adapter in adapters:
-        load_adapter(adapter, config)
-        with open_safetensors(adapter / "adapter_model.safetensors") as shard:
-            resident["adapters"] += adapter_bytes(shard)
-    parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)
-    return ModelReport(parts, dict(resident), machine.devices[0].memory if machine.devices else None)
+    reports = tuple(
+        examine_adapter(adapter, checkpoint, config, lora_b_layout=layout)
+        for adapter, layout in zip(adapters, layouts_of(adapters, lora_b_layout), strict=True)
+    )
+    if reports:
+        resident["adapters"] = sum(report.size for report in reports)
+    parts = parts_of(config, machine, batch, batch * context, mxfp4=DENSE not in resident)
+    limit = machine.devices[0].memory if machine.devices else None
+    return ModelReport(parts, dict(resident), limit, reports)
 
 
 def kind_of(name: str, spec: Spec) -> str:
@@ -151,7 +166,7 @@ def kind_of(name: str, spec: Spec) -> str:
     if name in (EMBEDDING, HEAD):
         return "embedding and head"
     if name.endswith(("_blocks", "_scales", "experts.gate_up_proj", "experts.down_proj")):
-        return "experts, packed 4-bit" if spec.dtype == "U8" else "experts, bf16"
+        return PACKED if spec.dtype == "U8" else DENSE
     return "other weights"
 
 
@@ -164,11 +179,6 @@ def bytes_of(spec: Spec) -> int:
     if spec.dtype not in ITEM_BYTES:
         raise ValueError(f"a tensor's dtype must be one of {', '.join(ITEM_BYTES)}, got {spec}")
     return ITEM_BYTES[spec.dtype] * math.prod(spec.shape)
-
-
-def adapter_bytes(shard: safe_open) -> int:
-    """Bytes of an adapter's factors, in their own dtypes."""
-    return sum(bytes_of(tensor_spec(shard, name)) for name in shard.keys())  # noqa: SIM118  no container itself
 
 
 def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *, mxfp4: bool) -> tuple[Part, ...]:

@@ -242,7 +242,7 @@ def test_every_mismatch_is_listed(directory):
     edit_shard(
         directory / SHARDS[0],
         **{
-            f"{layer}mlp.router.bias": np.zeros(4, np.float32),
+            f"{layer}mlp.router.bias": np.zeros(4, np.float64),
             f"{layer}mlp.router.weight": np.zeros((4, 63), ml_dtypes.bfloat16),
         },
     )
@@ -252,7 +252,7 @@ def test_every_mismatch_is_listed(directory):
     message = [
         f"{directory} does not match its config.json:",
         f"  {layer}mlp.router.weight: wanted BF16 (4, 64), got BF16 (4, 63)",
-        f"  {layer}mlp.router.bias: wanted BF16 (4,), got F32 (4,)",
+        f"  {layer}mlp.router.bias: wanted BF16 (4,), got F64 (4,)",
         f"  {layer}mlp.experts.gate_up_proj_bias: wanted BF16 (4, 128), got BF16 (4, 192)",
         f"  {layer}mlp.experts.gate_up_proj_blocks: wanted U8 (4, 128, 2, 16), got U8 (4, 192, 2, 16)",
         f"  {layer}mlp.experts.gate_up_proj_scales: wanted U8 (4, 128, 2), got U8 (4, 192, 2)",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GptOssForCausalLM, Mxfp4Config
 
+from jmoe import gpt_oss
 from jmoe.adapters import load_lora
 from jmoe.checkpoint import Checkpoint, load_moe_layer, router_logits
+from jmoe.config_file import CheckpointWarning
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.norm import rms_norm
 
@@ -93,6 +96,37 @@ def test_reads_the_unquantised_form(tmp_path):
     fresh.save_pretrained(tmp_path)
     name = "model.layers.1.mlp.experts.down_proj"
     assert load_file(tmp_path / "model.safetensors")[name].shape == (4, 96, 64)
+    check_dense(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(torch.bfloat16, "_blocks"), (torch.float32, ""), (torch.float16, "_blocks")]
+)
+def test_logits_of_what_transformers_saves_in_any_dtype(dtype, suffix, tmp_path):
+    """A new model, so values between bfloat16's: jmoe rounds them to bfloat16 as transformers does when asked to."""
+    config = load(CASE / "model", torch.float32).config
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).to(dtype).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert {tensor.dtype.name for tensor in tensors.values()} == {str(dtype).removeprefix("torch.")}
+    theirs = GptOssForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").float()
+    # As transformers 5 up to 5.23 named dense experts, which it could not read again.
+    save_file({re.sub(r"(experts\.\w+_proj)$", rf"\1{suffix}", name): t for name, t in tensors.items()}, file)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 21)).astype(np.int32)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if dtype != torch.bfloat16 else "error", CheckpointWarning)
+        got = np.asarray(gpt_oss.load(tmp_path, dtype=jnp.float32, progress=False)(tokens))
+    assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.filterwarnings("ignore:.*float(16|32) weights are rounded:jmoe.config_file.CheckpointWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_reads_what_transformers_saves_of_a_model_dequantised_in_another_dtype(dtype, tmp_path):
+    """MXFP4's values are exact in either, so nothing is lost on the way."""
+    load(CASE / "model", dtype).save_pretrained(tmp_path)
     check_dense(tmp_path)
 
 

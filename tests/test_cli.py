@@ -1,15 +1,22 @@
 """The `jmoe` command, run as a user runs it."""
 
+import errno
+import importlib.metadata
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from jmoe import cli
+from jmoe.config_file import CheckpointWarning
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_gpt_oss"
@@ -78,6 +85,108 @@ def test_memory_that_ran_out_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), "jmoe: the input is nested too deeply"),
+        (NotImplementedError("no such kernel"), "jmoe: no such kernel\n"),
+        (NotImplementedError(), "jmoe: NotImplementedError\n"),
+        (ValueError("bad input"), "jmoe: bad input\n"),
+    ],
+)
+def test_an_error_is_one_line_and_with_debug_its_traceback(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["jmoe", "doctor"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    found = capsys.readouterr().err
+    assert found.startswith(line)
+    assert found.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["jmoe", "doctor", "--debug", "--", "--debug"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert sys.argv == ["jmoe", "doctor", "--", "--debug"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(BrokenPipeError(errno.EPIPE, "Broken pipe"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_who_stops_reading_or_presses_ctrl_c_needs_no_message(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == status
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli, "app", lambda: print("π"))
+    cli.main()
+    assert written.getvalue() == b"\\u03c0\n"
+
+
+def test_python_m_jmoe_is_the_command_and_survives_a_closed_pipe() -> None:
+    run = subprocess.run([sys.executable, "-m", "jmoe", "--version"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, f"jmoe {importlib.metadata.version('jmoe')}\n"), run.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-m", "jmoe", "-h"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, b"")
+
+
+def test_a_full_disk_behind_standard_output_is_named() -> None:
+    command = [sys.executable, "-m", "jmoe", "--version"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("jmoe: [Errno 28] No space left on device: ")
+    assert "standard output" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(cli.app).commands))
+def test_every_command_has_help_by_two_names(command: str) -> None:
+    short, long = (CliRunner().invoke(cli.app, [command, flag]) for flag in ("-h", "--help"))
+    assert short.exit_code == long.exit_code == 0
+    assert short.stdout == long.stdout
+    assert "Usage:" in short.stdout
+
+
+def test_help_marks_what_is_required_and_lists_choices() -> None:
+    shown = CliRunner().invoke(cli.app, ["generate", "-h"]).stdout
+    assert "[required]" in shown
+    assert "low|medium|high" in shown
+
+
+def test_a_command_that_is_not_there_suggests_one() -> None:
+    run = CliRunner().invoke(cli.app, ["genrate"])
+    assert run.exit_code == 2
+    assert "No such command 'genrate'. Did you mean 'generate'?" in run.stderr
+
+
+def test_shells_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for name, value in {"_JMOE_COMPLETE": "complete_bash", "COMP_WORDS": "jmoe gen", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        typer.main.get_command(cli.app).main(args=[], prog_name="jmoe")
+    assert not ended.value.code
+    assert capsys.readouterr().out.split() == ["generate"]
+
+
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     run = jmoe("parity", "--checkpoint", tmp_path / "nowhere")
     assert run.returncode != 0
@@ -121,3 +230,14 @@ def test_tune_needs_a_gpu() -> None:
     run = jmoe("tune")
     assert run.returncode == 2
     assert "jmoe tune measures on a GPU, and JAX sees none" in run.stderr
+
+
+def test_jmoes_own_warnings_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = cli.format_warning(CheckpointWarning("float32 weights are rounded"), CheckpointWarning, "file.py", 3)
+    assert said == "jmoe: float32 weights are rounded\n"
+    assert cli.format_warning("old", DeprecationWarning, "file.py", 3) == "file.py:3: DeprecationWarning: old\n"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", ["jmoe", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert warnings.formatwarning is cli.format_warning

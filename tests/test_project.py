@@ -81,11 +81,11 @@ def test_triton_src_imports_triton_and_the_standard_library_alone() -> None:
 def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
     for found in imports("jmoe"):
         if starts(found.module, "torch", "jmoe.interop"):
-            assert starts(found.file.replace("/", ".").removesuffix(".py"), "jmoe.cli", "jmoe.bench"), found
+            assert starts(found.file.replace("/", ".").removesuffix(".py"), "jmoe.commands", "jmoe.bench"), found
             assert found.inside_function, found
 
 
-TUNING = ("jmoe/bench/tune.py", "jmoe/cli.py")
+TUNING = ("jmoe/bench/tune.py", "jmoe/commands/tune.py")
 """What writes a user's tile tables; they are data, and the file that holds their form imports no triton."""
 
 

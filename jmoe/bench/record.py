@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jmoe.checkpoint import read_json
+from jmoe.files import replace
 
 PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")
 
@@ -64,10 +65,12 @@ def start(certificate: dict[str, Any], out: Path | None) -> dict[str, Any]:
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON that diffs well; a run that is killed leaves the old file or the new one."""
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
-    fresh.replace(file)
+    """Writes results as JSON that diffs well; a run that is killed leaves the old file or the new one.
+
+    Raises:
+      OSError: it cannot be written; the error names it.
+    """
+    replace(file, (json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jmoe.commands.output_path import output_path
+
 if TYPE_CHECKING:
     from jmoe.bench.model.case import Figures
 
@@ -19,7 +21,9 @@ def bench_model(
         Path | None,
         typer.Option(
             help="Write the figures as JSON, with date, commit, GPU and versions, after each case; a file of the same "
-            "commit, GPU and versions keeps its other cases."
+            "commit, GPU and versions keeps its other cases.",
+            parser=output_path,
+            metavar="<path>",
         ),
     ] = None,
 ) -> None:

@@ -1,104 +1,211 @@
 """`jmoe generate`: text that follows prompts."""
 
+import contextlib
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.input_path import input_path
+from jmoe.commands.output_path import output_path
+from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
+    from jmoe.generation.prompts import Prompt
     from jmoe.gpt_oss.generate import Generated
 
-CHUNK = 8
-"""Steps between two pieces of streamed text."""
+FILE_BATCH = 8
+"""Replies generated at once for the prompts of a file; those of a command line are one batch."""
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One or more texts; each starts a sequence of its own.")],
     model: Annotated[str, typer.Option(help="A gpt-oss directory, or a repository on the Hub.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts, each the beginning of a sequence of its own; - is standard input, which is read too if it is "
+            "no terminal and no prompt is given.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            parser=input_path,
+            help='Prompts of a file: rows {"prompt": ...} or {"messages": [...]} if named .jsonl, .csv or .parquet, '
+            "else one a line.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", parser=output_path, help="Write a row of JSON a reply to this new file, batch by batch."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a row of JSON a reply.")] = False,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="A PEFT adapter directory. One is for all prompts; of several, prompt i has the i-th."),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    lora_b_layout: LoraBLayoutOption = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            help="Continue the text as it is, without the chat template, and print all tokens. Control tokens may be "
+            "written out in it.",
+        ),
+    ] = False,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence at most.", min=1)] = 256,
+    developer: Annotated[str | None, typer.Option(help="A developer's message before each prompt.")] = None,
+    reasoning_effort: Annotated[
+        Literal["low", "medium", "high"] | None,
+        typer.Option(help="How much the model shall think; the chat template's own if not given."),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=input_path, help="A JSON list of the functions that the model may call."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens of each reply at most.", min=1)] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End a reply before this string in its final channel; may be given again."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the fewest tokens that have this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens; 0 from all.", min=0)] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens at least so many times as likely as the likeliest.", min=0, max=1)
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that prompt or reply have already become less likely.")
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(help="Replies to each prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
-    show_special: Annotated[bool, typer.Option("--show-special", help="Print special tokens too.")] = False,
+    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Replies generated at once; by default {FILE_BATCH} of a file, all of a command line.", min=1
+        ),
+    ] = None,
+    show_special: Annotated[
+        bool, typer.Option("--show-special", help="Print all tokens, special ones too, as --raw does.")
+    ] = False,
     prefill_chunk: Annotated[
         int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if none.", min=1)
     ] = None,
 ) -> None:
     """Prints what a model writes after each prompt, which by default is a user's message in its chat template.
 
-    One prompt's text is printed as it comes, several prompts' one after another when all are done. The last line, on
-    stderr, says how fast it was.
+    The final channel goes to standard output; what the model thinks goes to standard error, dimmed on a terminal. One
+    reply is printed as it comes, several one after another. The last line, on standard error, says how fast it was.
     """
-    if raw and system is not None:
-        raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
+    template = {"--system": system, "--developer": developer, "--reasoning-effort": reasoning_effort, "--tools": tools}
+    if raw and (given := [flag for flag, value in template.items() if value is not None]):
+        raise typer.BadParameter(f"{given[0]} needs the chat template, which --raw leaves out")
+    if temperature == 0 and samples > 1:
+        raise typer.BadParameter("--samples above 1 needs --temperature above 0: without it all are the same")
+    from jmoe.generation.output import REPLY_KEYS, RowFile
+    from jmoe.generation.prompts import Frame, tokens_of, tools_of_file
+
+    rows = None if out is None else RowFile(out)
+    asked = read_prompts(prompts, prompts_file, REPLY_KEYS if as_json or out is not None else ())
     adapters = adapter or []
-    if len(adapters) > 1 and len(adapters) != len(prompts):
+    if len(adapters) > 1 and len(adapters) != len(asked):
         raise typer.BadParameter(
-            f"several --adapter need as many prompts, one for each: got {len(adapters)} and {len(prompts)}"
+            f"several --adapter need as many prompts, one for each: got {len(adapters)} and {len(asked)}"
         )
+    frame = Frame(
+        raw=raw,
+        system=system,
+        developer=developer,
+        reasoning_effort=reasoning_effort,
+        tools=() if tools is None else tools_of_file(tools),
+    )
     allow_whole_gpu()
     from jmoe import gpt_oss
-    from jmoe.gpt_oss.config import stop_tokens
+    from jmoe.generation.batches import Generation, Request, answers
+    from jmoe.generation.output import Printer, as_row, echo, json_line
     from jmoe.gpt_oss.load import local_directory
-    from jmoe.gpt_oss.stream import TextStream
-    from jmoe.text import encode, load_tokenizer
+    from jmoe.text import load_tokenizer
 
     directory = local_directory(model)
     tokenizer = load_tokenizer(directory)
-    tokens = [encode(tokenizer, prompt if raw else as_message(tokenizer, prompt, system)) for prompt in prompts]
-    loaded = gpt_oss.load(directory, adapter=adapters)
-    stream = TextStream(tokenizer, show_special=show_special)
-
-    def print_first(new: Any, is_text: Any) -> None:
-        typer.echo(stream.push(new[0][is_text[0]].tolist()), nl=False)
-
-    generated = gpt_oss.generate(
-        loaded,
-        tokens,
+    requests = [
+        Request(i, sample, tokens, i if len(adapters) > 1 else None)
+        for i, tokens in enumerate([tokens_of(tokenizer, prompt, frame) for prompt in asked])
+        for sample in range(samples)
+    ]
+    how = Generation(
         max_new_tokens=max_new_tokens,
-        stop_tokens=stop_tokens(directory, loaded.config),
-        temperature=temperature,
-        top_p=top_p,
+        batch_size=batch_size or (len(requests) if prompts_file is None else FILE_BATCH),
+        stop_strings=stop or [],
+        whole=raw or show_special,
         seed=seed,
-        adapter_ids=range(len(adapters)) if len(adapters) > 1 else None,
-        callback=print_first if len(prompts) == 1 else None,
-        chunk=CHUNK,
+        own_seeds=samples > 1 or prompts_file is not None or batch_size is not None,
         prefill_chunk=prefill_chunk,
+        sampling={
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        },
     )
-    if len(prompts) == 1:
-        typer.echo(stream.finish())
-    else:
-        for i, (row, length) in enumerate(zip(generated.tokens, generated.lengths, strict=True)):
-            text = tokenizer.decode(row[:length].tolist(), skip_special_tokens=not show_special)
-            typer.echo(f"[{i}] {text}")
-    typer.echo(speed(generated, sum(map(len, tokens))), err=True)
+    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout, quantize=quantize)
+    printer = Printer()
+    streams = len(requests) == 1 and rows is None and not as_json
+    with contextlib.closing(rows) if rows is not None else contextlib.nullcontext():
+        for found, generated in answers(loaded, tokenizer, requests, how, on_text=printer.push if streams else None):
+            if rows is not None:
+                rows.write([as_row(asked[each.request.prompt], each) for each in found])
+            for each in found if rows is None else []:
+                if as_json:
+                    echo(json_line(as_row(asked[each.request.prompt], each), sys.stdout.encoding))
+                    continue
+                if not streams:
+                    printer.label(f"[{label(each.request.prompt, each.request.sample, len(asked), samples)}] ")
+                    printer.push(each.reply.messages)
+                printer.finish(each)
+            echo(speed(generated, sum(len(each.request.tokens) for each in found), len(found)), err=True)
 
 
-def as_message(tokenizer: Any, prompt: str, system: str | None) -> str:
-    """The prompt as a user's message, up to where the reply begins."""
-    from jmoe.text import chat_text
+def read_prompts(texts: list[str] | None, file: Path | None, reserved: tuple[str, ...]) -> "list[Prompt]":
+    """The prompts of the command line, of a file, or of standard input."""
+    from jmoe.generation.prompts import STANDARD_INPUT, from_arguments, from_file
 
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return chat_text(tokenizer, [*before, {"role": "user", "content": prompt}], reply=True)
+    standard_input = typer.get_binary_stream("stdin")
+    if file is not None:
+        if texts:
+            raise typer.BadParameter("prompts come from the command line or from --prompts, got both")
+        return from_file(file, reserved=reserved)
+    if not texts and standard_input.isatty():
+        raise typer.BadParameter("give a prompt as argument, on standard input or by --prompts")
+    return from_arguments(texts or [STANDARD_INPUT], standard_input)
 
 
-def speed(generated: "Generated", prompt_tokens: int) -> str:
+def label(prompt: int, sample: int, prompts: int, samples: int) -> str:
+    """The reply's number: of its prompt, of its sample, or of both where there are several of both."""
+    if samples == 1:
+        return str(prompt)
+    return str(sample) if prompts == 1 else f"{prompt}.{sample}"
+
+
+def speed(generated: "Generated", prompt_tokens: int, replies: int) -> str:
     """The line that says how fast it was."""
     seconds = generated.seconds
-    new = int(generated.lengths.sum())
+    new = int(generated.lengths[:replies].sum())
     rate = seconds.step_rate
     if rate is None:
         spent = f"{seconds.steps:.2f} s, compilation included"
     else:
-        spent = f"{rate * len(generated.lengths):.1f} tokens/s once compiled"
+        spent = f"{rate * replies:.1f} tokens/s once compiled"
     return (
         f"prompt: {prompt_tokens} tokens, prefill {seconds.prefill:.2f} s, compilation included; "
         f"new: {new} tokens, {spent}"

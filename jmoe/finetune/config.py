@@ -57,6 +57,7 @@ class FinetuneConfig:
     checkpoint_every: int = option(100, help="Steps between checkpoints.")
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order and split.")
+    quantize: Literal["mxfp4"] | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
     log_every: int | None = option(None, help="Steps between lines of figures; none: 20 lines, and one each 30 s.")
     quiet: bool = option(False, help="Print the last line and errors alone.")
     log_to: str | None = option(
@@ -142,7 +143,7 @@ def plain_types(hint: Any) -> tuple[Any, ...]:
     """The classes of a hint, and of a Literal its values."""
     if isinstance(hint, typing.TypeAliasType):
         return plain_types(hint.__value__)
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return tuple(kind for part in typing.get_args(hint) for kind in plain_types(part))
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)

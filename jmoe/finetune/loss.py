@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jmoe.gpt_oss.log_probs import in_chunks, log_probs_of_logits
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
@@ -19,7 +21,8 @@ def cross_entropy(
     """The sum over positions of weight * -log softmax(hidden head^T)[target], in float32.
 
     The logits of `chunk` positions are held at a time. The head is a constant. When differentiated, the gradient in
-    `hidden` is taken along with the loss, so that no logits are computed twice, as Liger (arXiv 2410.10989) does.
+    `hidden` is taken along with the loss, so that no logits are computed twice, as Liger (arXiv 2410.10989) does; that
+    takes weights that are known before, which jmoe.gpt_oss.log_probs does without.
 
     Args:
       hidden: after the norm; the products with the head are of its dtype, summed in float32.
@@ -34,28 +37,22 @@ def _sum(
 ) -> tuple[Array, Array | None]:
     """(the loss, its gradient in hidden or None)."""
     positions, width = hidden.shape
-    chunks = -(-positions // chunk)
-    padding = chunks * chunk - positions
-
-    def in_chunks(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(chunks, chunk, *array.shape[1:])
 
     def one(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
         x, target, weight = part
         logits = _product("ph,vh->pv", x, head)
-        largest = jax.nn.logsumexp(logits, axis=-1)
-        of_target = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        log_probs, normalizer = log_probs_of_logits(logits, target)
         # Selected, as a position that is left out may hold NaN.
-        losses = jnp.where(weight > 0, (largest - of_target) * weight, 0)
+        losses = jnp.where(weight > 0, -log_probs * weight, 0)
         if not with_gradient:
             return total + losses.sum(), None
         there = jnp.arange(head.shape[0]) == target[:, None]
-        gradient = (jnp.exp(logits - largest[:, None]) - there) * weight[:, None]
+        gradient = (jnp.exp(logits - normalizer[:, None]) - there) * weight[:, None]
         gradient = jnp.where(weight[:, None] > 0, gradient, 0).astype(x.dtype)
         return total + losses.sum(), _product("pv,vh->ph", gradient, head).astype(x.dtype)
 
-    total, gradients = lax.scan(one, jnp.float32(0), (in_chunks(hidden), in_chunks(targets), in_chunks(weights)))
+    parts = in_chunks(hidden, chunk), in_chunks(targets, chunk), in_chunks(weights, chunk)
+    total, gradients = lax.scan(one, jnp.float32(0), parts)
     return total, None if gradients is None else gradients.reshape(-1, width)[:positions]
 
 

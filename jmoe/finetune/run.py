@@ -27,7 +27,7 @@ from jmoe.finetune.packing import pack
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.finetune.stopping import stop_signals
 from jmoe.finetune.trackers import check_trackers, make_trackers
-from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.config import Config, warn_past_positions
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter
@@ -93,7 +93,10 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
     day = day_begun(out)
     training, validation = read_data(config, load_tokenizer(directory, day), console)
     largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
-    check_vocabulary(largest, Config.load(directory).vocab_size)
+    model_config = Config.load(directory)
+    check_vocabulary(largest, model_config.vocab_size)
+    longest = max((len(example.tokens) for example in (*training, *validation)), default=0)
+    warn_past_positions(model_config, longest - 1)  # the last token is a target alone
     batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
     held_out = validation_batches(config, validation)
@@ -209,6 +212,8 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
             bad_rows=config.bad_rows,
         )
         console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
+        for notice in found.notices:
+            console.print(notice, markup=False, highlight=False, soft_wrap=True)
         return found
 
     training = read(config.data).examples
@@ -254,6 +259,7 @@ def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
         recompute=config.remat == "experts",
         remat=config.remat == "layers",
         progress=not config.quiet,
+        quantize=config.quantize,
     )
     lora = new_adapter(
         model.config, rank=config.rank, scale=config.scale, targets=config.lora_targets, seed=config.seed

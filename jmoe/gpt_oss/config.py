@@ -1,32 +1,35 @@
 """What config.json of a gpt-oss checkpoint says about the model."""
 
 import dataclasses
-import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jmoe import checkpoint
-from jmoe.checkpoint import is_number, read_json
+from jmoe import config_file
+from jmoe.config_file import LARGEST_INT, model_entries, number, read_json, shown
+from jmoe.gpt_oss.rope_settings import Rope, read_rope
+
+RELEASED_STOP_TOKENS = (200002, 199999, 200012)
+"""<|return|>, <|endoftext|> and <|call|>."""
 
 type LayerType = Literal["sliding_attention", "full_attention"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary positions, stretched by YaRN (arXiv 2309.00071) unless factor is 1; names as in the file."""
+class PositionsWarning(UserWarning):
+    """A text is longer than the model was made for."""
 
-    rope_theta: float = 150000.0
-    factor: float = 32.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    original_max_position_embeddings: int = 4096
-    truncate: bool = False
+
+MOST_LAYERS = 10_000
+"""More are a mistake, which is better found before there is a name for each tensor of each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(checkpoint.Config):
-    """A gpt-oss model's sizes; names as in config.json. Defaults are what both released models share."""
+class Config(config_file.Config):
+    """A gpt-oss model's sizes; names as in config.json. Defaults are what both released models share.
+
+    max_position_embeddings: the longest text that the model was made for; None: the file does not say.
+    """
 
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
@@ -34,8 +37,16 @@ class Config(checkpoint.Config):
     sliding_window: int = 128
     layer_types: tuple[LayerType, ...]
     rope: Rope = Rope()
+    max_position_embeddings: int | None = None
     eos_token_id: int = 200002
     pad_token_id: int = 199999
+    stop_tokens: tuple[int, ...] = ()
+    """What ends a text. Left empty, it is what the released models have, or eos_token_id where that is not theirs."""
+
+    def __post_init__(self) -> None:
+        """Fills in stop_tokens."""
+        if not self.stop_tokens:
+            object.__setattr__(self, "stop_tokens", with_released((self.eos_token_id,)))
 
     @classmethod
     def gpt_oss_20b(cls) -> Self:
@@ -58,25 +69,32 @@ class Config(checkpoint.Config):
             vocab_size=201088,
             rms_norm_eps=1e-5,
             layer_types=alternating(layers),
+            max_position_embeddings=131072,
         )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads config.json of a checkpoint directory, in transformers 4's spelling or 5's.
+        """Reads config.json of a checkpoint directory, in transformers 4's spelling, in 5's or in OpenAI's own.
+
+        stop_tokens are those of generation_config.json where it is there.
 
         Raises:
           FileNotFoundError: there is no config.json.
           ValueError: a field is missing or none that this model has; an unknown kind of rope, of quantisation or of
             layer, each named with its value.
         """
-        sizes = checkpoint.Config.load(path)
+        sizes = config_file.Config.load(path)
         file = Path(path) / "config.json"
-        entries = read_json(file)
+        entries = model_entries(path)
         fields: dict[str, Any] = {}
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"):
-            if not is_number(value := entries.get(name), int):
-                raise ValueError(f"{file}: {name} must be a positive int, got {json.dumps(value)}")
-            fields[name] = value
+            fields[name] = positive_int(file, entries, name)
+        if entries.get("max_position_embeddings") is not None:
+            fields["max_position_embeddings"] = positive_int(file, entries, "max_position_embeddings")
+        if sizes.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"{file}: num_hidden_layers must be at most {MOST_LAYERS}, got {sizes.num_hidden_layers}")
+        if fields["head_dim"] % 2:
+            raise ValueError(f"{file}: head_dim must be even, got {fields['head_dim']}")
         if fields["num_attention_heads"] % fields["num_key_value_heads"]:
             raise ValueError(
                 f"{file}: num_attention_heads must be a multiple of num_key_value_heads = "
@@ -84,12 +102,15 @@ class Config(checkpoint.Config):
             )
         check_settings(file, entries)
         fields["layer_types"] = layer_types(file, entries, sizes.num_hidden_layers)
-        fields["rope"] = rope(file, entries)
+        fields["rope"] = read_rope(file, entries)
         if tokens := token_ids(file, "eos_token_id", entries.get("eos_token_id")):
             fields["eos_token_id"] = tokens[0]
         if isinstance(padding := entries.get("pad_token_id"), int):
+            if abs(padding) > LARGEST_INT:
+                raise ValueError(f"{file}: pad_token_id must be a token id, got {shown(padding)}")
             fields["pad_token_id"] = padding
-        return cls(**dataclasses.asdict(sizes), **fields)
+        config = cls(**dataclasses.asdict(sizes), **fields)
+        return dataclasses.replace(config, stop_tokens=stop_tokens(path, config))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -97,8 +118,30 @@ class Config(checkpoint.Config):
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
 
+def positive_int(file: Path, entries: dict[str, Any], name: str) -> int:
+    """An entry that must be there and be one."""
+    value = number(entries.get(name), int)
+    if value is None:
+        raise ValueError(f"{file}: {name} must be a positive int, got {shown(entries.get(name))}")
+    return value
+
+
+def warn_past_positions(config: Config, length: int) -> None:
+    """Warns if a text of so many tokens is longer than the model was made for: what it says there may be no sense."""
+    longest = config.max_position_embeddings
+    if longest is not None and length > longest:
+        warnings.warn(
+            f"a text of {length:,} tokens is longer than the {longest:,} that the model was made for "
+            "(max_position_embeddings in config.json)",
+            PositionsWarning,
+            stacklevel=3,
+        )
+
+
 def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]:
     """The tokens that end a text: eos_token_id of generation_config.json, else of config.json.
+
+    config.json of the released models lists <|return|> alone, which then stands for RELEASED_STOP_TOKENS.
 
     Raises:
       ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
@@ -112,7 +155,12 @@ def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]
             )
         return tokens
     listed = token_ids(model, name, read_json(model).get(name)) if model.is_file() else ()
-    return listed or (config.eos_token_id,)
+    return with_released(listed or (config.eos_token_id,))
+
+
+def with_released(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens, or in place of <|return|> alone what generation_config.json of the released models lists."""
+    return RELEASED_STOP_TOKENS if tokens == RELEASED_STOP_TOKENS[:1] else tokens
 
 
 def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:
@@ -124,8 +172,8 @@ def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     tokens = value if isinstance(value, list) else [value]
-    if not all(type(token) is int and token >= 0 for token in tokens):
-        raise ValueError(f"{file}: {name} must be a token id or a list of them, got {json.dumps(value)}")
+    if not all(type(token) is int and 0 <= token <= LARGEST_INT for token in tokens):
+        raise ValueError(f"{file}: {name} must be a token id or a list of them, got {shown(value)}")
     return tuple(tokens)
 
 
@@ -147,12 +195,14 @@ def check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Raises ValueError if a setting asks for another model than this."""
     for name, values in KNOWN.items():
         if name in entries and entries[name] not in values:
-            raise ValueError(f"{file}: {name} must be {json.dumps(values[0])}, got {json.dumps(entries[name])}")
-    quantization = entries.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method != "mxfp4":
-            raise ValueError(f'{file}: quantization_config.quant_method must be "mxfp4", got {json.dumps(method)}')
+            raise ValueError(f"{file}: {name} must be {shown(values[0])}, got {shown(entries[name])}")
+    for name in ("quantization_config", "compression_config"):
+        given = entries.get(name)
+        method = given.get("quant_method", given.get("method")) if isinstance(given, dict) else given
+        if given and (method != "mxfp4" or name != "quantization_config"):
+            raise ValueError(
+                f'{file}: {name}.quant_method must be "mxfp4", got {shown(method)}; save the model dequantised'
+            )
 
 
 def layer_types(file: Path, entries: dict[str, Any], layers: int) -> tuple[LayerType, ...]:
@@ -161,34 +211,8 @@ def layer_types(file: Path, entries: dict[str, Any], layers: int) -> tuple[Layer
     if types is None:
         return alternating(layers)
     if not isinstance(types, list) or len(types) != layers:
-        raise ValueError(f"{file}: layer_types must list num_hidden_layers = {layers} kinds, got {json.dumps(types)}")
+        raise ValueError(f"{file}: layer_types must list num_hidden_layers = {layers} kinds, got {shown(types)}")
     for kind in types:
         if kind not in ("sliding_attention", "full_attention"):
-            raise ValueError(
-                f'{file}: layer_types must be "sliding_attention" or "full_attention", got {json.dumps(kind)}'
-            )
+            raise ValueError(f'{file}: layer_types must be "sliding_attention" or "full_attention", got {shown(kind)}')
     return tuple(types)
-
-
-def rope(file: Path, entries: dict[str, Any]) -> Rope:
-    """The rotary positions, from rope_scaling and rope_theta (transformers 4) or rope_parameters (5)."""
-    given = entries.get("rope_parameters") or entries.get("rope_scaling") or {"rope_type": "default"}
-    if not isinstance(given, dict):
-        raise ValueError(f"{file}: rope settings must be an object, got {json.dumps(given)}")
-    given = dict(given)
-    given.setdefault("rope_theta", entries.get("rope_theta"))
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    if kind not in ("yarn", "default"):
-        raise ValueError(f'{file}: rope_type must be "yarn" or "default", got {json.dumps(kind)}')
-    wanted = {field.name for field in dataclasses.fields(Rope)} if kind == "yarn" else {"rope_theta"}
-    if unknown := sorted(set(given) - wanted):
-        raise ValueError(f"{file}: rope settings of {kind} are {', '.join(sorted(wanted))}, got also {unknown}")
-    # Without the key transformers rounds the corrected dimensions.
-    truncate = given.pop("truncate", True)
-    if not isinstance(truncate, bool):
-        raise ValueError(f"{file}: truncate must be true or false, got {json.dumps(truncate)}")
-    for name in sorted(wanted - {"truncate"}):
-        kind_of = int if name == "original_max_position_embeddings" else float
-        if not is_number(given.get(name), kind_of):
-            raise ValueError(f"{file}: {name} must be a positive {kind_of.__name__}, got {json.dumps(given.get(name))}")
-    return Rope(truncate=truncate, **given) if kind == "yarn" else Rope(given["rope_theta"], factor=1.0)

@@ -1,6 +1,5 @@
 """Text that follows prompts: batches of different lengths, sampled, stopped and streamed."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,13 +10,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.decode import Decoding, decode, prefill
 from jmoe.gpt_oss.model import GptOss, check_tokens
-from jmoe.gpt_oss.sample import greedy, sample
+from jmoe.gpt_oss.sample import Sampling, choose
 
 LARGEST_INT32 = 2**31 - 1
 
-type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], None]
+type Callback = Callable[[Int32[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Bool[np.ndarray, " B"] | None]
 
 
 class Seconds(NamedTuple):
@@ -42,12 +42,17 @@ class Generated(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Between two chunks of steps; a pytree of static shapes."""
+    """Between two chunks of steps; a pytree of static shapes.
+
+    key: one for all sequences, or one for each.
+    seen: the tokens of each sequence; None without a repetition penalty.
+    """
 
     logits: Float[Array, "B V"]
     decoding: Decoding
     done: Bool[Array, " B"]
     key: PRNGKeyArray
+    seen: Bool[Array, "B V"] | None = None
 
 
 def generate(
@@ -58,7 +63,10 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] = 0,
     adapter_ids: Sequence[int] | None = None,
     callback: Callback | None = None,
     chunk: int = 16,
@@ -71,23 +79,35 @@ def generate(
 
     Args:
       prompts: token ids of each sequence, at least one each.
-      stop_tokens: a sequence ends with any of these; None: the configuration's eos_token_id.
-      temperature: 0 takes the likeliest token; else see jmoe.gpt_oss.sample.
+      stop_tokens: a sequence ends with any of these; None: the configuration's stop_tokens.
+      temperature: 0 takes the likeliest token; else one is drawn.
+      top_p: draws from the fewest tokens whose probabilities sum to it; 1 from all.
+      top_k: draws from so many of the likeliest tokens; 0 from all.
+      min_p: draws from tokens at least so many times as likely as the likeliest; 0 from all.
+      repetition_penalty: divides positive logits of tokens that the prompt or the text has already, and multiplies
+        negative ones; 1 leaves them. With temperature 0 too. The order of all these is that of
+        jmoe.gpt_oss.sample.Sampling.
+      seed: of all sequences, or one for each: then a sequence's samples are those that it has alone by its seed.
       adapter_ids: each sequence's adapter, -1 for none.
-      callback: called after each chunk with its tokens [B, n] and which of them are text.
+      callback: called after each chunk with its tokens [B, n] and which of them are text; it may return which
+        sequences [B] shall end here.
       chunk: steps between looks at what has stopped.
       prefill_chunk: as in jmoe.gpt_oss.decode.prefill.
 
     Raises:
-      ValueError: a prompt is empty, or a number or an adapter is out of range.
+      ValueError: a prompt is empty, or a number or an adapter is out of range; or the model's logits are not finite,
+        as those of weights with NaN or infinity are not, which is found within a chunk.
     """
-    check_options(model, prompts, max_new_tokens, temperature, top_p, chunk)
+    check_options(model, prompts, max_new_tokens, chunk)
+    sampling = Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)
+    key = keys(seed, len(prompts))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    warn_past_positions(model.config, int(lengths.max()) + max_new_tokens)
     width = -(-int(lengths.max()) // 64) * 64
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    stop = np.array([model.config.eos_token_id] if stop_tokens is None else stop_tokens, np.int32)
+    stop = np.array(model.config.stop_tokens if stop_tokens is None else stop_tokens, np.int32)
     if adapter_ids is not None and not np.issubdtype(np.asarray(adapter_ids).dtype, np.integer):
         raise ValueError(f"adapter_ids must be integers, got {adapter_ids}")
     ids = None if adapter_ids is None else jnp.asarray(adapter_ids, jnp.int32)
@@ -96,19 +116,22 @@ def generate(
     began = time.perf_counter()
     logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity, prefill_chunk))
     prefill_seconds = time.perf_counter() - began
-    progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), jax.random.key(seed))
+    seen = None if sampling.repetition_penalty is None else jnp.asarray(tokens_of(prompts, model.config.vocab_size))
+    progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), key, seen)
     found: list[np.ndarray] = []
     texts: list[np.ndarray] = []
     chunks: list[tuple[int, float]] = []
-    while sum(part.shape[1] for part in found) < max_new_tokens:
-        steps = min(chunk, max_new_tokens - sum(part.shape[1] for part in found))
+    while (before := sum(part.shape[1] for part in found)) < max_new_tokens:
+        steps = min(chunk, max_new_tokens - before)
         began = time.perf_counter()
-        new, text, progress = advance(model, progress, stop, temperature, top_p, steps, temperature == 0)
+        new, text, finite, progress = advance(model, progress, stop, sampling, steps)
+        check_finite(np.asarray(finite), before)
         found.append(np.asarray(new).T)
         texts.append(np.asarray(text).T)
         chunks.append((steps, time.perf_counter() - began))
-        if callback is not None:
-            callback(found[-1], texts[-1])
+        ended = None if callback is None else callback(found[-1], texts[-1])
+        if ended is not None:
+            progress = progress._replace(done=progress.done | ended)
         if bool(progress.done.all()):
             break
     everything, is_text = np.concatenate(found, axis=1), np.concatenate(texts, axis=1)
@@ -126,9 +149,35 @@ def step_rate(chunks: Sequence[tuple[int, float]]) -> float | None:
     return sum(steps for steps, _ in warm) / sum(seconds for _, seconds in warm) if warm else None
 
 
-def check_options(
-    model: GptOss, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, chunk: int
-) -> None:
+def keys(seed: int | Sequence[int], count: int) -> PRNGKeyArray:
+    """The key of a seed, or the keys of one seed for each of so many sequences."""
+    seeds = np.asarray(seed)
+    if seeds.ndim == 0:
+        return jax.random.key(seed if isinstance(seed, int) else int(seeds))
+    if seeds.shape != (count,):
+        raise ValueError(f"seed must be one, or one for each of the {count} prompts, got {seed}")
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def tokens_of(prompts: Sequence[Sequence[int]], vocabulary: int) -> Bool[np.ndarray, "B V"]:
+    """Which tokens each prompt has."""
+    seen = np.zeros((len(prompts), vocabulary), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return seen
+
+
+def check_finite(finite: Bool[np.ndarray, "n B"], before: int) -> None:
+    """Raises ValueError, naming the first, if a step's logits were not finite; before: new tokens before these."""
+    if not finite.all():
+        step, sequence = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"the model's logits are not finite in sequence {sequence} at its new token {before + step + 1}: weights "
+            "or an adapter hold NaN or infinity, or lead to it"
+        )
+
+
+def check_options(model: GptOss, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int) -> None:
     """Raises ValueError unless generate can go on from these."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"prompts must be at least one token each, got lengths {[len(prompt) for prompt in prompts]}")
@@ -142,10 +191,6 @@ def check_options(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if max(map(len, prompts)) + max_new_tokens > LARGEST_INT32:
         raise ValueError(f"prompt and new tokens must be at most {LARGEST_INT32} in all, got {max_new_tokens} new ones")
-    if math.isnan(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
 
 def _start(
@@ -156,22 +201,27 @@ def _start(
 
 
 def _advance(
-    model: GptOss, progress: Progress, stop: Array, temperature: float, top_p: float, steps: int, likeliest: bool
-) -> tuple[Int32[Array, "n B"], Bool[Array, "n B"], Progress]:
-    """(tokens, which of them are text, what follows) of so many steps."""
+    model: GptOss, progress: Progress, stop: Array, sampling: Sampling, steps: int
+) -> tuple[Int32[Array, "n B"], Bool[Array, "n B"], Bool[Array, "n B"], Progress]:
+    """(tokens, which of them are text, whether the logits of a sequence that goes on were finite, what follows) of so
+    many steps."""
 
-    def step(progress: Progress, _: None) -> tuple[Progress, tuple[Array, Array]]:
-        key, own = jax.random.split(progress.key)
-        token = greedy(progress.logits) if likeliest else sample(progress.logits, own, temperature, top_p)
+    def step(progress: Progress, _: None) -> tuple[Progress, tuple[Array, Array, Array]]:
+        split = jax.random.split if progress.key.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)
+        key, own = split(progress.key)
+        finite = progress.done | jnp.isfinite(progress.logits).all(axis=-1)
+        token = choose(progress.logits, own, sampling, progress.seen)
         token = jnp.where(progress.done, model.config.pad_token_id, token)
         done = progress.done | jnp.isin(token, stop)
-        logits, decoding = decode(model, jnp.minimum(token, model.config.vocab_size - 1), progress.decoding)
-        return Progress(logits, decoding, done, key), (token, ~done)
+        known = jnp.minimum(token, model.config.vocab_size - 1)
+        seen = None if progress.seen is None else progress.seen.at[jnp.arange(len(known)), known].set(True)
+        logits, decoding = decode(model, known, progress.decoding)
+        return Progress(logits, decoding, done, key, seen), (token, ~done, finite)
 
-    progress, (tokens, text) = lax.scan(step, progress, None, length=steps)
-    return tokens, text, progress
+    progress, (tokens, text, finite) = lax.scan(step, progress, None, length=steps)
+    return tokens, text, finite, progress
 
 
 # By jax.jit: nnx.jit returns every variable from the program, for which XLA copies the whole model at each call.
 start: Callable[..., tuple[Array, Decoding]] = jax.jit(_start, static_argnums=(4, 5))
-advance: Callable[..., tuple[Array, Array, Progress]] = jax.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
+advance: Callable[..., tuple[Array, Array, Array, Progress]] = jax.jit(_advance, static_argnums=4, donate_argnums=1)

@@ -1,27 +1,27 @@
 """Reads a checkpoint into a model, layer by layer, each straight to its place on the device."""
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer, moe_specs
-from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
+from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
+from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
+from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LayerWeights, Linear, sizes
 from jmoe.ops.launch.local_gpu import reads_packed_here
-from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
-from jmoe.ops.packed import empty_packed, pack_into
+from jmoe.ops.mxfp4 import BLOCK
+
+type Quantize = Literal["mxfp4"]
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 FILES = (
@@ -42,14 +42,18 @@ def load(
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
+    quantize: Quantize | None = None,
     recompute: bool = False,
     remat: bool = False,
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> GptOss:
-    """The model of a directory in Hugging Face's layout, or of a repository on the Hub.
+    """The model of a directory in Hugging Face's layout or OpenAI's own, or of a repository on the Hub.
 
     Shards are read tensor by tensor, on the host one layer at most. The device holds beside the model at most one array
-    of a layer, or one expert while it is packed: the stacked arrays are updated in place.
+    of a layer, or one expert while it is packed or rounded: the stacked arrays are updated in place. Dense weights are
+    rounded to bfloat16 where the file has them in float32 or float16, which a warning says. docs/checkpoints.md lists
+    what is read.
 
     Args:
       mesh: every array is whole on each of its devices, for batches that jax.shard_map splits; None: JAX's default
@@ -58,7 +62,11 @@ def load(
         jmoe.gpt_oss.load_adapter.
       dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
+      quantize: "mxfp4" rounds dense experts to MXFP4, one at a time and from the file's own dtype, as jmoe.quantize
+        does; those that are MXFP4 already stay as they are. None: dense experts stay dense.
       progress: show a bar on a terminal.
+      lora_b_layout: for adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter. Of several it must not
+        be for some with Unsloth's mark and some without.
 
     Raises:
       FileNotFoundError: neither the directory nor a repository of that name is there; a file is missing.
@@ -68,16 +76,15 @@ def load(
     directory = local_directory(path)
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
-    check_layers(checkpoint, config)
+    check_layers(checkpoint, config, quantize)
     directories = [adapter] if isinstance(adapter, str | os.PathLike) else adapter or []
-    adapters = [load_adapter(one, config) for one in directories]
-    lora = stack_adapters(adapters) if adapters else None
+    lora = load_adapters(directories, config, lora_b_layout=lora_b_layout)
     packed = reads_packed_here() if packed is None else packed
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     embedding, norm, head = (jax.device_put(checkpoint.tensor(name), device) for name in (EMBEDDING, NORM, HEAD))
     stack = None
     for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):
-        layer = read_layer(checkpoint, config, index)
+        layer = read_layer(checkpoint, config, index, quantize)
         if stack is None:
             stack = empty_stack(layer, config.num_hidden_layers, packed, device)
         # The host waits, so that what it read of one layer is gone from both before the next is there.
@@ -97,50 +104,14 @@ def load(
     )
 
 
-def empty_stack(layer: LayerWeights, layers: int, packed: bool = False, device: Sharding | None = None) -> LayerWeights:
-    """Room for so many layers like this one; for its MXFP4 experts packed, if they are to be."""
-
-    def room(leaf: Any) -> Any:
-        if isinstance(leaf, Mxfp4):
-            experts, n, k = leaf.shape
-            return empty_packed(layers, experts, n=n, k=k, device=device)
-        return jnp.zeros((layers, *leaf.shape), leaf.dtype, device=device)
-
-    return jax.tree.map(room, layer, is_leaf=lambda leaf: packed and isinstance(leaf, Mxfp4))
-
-
-def put_layer(stack: LayerWeights, layer: LayerWeights, index: int) -> LayerWeights:
-    """The stack with a layer in its place, in the stack's own memory; MXFP4 experts are packed on the way if it is."""
-
-    def put_one(stacked: Any, one: Any) -> Any:
-        if isinstance(stacked, PackedMxfp4) and isinstance(one, Mxfp4):
-            return pack_into(stacked, beside(one, stacked.words), index)
-        return jax.tree.map(
-            lambda stacked_leaf, leaf: put(stacked_leaf, beside(leaf, stacked_leaf), index), stacked, one
-        )
-
-    return jax.tree.map(put_one, stack, layer, is_leaf=lambda leaf: isinstance(leaf, PackedMxfp4 | Mxfp4))
-
-
-def beside[T](tree: T, stacked: Array) -> T:
-    """The tree on all devices of the stack's mesh, if it has one."""
-    if not isinstance(stacked.sharding, NamedSharding):
-        return tree
-    return jax.device_put(tree, NamedSharding(stacked.sharding.mesh, PartitionSpec()))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put(stacked: Shaped[Array, "L ..."], leaf: Shaped[Array, "..."], index: int) -> Shaped[Array, "L ..."]:
-    """One array of the stack with a layer's in its place."""
-    return lax.dynamic_update_index_in_dim(stacked, leaf, index, axis=0)
-
-
 def local_directory(path: str | os.PathLike[str]) -> Path:
     """The checkpoint's directory, fetched from the Hub if the path is none."""
     directory = Path(path)
     if directory.is_dir():
         return directory
     name = os.fspath(path)
+    if name.count("/") == 2 and name.endswith("/original") and not name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} is no directory; of the Hub give {name.removesuffix('/original')}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
     import huggingface_hub
@@ -182,25 +153,57 @@ def attention_specs(config: Config, layer: int) -> dict[str, Spec]:
     return specs
 
 
-def check_layers(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises as load does unless all tensors have their dtypes and shapes; reads headers only."""
+def check_layers(checkpoint: Checkpoint, config: Config, quantize: Quantize | None = None) -> dict[str, Spec]:
+    """The header in the checkpoint's view of every tensor of the model; reads headers only.
+
+    Raises:
+      ValueError, FileNotFoundError: as load does, unless all tensors have their dtypes and shapes.
+    """
+    if quantize not in (None, "mxfp4"):
+        raise ValueError(f'quantize must be "mxfp4" or None, got {quantize!r}')
+    layers = config.num_hidden_layers
+    if checkpoint.layers < layers:
+        raise ValueError(
+            f"{checkpoint.path} has tensors of {checkpoint.layers} layers, and num_hidden_layers in its config.json is "
+            f"{layers}"
+        )
+    if checkpoint.layers > layers:
+        checkpoint.say("layers", f"layers from {layers} on are not used: num_hidden_layers in config.json is {layers}")
     vocabulary = Spec("BF16", (config.vocab_size, config.hidden_size))
     specs = {
         EMBEDDING: vocabulary,
         HEAD: vocabulary,
         NORM: Spec("BF16", (config.hidden_size,)),
     }
-    for layer in range(config.num_hidden_layers):
+    for layer in range(layers):
         specs |= attention_specs(config, layer)
         for part in moe_specs(checkpoint, layer):
             specs |= part
     check_specs(checkpoint, specs)
+    for projection in EXPERTS:
+        check_experts(checkpoint, config, projection, quantize)
+    return specs
 
 
-def read_layer(checkpoint: Checkpoint, config: Config, index: int) -> LayerWeights:
-    """One layer as numpy arrays."""
+def check_experts(checkpoint: Checkpoint, config: Config, projection: str, quantize: Quantize | None) -> None:
+    """Raises ValueError unless one projection's experts can be stacked as they are, or rounded."""
+    names = [f"model.layers.{layer}.mlp.experts.{projection}_proj" for layer in range(config.num_hidden_layers)]
+    dense = [name for name in names if not checkpoint.is_packed(name)]
+    if quantize is None and 0 < len(dense) < len(names):
+        raise ValueError(
+            f'{checkpoint.path} has experts in MXFP4 and dense ones ({dense[0]}), which quantize="mxfp4" (--quantize '
+            "mxfp4) rounds too"
+        )
+    width = sizes(config)[projection][1]
+    if quantize is not None and dense and width % BLOCK:
+        raise ValueError(f"{dense[0]} cannot be MXFP4, whose blocks have {BLOCK} values: its input size is {width}")
+
+
+def read_layer(checkpoint: Checkpoint, config: Config, index: int, quantize: Quantize | None = None) -> LayerWeights:
+    """One layer as numpy arrays; dense experts that are to be rounded stay in the file."""
     prefix = f"model.layers.{index}."
-    moe = load_moe_layer(checkpoint, index, on_host=True)
+    read_dense = None if quantize is None else DenseExperts
+    moe = load_moe_layer(checkpoint, index, on_host=True, read_dense=read_dense)
 
     def linear(*names: str) -> Linear:
         """The products of these names as one, their rows behind each other."""

@@ -1,12 +1,11 @@
-"""Adds an adapter to a checkpoint's weights, layer by layer, and writes them in bfloat16."""
+"""Adds an adapter to a checkpoint's weights, layer by layer, and writes them: all in bfloat16, or experts in MXFP4."""
 
 import functools
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,32 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
+from jmoe.adapters.settings import LoraBLayout
+from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer
+from jmoe.config_file import model_entries
+from jmoe.files import copy, replace, write_tensors
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, NORM, attention_specs, check_layers, local_directory, steps
-from jmoe.gpt_oss.save import write_tensors
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, TARGETS, LoraWeights, sizes
-from jmoe.ops.mxfp4 import Mxfp4, dequantize, quantize
+from jmoe.ops.mxfp4 import BLOCK, NAN_SCALE, Mxfp4, dequantize, quantize
+
+type Format = Literal["bfloat16", "mxfp4"]
+"""What merged experts are written in; everything else is bfloat16."""
 
 COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 """What the merged model needs as it was."""
+
+QUANTIZATION = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""config.json's quantization_config as OpenAI's files have it, for checkpoints whose experts were dense."""
 
 
 class Factors(NamedTuple):
@@ -56,9 +71,9 @@ class Rounding(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """One target of one layer: its delta's Frobenius norm, as written in bfloat16, and if it were MXFP4 again.
+    """One target of one layer: its delta's Frobenius norm, and what is left of it in either format.
 
-    mxfp4: None on attention, which gpt-oss does not quantise.
+    mxfp4: None on attention, which gpt-oss does not quantise, and on experts of no whole blocks.
     """
 
     layer: int
@@ -69,9 +84,19 @@ class Merged(NamedTuple):
 
 
 class MergeReport(NamedTuple):
-    """Every target and layer that the adapter changes. Printed, a table."""
+    """Every target and layer that the adapter changes, and what experts were written in. Printed, a table."""
 
     rows: tuple[Merged, ...]
+    format: Format = "bfloat16"
+
+    @property
+    def below_rounding(self) -> tuple[Merged, ...]:
+        """The rows in which what was written differs from W + D by more than D itself."""
+        return tuple(row for row in self.rows if self.written(row).error > 1)
+
+    def written(self, row: Merged) -> Rounding:
+        """What the format that was written left of a row's delta."""
+        return row.mxfp4 if self.format == "mxfp4" and row.mxfp4 is not None else row.bfloat16
 
     def __str__(self) -> str:
         head = "layer  target    norm of D  bf16: error / D  survives  MXFP4: error / D  survives"
@@ -89,9 +114,11 @@ def merge(
     out: str | os.PathLike[str],
     *,
     adapter_index: int = 0,
+    format: Format = "bfloat16",
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> MergeReport:
-    """Writes the model with one adapter added to its weights, all in bfloat16, in Hugging Face's dense layout.
+    """Writes the model with one adapter added to its weights, in Hugging Face's layout.
 
     W + scale * B A is summed in float32 and rounded once. One layer is held at a time and is a file of its own; the
     index comes last, so that a directory that was not finished does not load.
@@ -101,22 +128,37 @@ def merge(
       adapter: a PEFT adapter's directory, or adapters that were loaded.
       out: a directory, new or empty.
       adapter_index: which of those that stand side by side.
+      format: "bfloat16": experts are dense, [E, in, out], and config.json has no quantization_config. "mxfp4": they are
+        rounded to MXFP4 by jmoe.quantize and written as OpenAI's files have them, `*_blocks` and `*_scales`; bytes of
+        experts that the adapter leaves alone stay as they are. MXFP4's rounding may well be larger than the delta:
+        see the report.
       progress: show a bar on a terminal.
+      lora_b_layout: of an adapter's directory that does not say it; see jmoe.gpt_oss.load_adapter.
 
     Returns:
-      How much of each delta bfloat16 keeps, and how much MXFP4 would if the experts were quantised again.
+      How much of each delta is left in what was written, and how much would be in the other format.
 
     Raises:
-      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; there is no such adapter; a sum is not finite.
+      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; there is no such adapter or format; a sum is not finite;
+        MXFP4 cannot hold experts of this width.
       FileExistsError: out is not empty.
-      OSError: a file cannot be written.
+      OSError: a file cannot be written; the error names it.
     """
+    if format not in ("bfloat16", "mxfp4"):
+        raise ValueError(f"format must be 'bfloat16' or 'mxfp4', got {format!r}")
     directory, folder = local_directory(path), Path(out)
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
-    lora = adapter if isinstance(adapter, LoraWeights) else load_adapter(adapter, config)
+    if isinstance(adapter, LoraWeights):
+        if lora_b_layout is not None:
+            raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
+        lora = adapter
+    else:
+        lora = load_adapter(adapter, config, lora_b_layout=lora_b_layout)
     check_adapter(lora, config, adapter_index)
+    if format == "mxfp4":
+        check_blocks(config)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; a merged model is written to a new directory")
@@ -126,7 +168,7 @@ def merge(
     size = 0
     for layer in steps(layers + 1, f"merging {directory.name}", progress):
         if layer < layers:
-            tensors, of_layer = merge_layer(checkpoint, config, layer, own_factors(lora, layer, adapter_index))
+            tensors, of_layer = merge_layer(checkpoint, config, layer, own_factors(lora, layer, adapter_index), format)
             rows += of_layer
         else:
             tensors = {name: checkpoint.tensor(name) for name in (EMBEDDING, NORM, HEAD)}
@@ -134,15 +176,30 @@ def merge(
         write_tensors(folder / file, tensors)
         files |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    settings = {
-        key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    replace(folder / "config.json", json.dumps(settings(directory, format), indent=2).encode())
     for pattern in COPIED:
         for source in directory.glob(pattern):
-            shutil.copyfile(source, folder / source.name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2))
-    return MergeReport(tuple(rows))
+            copy(source, folder / source.name)
+    replace(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2).encode())
+    return MergeReport(tuple(rows), format)
+
+
+def settings(directory: Path, format: Format) -> dict[str, Any]:
+    """config.json of the merged model, in Hugging Face's names whatever the model's is in."""
+    entries = dict(model_entries(directory))
+    quantization = entries.pop("quantization_config", None) or QUANTIZATION
+    entries |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in entries}
+    return entries | ({"quantization_config": quantization} if format == "mxfp4" else {})
+
+
+def check_blocks(config: Config) -> None:
+    """Raises ValueError unless experts' rows are whole MXFP4 blocks."""
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % BLOCK:
+            raise ValueError(
+                f"format 'mxfp4' packs blocks of {BLOCK} values, so {name} must be a multiple of it, "
+                f"got {getattr(config, name)}"
+            )
 
 
 def check_adapter(lora: LoraWeights, config: Config, index: int) -> None:
@@ -170,7 +227,7 @@ def own_factors(lora: LoraWeights, layer: int, adapter: int) -> dict[str, Factor
 
 
 def merge_layer(
-    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, Factors]
+    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, Factors], format: Format
 ) -> tuple[dict[str, np.ndarray], list[Merged]]:
     """(one layer's tensors as the merged model names them, what was merged)."""
     prefix = f"model.layers.{layer}."
@@ -191,13 +248,22 @@ def merge_layer(
         else:
             name = f"{prefix}mlp.experts.{target}_proj"
             tensors[f"{name}_bias"] = np.asarray(getattr(moe.experts, f"{target}_bias"))
-            weight, sums = add_to_experts(getattr(moe.experts, target), own)
-        if not jnp.isfinite(weight).all():
-            raise ValueError(f"{checkpoint.path}: {name} is not finite in bfloat16 with the adapter added to it")
-        tensors[name] = np.asarray(weight)
+            weight, sums = add_to_experts(getattr(moe.experts, target), own, format)
+        if not is_finite(weight):
+            kind = "MXFP4" if isinstance(weight, Mxfp4) else "bfloat16"
+            raise ValueError(f"{checkpoint.path}: {name} is not finite in {kind} with the adapter added to it")
+        if isinstance(weight, Mxfp4):
+            tensors |= {f"{name}_blocks": np.asarray(weight.blocks), f"{name}_scales": np.asarray(weight.scales)}
+        else:
+            tensors[name] = np.asarray(weight)
         if sums is not None and (row := merged(layer, target, sums)) is not None:
             rows.append(row)
     return tensors, rows
+
+
+def is_finite(weight: Mxfp4 | Array) -> bool:
+    """Whether all values are."""
+    return bool((weight.scales != NAN_SCALE).all() if isinstance(weight, Mxfp4) else jnp.isfinite(weight).all())
 
 
 def merged(layer: int, target: str, sums: Sums) -> Merged | None:
@@ -214,35 +280,53 @@ def merged(layer: int, target: str, sums: Sums) -> Merged | None:
     return Merged(layer, target, delta**0.5, rounding(sums.of_bfloat16), mxfp4)
 
 
-@jax.jit
-def add_to_experts(weight: Mxfp4 | Array, factors: Factors | None) -> tuple[Float[Array, "E K N"], Sums | None]:
-    """(the experts with the delta, bfloat16 and columns first, sums), one expert after another."""
+def add_to_experts(
+    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
+    """(the experts with the delta, in bfloat16 columns first; sums). MXFP4 that nothing is added to stays as it is."""
+    if format == "mxfp4" and factors is None and isinstance(weight, Mxfp4):
+        return weight, None
+    return add_to_each_expert(weight, factors, format)
 
-    def one_expert(own: tuple[Mxfp4 | Array, tuple[Array, Array] | None]) -> tuple[Array, Sums | None]:
+
+@functools.partial(jax.jit, static_argnames="format")
+def add_to_each_expert(
+    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
+    """As above, one expert after another, as their float32 sums are large."""
+
+    def one_expert(own: tuple[Any, tuple[Array, Array] | None]) -> tuple[Mxfp4 | Array, Sums | None]:
         weight, pair = own
         of_one = None if pair is None or factors is None else Factors(*pair, factors.scale)
-        total, sums = add_to_matrix(weight, of_one, requantize=True)
-        return total.T, sums
+        total, sums = add_to_matrix(weight, of_one, requantize=True, format=format)
+        return total if isinstance(total, Mxfp4) else total.T, sums
 
     return lax.map(one_expert, (weight, None if factors is None else factors[:2]))
 
 
-@functools.partial(jax.jit, static_argnames="requantize")
+@functools.partial(jax.jit, static_argnames=("requantize", "format"))
 def add_to_matrix(
-    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, requantize: bool
-) -> tuple[Float[Array, "N K"], Sums | None]:
-    """(W + scale * B A in bfloat16, sums that say how much of the delta is left)."""
+    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, requantize: bool, format: Format = "bfloat16"
+) -> tuple[Mxfp4 | Float[Array, "N K"], Sums | None]:
+    """(W + scale * B A in the format, sums that say how much of the delta is left)."""
     wide = dequantize(weight, jnp.float32) if isinstance(weight, Mxfp4) else weight.astype(jnp.float32)
     if factors is None:
-        return wide.astype(jnp.bfloat16), None
-    a, b = (factor.astype(jnp.float32) for factor in factors[:2])
-    delta = factors.scale * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
-    total = wide + delta
+        delta, total = None, wide
+    else:
+        a, b = (factor.astype(jnp.float32) for factor in factors[:2])
+        delta = factors.scale * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
+        total = wide + delta
+    in_bfloat16 = total.astype(jnp.bfloat16)
+    in_mxfp4 = None
+    if requantize and (format == "mxfp4" or total.shape[-1] % BLOCK == 0):
+        in_mxfp4 = jax.tree.map(lambda part: part[0], quantize(total[None]))
+    written = in_mxfp4 if format == "mxfp4" and in_mxfp4 is not None else in_bfloat16
+    if delta is None:
+        return written, None
 
     def rounded(to: Array) -> tuple[Array, Array]:
         to = to.astype(jnp.float32)
         return jnp.sum(jnp.square(to - total)), jnp.sum((to - wide) * delta)
 
-    in_bfloat16 = total.astype(jnp.bfloat16)
-    again = rounded(dequantize(quantize(total[None]), jnp.float32)[0]) if requantize else None
-    return in_bfloat16, Sums(jnp.sum(jnp.square(delta)), rounded(in_bfloat16), again)
+    of_mxfp4 = None if in_mxfp4 is None else rounded(dequantize(in_mxfp4, jnp.float32))
+    return written, Sums(jnp.sum(jnp.square(delta)), rounded(in_bfloat16), of_mxfp4)

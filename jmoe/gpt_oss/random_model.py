@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.load import empty_stack, put_layer, steps
+from jmoe.gpt_oss.load import steps
 from jmoe.gpt_oss.model import GptOss
+from jmoe.gpt_oss.stack import empty_stack, put_layer
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS, LayerWeights, Linear, LoraWeights, sizes
 from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.random_layer import LayerShape, random_layer

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.config import Rope
+from jmoe.gpt_oss.rope_settings import Rope
 from jmoe.ops.rotary import rotate
 
 

@@ -2,24 +2,32 @@
 
 import json
 import os
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from jmoe.adapters.settings import AdapterWarning
+from jmoe.files import replace, write_tensors
+from jmoe.gpt_oss.portable import misread
+from jmoe.gpt_oss.portable import portable as to_portable
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights
 
 PREFIX = "base_model.model."
 
 
 def save_adapter(
-    path: str | os.PathLike[str], lora: LoraWeights, *, adapter: int = 0, base_model: str | None = None
+    path: str | os.PathLike[str],
+    lora: LoraWeights,
+    *,
+    adapter: int = 0,
+    base_model: str | None = None,
+    portable: bool = False,
 ) -> None:
     """Writes one adapter as a directory that PEFT and jmoe.gpt_oss.load_adapter read.
 
@@ -31,6 +39,13 @@ def save_adapter(
       path: made if it is not there; its two files are replaced.
       adapter: which of those that stand side by side.
       base_model: the name of the base model, for adapter_config.json.
+      portable: write it so that other programs cannot misread it, of the same effect: scales are multiplied into B, so
+        that one lora_alpha = r holds for all, smaller ranks are padded with zeros to one r, and where a layer has LoRA
+        on one of the experts' projections alone, the other has factors of zeros. The file grows by what is padded.
+
+    Warns:
+      AdapterWarning: a program that reads PEFT's format is known to read this adapter otherwise, or not; it is named.
+        Never with portable.
 
     Raises:
       ValueError: there is no such adapter, or all of its scales are 0.
@@ -42,35 +57,21 @@ def save_adapter(
     layers = layers_of(lora, adapter)
     if not any(layers.values()):
         raise ValueError(f"adapter {adapter} must change some layer, got scales of 0 alone")
+    if portable:
+        lora, adapter = to_portable(lora, adapter), 0
+        layers = layers_of(lora, adapter)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    entries = settings(lora, adapter, layers, base_model)
     write_tensors(folder / "adapter_model.safetensors", tensors(lora, adapter, layers))
-    replace(folder / "adapter_config.json", json.dumps(settings(lora, adapter, layers, base_model), indent=2).encode())
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_bytes(content)
-    fresh.replace(file)
-
-
-def write_tensors(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whole or not at all.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    fresh = file.with_name(file.name + ".new")
-    fresh.touch()
-    mode = fresh.stat().st_mode  # what any new file may be done with; safetensors' are for their owner alone
-    try:
-        save_file(dict(arrays), fresh, metadata={"format": "pt"})
-    except SafetensorError as error:
-        fresh.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error}") from None
-    fresh.chmod(mode)
-    fresh.replace(file)
+    replace(folder / "adapter_config.json", json.dumps(entries, indent=2).encode())
+    if problems := list(misread(entries, layers)):
+        warnings.warn(
+            f"{folder} is as PEFT reads it, but {'; '.join(problems)}; save_adapter(..., portable=True) or jmoe "
+            "convert-adapter --portable write one that these read too",
+            AdapterWarning,
+            stacklevel=2,
+        )
 
 
 def module_name(layer: int, target: str) -> str:

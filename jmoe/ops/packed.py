@@ -70,14 +70,16 @@ def empty_packed(*leading: int, n: int, k: int, device: Sharding | None = None) 
     return PackedMxfp4(words, scales, n, k)
 
 
-def pack_into(packed: PackedMxfp4, weight: Mxfp4, *layer: int) -> PackedMxfp4:
+def pack_into(packed: PackedMxfp4, weight: Mxfp4, *layer: int, first: int = 0) -> PackedMxfp4:
     """`packed` with this weight's experts in their place, in its own memory, so that the one given is used up.
 
-    layer: which one, if `packed` is of several.
+    Args:
+      layer: which one, if `packed` is of several.
+      first: the place of the weight's first expert.
     """
     words, scales = packed.words, packed.scales
     for expert in range(weight.shape[0]):
-        index = *layer, expert
+        index = *layer, first + expert
         words, scales = _pack_into(words, scales, index, weight.blocks[expert], weight.scales[expert])
     return dataclasses.replace(packed, words=words, scales=scales)
 

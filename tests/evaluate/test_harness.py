@@ -179,7 +179,7 @@ def test_a_conversation_is_written_by_the_checkpoints_template(base: HarnessMode
 
 
 def test_strings_that_are_special_tokens_stop_too(base: HarnessModel, tokenizer: Any) -> None:
-    assert base.stop_tokens(["<|start|>", "License"]) == [END_OF_TEXT, *encode(tokenizer, "<|start|>")]
+    assert base.stop_tokens(["<|start|>", "License"]) == [END_OF_TEXT, *encode(tokenizer, "<|start|><|return|>")]
 
 
 def test_given_stop_tokens_stop(model: gpt_oss.GptOss, tokenizer: Any) -> None:

@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jmoe import gpt_oss
 from jmoe.gpt_oss import Config, Rope
-from jmoe.gpt_oss.config import stop_tokens
+from jmoe.gpt_oss.config import PositionsWarning, stop_tokens, warn_past_positions
 from jmoe.gpt_oss.rope import inverse_frequencies, scale
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case" / "model"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 
 
 def written(folder: Path, **changes: object) -> Path:
@@ -56,6 +60,7 @@ def test_without_layer_types_even_layers_slide(tmp_path: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+FULL = YARN | {"original_max_position_embeddings": 4096, "truncate": False}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,36 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0
         ({"hidden_act": "gelu"}, 'hidden_act must be "silu", got "gelu"'),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
         ({"head_dim": 0}, "head_dim must be a positive int, got 0"),
+        ({"head_dim": 31}, "head_dim must be even, got 31"),
+        ({"rope_theta": 1}, r"rope_theta must be between 1 and 1e\+30, got 1"),
+        ({"rope_theta": 0.5}, "rope_theta must be between 1 and"),
+        ({"rope_theta": 0}, "rope_theta must be a positive float, got 0"),
+        ({"rope_theta": -10000}, "rope_theta must be a positive float, got -10000"),
+        ({"rope_theta": 10**400}, r"rope_theta must be a positive float, got 10{199}\.\.\.$"),
+        ({"rope_theta": 1e300}, "rope_theta must be between 1 and"),
+        ({"rope_scaling": FULL | {"beta_fast": 1e308}}, "beta_fast must be between"),
+        ({"rope_scaling": FULL | {"beta_slow": 1e-320}}, "beta_slow must be between"),
+        ({"rope_scaling": FULL | {"factor": float("inf")}}, "factor must be a positive float, got Infinity"),
+        ({"rope_scaling": FULL | {"original_max_position_embeddings": 4096.5}}, "must be a positive int, got 4096.5"),
+        (
+            {"rope_scaling": FULL | {"attention_factor": 1.2}},
+            r"got also \['attention_factor'\] \(attention_factor 1.2\)",
+        ),
+        ({"rope_scaling": FULL | {"mscale": 1, "mscale_all_dim": 1}}, r"got also \['mscale', 'mscale_all_dim'\]"),
+        ({"rope_scaling": FULL | {"attention_factor": "1"}}, r"got also \['attention_factor'\]"),
+        ({"rope_scaling": FULL | {"partial_rotary_factor": 0.5}}, r"got also \['partial_rotary_factor'\]"),
+        ({"rope_parameters": FULL | {"factor": 8.0}}, "factor of rope must be one, got 8.0 and 32.0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, got 1000000000"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers must be a positive int, got 1000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive float, got 1000"),
+        ({"sliding_window": 2**31}, "sliding_window must be a positive int, got 2147483648"),
+        ({"max_position_embeddings": "long"}, 'max_position_embeddings must be a positive int, got "long"'),
+        ({"pad_token_id": 10**400}, "pad_token_id must be a token id, got 1000"),
+        ({"eos_token_id": 10**400}, "eos_token_id must be a token id or a list of them, got 1000"),
+        ({"quantization_config": {"quant_method": "quark"}}, 'quant_method must be "mxfp4", got "quark"'),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, 'got "compressed-tensors"'),
+        ({"quantization_config": {"quant_method": ["deep"] * 99}}, r'got \["deep", .{,199}\.\.\.;'),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config.quant_method must be"),
         ({"sliding_window": None}, "sliding_window must be a positive int, got null"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads = 3"),
     ],
@@ -108,6 +143,26 @@ def test_stop_tokens_may_be_several_in_the_configuration(tmp_path: Path) -> None
     assert stop_tokens(directory, Config.load(directory)) == (0, 5)
 
 
+def test_a_loaded_configuration_has_the_stop_tokens_of_the_command(tmp_path: Path) -> None:
+    directory = written(tmp_path)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert Config.load(directory).stop_tokens == (3, 5)
+    assert Config.load(CASE).stop_tokens == (127,)
+
+
+def test_return_alone_stands_for_what_ends_a_text_of_the_released_models(tmp_path: Path) -> None:
+    released = (200002, 199999, 200012)
+    assert Config.gpt_oss_20b().stop_tokens == released
+    assert Config.load(written(tmp_path, vocab_size=201088, eos_token_id=200002)).stop_tokens == released
+    assert Config.load(written(tmp_path, vocab_size=201088, eos_token_id=None)).stop_tokens == released
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 200002}')
+    assert Config.load(tmp_path).stop_tokens == (200002,)
+
+
+def test_a_configuration_by_hand_stops_at_its_own_end_of_text() -> None:
+    assert dataclasses.replace(Config.gpt_oss_20b(), eos_token_id=7, stop_tokens=()).stop_tokens == (7,)
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -120,3 +175,124 @@ def test_stop_tokens_that_are_none(written: str, message: str, tmp_path: Path) -
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
     with pytest.raises(ValueError, match=message):
         stop_tokens(tmp_path, Config.load(CASE))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"attention_factor": 0.1 * math.log(32) + 1},
+        {"attention_factor": 1.3465735903},
+        {"attention_factor": None},
+        {"mscale": 1},
+        {"mscale": 1.0, "mscale_all_dim": 0},
+        {"mscale": 0.1 * math.log(32) + 1},
+        {"partial_rotary_factor": 1.0},
+        {"original_max_position_embeddings": 4096.0, "factor": 32, "beta_fast": 32, "beta_slow": 1},
+    ],
+)
+def test_rope_settings_that_change_nothing(same: dict, tmp_path: Path) -> None:
+    rope = FULL | same
+    config = Config.load(written(tmp_path, rope_scaling=rope))
+    assert config == Config.load(CASE)
+    assert isinstance(config.rope.original_max_position_embeddings, int)
+    both = rope | {"rope_theta": 150000.0}
+    assert Config.load(written(tmp_path, rope_scaling=None, rope_theta=None, rope_parameters=both)) == config
+
+
+@pytest.mark.parametrize("factor", [1e-29, 1.0, 1e29])
+@pytest.mark.parametrize("theta", [1 + 1e-9, 1e29])
+@pytest.mark.parametrize("beta", [1e-29, 1e29])
+@pytest.mark.parametrize("length", [1, 2**31 - 1])
+def test_whatever_is_accepted_gives_finite_frequencies(
+    factor: float, theta: float, beta: float, length: int, tmp_path: Path
+) -> None:
+    for fast, slow in ((beta, 1.0), (32.0, beta), (beta, beta)):
+        rope = FULL | {"factor": factor, "beta_fast": fast, "beta_slow": slow}
+        rope |= {"original_max_position_embeddings": length}
+        config = Config.load(written(tmp_path, rope_scaling=rope, rope_theta=theta))
+        assert np.isfinite(inverse_frequencies(config.rope, 64).astype(np.float32)).all()
+
+
+def test_whole_floats_are_integers(tmp_path: Path) -> None:
+    changes = {
+        "hidden_size": 64.0,
+        "sliding_window": 8.0,
+        "num_hidden_layers": 2.0,
+        "max_position_embeddings": 131072.0,
+    }
+    assert Config.load(written(tmp_path, **changes)) == Config.load(CASE)
+
+
+NESTED = "[" * 100000 + "]" * 100000
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NESTED, "is nested too deeply"),
+        (f'{{"a": {NESTED}}}', "is nested too deeply"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "is nested too deeply"),
+        (f'{{"a": {"9" * 5000}}}', "is not valid JSON: Exceeds the limit"),
+        ('{"a": {"b": 1, "b": 2}}', 'is not valid JSON: "b" has two values, 1 and 2'),
+        ("\xff\xfe{", "is not valid JSON: "),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(CASE, tmp_path / "model"))
+    (directory / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(directory / name))} {message}.{{,200}}$"):
+        gpt_oss.load(directory, progress=False)
+
+
+def test_a_name_that_is_there_twice_with_one_value_is_read(tmp_path: Path) -> None:
+    text = (written(tmp_path) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"hidden_size": 64, ', 1))
+    assert Config.load(tmp_path) == Config.load(CASE)
+
+
+def test_the_longest_text_that_the_model_was_made_for(tmp_path: Path) -> None:
+    assert Config.gpt_oss_20b().max_position_embeddings == 131072
+    config = Config.load(written(tmp_path, max_position_embeddings=40))
+    assert config.max_position_embeddings == 40
+    with pytest.warns(PositionsWarning, match="a text of 41 tokens is longer than the 40 that the model was made for"):
+        warn_past_positions(config, 41)
+    warn_past_positions(config, 40)
+    unknown = Config.load(written(tmp_path, max_position_embeddings=None))
+    assert unknown.max_position_embeddings is None
+    warn_past_positions(unknown, 10**6)
+
+
+def test_generation_past_it_is_warned_of(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(CASE, tmp_path / "model"))
+    model = gpt_oss.load(written(directory, max_position_embeddings=4), progress=False)
+    with pytest.warns(PositionsWarning, match="a text of 5 tokens"):
+        gpt_oss.generate(model, [[1, 2, 3]], max_new_tokens=2)
+
+
+def test_fine_tuning_past_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jmoe.finetune.config import FinetuneConfig
+    from jmoe.finetune.run import finetune
+
+    def load(*_: object, **__: object) -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr("jmoe.finetune.run.load", load)
+    directory = Path(shutil.copytree(EXAMPLE, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "permission of the licensor"}))
+    options = {"model": str(directory), "data": str(tmp_path / "data.jsonl"), "out": str(tmp_path / "out")}
+    options |= {"validation_fraction": 0.0}
+    with pytest.warns(PositionsWarning, match="longer than the 4 that"), pytest.raises(ValueError, match="enough"):
+        finetune(FinetuneConfig.create(options))
+
+
+def test_evaluation_past_it_is_warned_of(tmp_path: Path) -> None:
+    from jmoe.evaluate.harness import HarnessModel
+
+    directory = Path(shutil.copytree(CASE, tmp_path / "model"))
+    model = gpt_oss.load(written(directory, max_position_embeddings=40), progress=False)
+    with pytest.warns(PositionsWarning, match="a text of 41 tokens"):
+        HarnessModel(model, None, max_length=41)
+    HarnessModel(model, None, max_length=40)

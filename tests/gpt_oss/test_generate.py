@@ -1,6 +1,8 @@
 """Generated text: greedy, sampled, stopped, streamed, in batches."""
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.generate import step_rate
-from jmoe.gpt_oss.sample import sample
+from jmoe.gpt_oss.generate import check_finite, step_rate
+from jmoe.gpt_oss.sample import Sampling, choose, sample
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -56,6 +58,15 @@ def test_a_sequence_ends_at_its_stop_token(model: gpt_oss.GptOss, expected: dict
     assert (generated.tokens[0, end + 1 :] == model.config.pad_token_id).all()
 
 
+def test_the_configuration_says_what_stops_where_nothing_else_does(expected: dict[str, np.ndarray]) -> None:
+    want = expected["gen_tokens"].tolist()
+    config = dataclasses.replace(gpt_oss.Config.load(CASE / "model"), stop_tokens=(want[9], want[5]))
+    model = gpt_oss.load(CASE / "model", dtype=jnp.float32, progress=False)
+    model.config = config
+    generated = gpt_oss.generate(model, [expected["gen_prompt"][0].tolist()], max_new_tokens=16)
+    assert generated.lengths.tolist() == [min(want.index(want[9]), want.index(want[5]))]
+
+
 def test_a_seed_is_a_text(model: gpt_oss.GptOss) -> None:
     run = lambda seed: gpt_oss.generate(  # noqa: E731
         model, [[1, 2, 3]], max_new_tokens=12, stop_tokens=[], temperature=1.0, seed=seed, adapter_ids=[-1]
@@ -82,6 +93,102 @@ def test_samples_follow_temperature_and_top_p() -> None:
     assert largest_last.tolist() == [3]
 
 
+def transformers_probabilities(logits: np.ndarray, seen: list[int], **options: float) -> np.ndarray:
+    """What transformers would sample from, by its own processors in its own order."""
+    import torch
+    from transformers import GenerationConfig, GenerationMixin
+
+    config = GenerationConfig(do_sample=True, **options)
+    mixin = GenerationMixin()
+    mixin.config = SimpleNamespace(is_encoder_decoder=False)
+    processors = mixin._get_logits_processor(config, input_ids_seq_length=len(seen), device="cpu")
+    scores = processors(torch.tensor([seen]), torch.tensor(logits)[None])
+    return torch.softmax(scores, dim=-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 5},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.6, "top_k": 7, "top_p": 0.8, "min_p": 0.15, "repetition_penalty": 1.4},
+        {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.6},
+    ],
+)
+def test_sampling_is_that_of_transformers(options: dict[str, float]) -> None:
+    logits = np.random.default_rng(0).normal(0, 1.5, 24).astype(np.float32)
+    seen = [0, 3, 4, 11, int(logits.argmax())]
+    mask = np.zeros((1, 24), bool)
+    mask[0, seen] = True
+    every = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | options
+    sampling = Sampling.create(**every)
+    draw = jax.jit(jax.vmap(lambda key: choose(jnp.asarray(logits)[None], key, sampling, jnp.asarray(mask))[0]))
+    tokens = draw(jax.random.split(jax.random.key(0), 6000))
+    want = transformers_probabilities(logits, seen, **every)
+    found = np.bincount(np.asarray(tokens), minlength=24) / len(tokens)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(want))
+    np.testing.assert_allclose(found, want, atol=0.03)
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_the_text(model: gpt_oss.GptOss) -> None:
+    prompt = [5, 6, 7]
+    options = {"max_new_tokens": 24, "stop_tokens": [], "adapter_ids": [-1]}
+    generated = gpt_oss.generate(model, [prompt], repetition_penalty=1e4, **options).tokens[0].tolist()
+    assert len({*prompt, *generated}) == len(prompt) + 24
+
+
+def test_a_seed_of_its_own_gives_a_sequence_the_text_that_it_has_alone(model: gpt_oss.GptOss) -> None:
+    options = {"max_new_tokens": 12, "stop_tokens": [], "temperature": 1.5, "top_k": 50}
+    prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3], [1, 2, 3]]
+    together = gpt_oss.generate(model, prompts, seed=[7, 8, 9, 7], adapter_ids=[-1] * 4, **options).tokens
+    for row, (prompt, seed) in enumerate(zip(prompts, [7, 8, 9, 7], strict=True)):
+        alone = gpt_oss.generate(model, [prompt], seed=seed, adapter_ids=[-1], **options).tokens[0]
+        assert together[row].tolist() == alone.tolist()
+    assert together[0].tolist() == together[3].tolist() != together[2].tolist()
+
+
+def test_a_callback_may_end_a_sequence(model: gpt_oss.GptOss) -> None:
+    generated = gpt_oss.generate(
+        model,
+        [[1, 2, 3], [4, 5, 6]],
+        max_new_tokens=12,
+        stop_tokens=[],
+        adapter_ids=[-1, -1],
+        callback=lambda tokens, text: np.array([False, True]),
+        chunk=4,
+    )
+    assert generated.lengths.tolist() == [12, 4]
+    assert (generated.tokens[1, 4:] == model.config.pad_token_id).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_an_error(value: float) -> None:
+    model = gpt_oss.load(CASE / "model", dtype=jnp.float32, progress=False)
+    embedding = model.embedding.get_value()
+    model.embedding.set_value(embedding.at[9].set(value))
+    good = gpt_oss.generate(model, [[1, 2, 3]], max_new_tokens=2, stop_tokens=[])
+    assert good.lengths.tolist() == [2]
+    with pytest.raises(ValueError, match=r"logits are not finite in sequence 1 at its new token 1\b"):
+        gpt_oss.generate(model, [[1, 2, 3], [1, 9, 3]], max_new_tokens=2, stop_tokens=[])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_one_infinite_logit_is_an_error_though_it_may_never_be_chosen(value: float) -> None:
+    model = gpt_oss.load(CASE / "model", dtype=jnp.float32, progress=False)
+    model.head.set_value(model.head.get_value().at[9, 0].set(value))
+    with pytest.raises(ValueError, match=r"logits are not finite in sequence 0 at its new token 1\b"):
+        gpt_oss.generate(model, [[1, 2, 3]], max_new_tokens=2, stop_tokens=[])
+
+
+def test_the_first_token_whose_logits_are_not_finite_is_named() -> None:
+    finite = np.ones((3, 2), bool)
+    check_finite(finite, 8)
+    finite[1:, 0] = False
+    with pytest.raises(ValueError, match="sequence 0 at its new token 10:"):
+        check_finite(finite, 8)
+
+
 def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
     assert step_rate([(16, 9.0), (16, 2.0), (16, 2.0), (4, 9.0)]) == 8
     assert step_rate([(16, 9.0), (4, 9.0)]) is None
@@ -100,6 +207,11 @@ def test_the_rate_of_steps_leaves_out_what_may_have_compiled() -> None:
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"temperature": -1}, "temperature must be 0 or more, got -1"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"top_k": -1}, "top_k must be an integer, 0 for all or more, got -1"),
+        ({"top_k": 1.5}, "top_k must be an integer, 0 for all or more, got 1.5"),
+        ({"min_p": float("nan")}, r"min_p must be in \[0, 1\], got nan"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be positive and finite, got 0"),
+        ({"seed": [1, 2]}, r"seed must be one, or one for each of the 1 prompts, got \[1, 2\]"),
     ],
 )
 def test_options_out_of_range(model: gpt_oss.GptOss, options: dict, message: str) -> None:

@@ -11,7 +11,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.load import FILES, put
+from jmoe.gpt_oss.load import FILES
+from jmoe.gpt_oss.stack import put
 from jmoe.ops.mxfp4 import PackedMxfp4, quantize
 from jmoe.ops.packed import empty_packed, pack_into, pack_weight
 
@@ -108,6 +109,8 @@ def test_an_index_that_points_outside_is_refused(copy: Path) -> None:
 def test_neither_a_directory_nor_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=f"checkpoint directory {tmp_path}/none does not exist"):
         gpt_oss.load(tmp_path / "none", progress=False)
+    with pytest.raises(FileNotFoundError, match=r"original is no directory; of the Hub give openai/gpt-oss-20b$"):
+        gpt_oss.load("openai/gpt-oss-20b/original", progress=False)
 
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no network\nmore lines")

@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_adapter_before(
 
     gpt_oss.save_adapter(tmp_path, adapter)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr("jmoe.gpt_oss.save.save_file", full)
+    monkeypatch.setattr("jmoe.files.save_file", full)
     with pytest.raises(OSError, match=r"adapter_model.safetensors could not be written: .*No space left"):
         gpt_oss.save_adapter(tmp_path, jax.tree.map(lambda leaf: 2 * leaf, adapter))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

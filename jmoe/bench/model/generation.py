@@ -15,6 +15,7 @@ from jmoe.gpt_oss.decode import Decoding
 from jmoe.gpt_oss.generate import Progress, advance, start
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.random_model import random_model
+from jmoe.gpt_oss.sample import Sampling
 
 STEPS = 32
 """Of decoding in one call, as in a chunk of jmoe.gpt_oss.generate."""
@@ -31,7 +32,7 @@ def measure(case: ModelCase) -> Figures:
     times = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
-        _, _, state = jax.block_until_ready(advance(model, state, NO_STOP, 0.0, 1.0, STEPS, True))
+        *_, state = jax.block_until_ready(advance(model, state, NO_STOP, Sampling(), STEPS))
         times.append((time.perf_counter() - began) / STEPS)
     if not bool(jnp.isfinite(state.logits).all()):
         raise FloatingPointError(f"{case}: logits are not finite")

@@ -12,6 +12,7 @@ from jmoe.bench.model.generation import NO_STOP, prefill
 from jmoe.bench.profile import Kernel, on_gpu_streams, read_trace
 from jmoe.gpt_oss.generate import advance
 from jmoe.gpt_oss.random_model import random_model
+from jmoe.gpt_oss.sample import Sampling
 
 STEPS = 4
 """In one call, so that what a call itself costs does not count much."""
@@ -24,9 +25,9 @@ def measure(case: ModelCase) -> Figures:
     """Microseconds a step by part; command buffers, in which the profiler sees no kernels, must be off."""
     model = random_model(case.config, rank=case.rank)
     _, state = prefill(model, case)
-    arguments = NO_STOP, 0.0, 1.0, STEPS, True
+    arguments = NO_STOP, Sampling(), STEPS
     program = advance.lower(model, state, *arguments).compile().as_text()  # type: ignore[attr-defined]
-    _, _, state = jax.block_until_ready(advance(model, state, *arguments))
+    *_, state = jax.block_until_ready(advance(model, state, *arguments))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(advance(model, state, *arguments))

@@ -1,0 +1,98 @@
+"""One reply: its tokens to text by channel, up to the strings that end it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jmoe.channels import FINAL, ChannelReader, ChannelText
+from jmoe.gpt_oss.stream import TextStream
+from jmoe.stop_strings import StopStrings
+
+
+class Reply:
+    """A reply as its tokens come.
+
+    With a tokenizer of channels the strings that end it act in the final channel, else in all its text.
+
+    Attributes:
+      messages: its text so far, a piece for each message: one channel, one recipient.
+      new_tokens: tokens so far; a stop token is not counted, those that hold a string that ends the reply are.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), *, whole: bool = False) -> None:
+        """A reply without tokens.
+
+        Args:
+          tokenizer: as jmoe.text.load_tokenizer returns it.
+          stop_strings: the text ends before the first of them.
+          whole: take all tokens for text, the special ones too, whatever channels they name.
+        """
+        self.messages: list[ChannelText] = []
+        self.new_tokens = 0
+        self._reader = _Whole(tokenizer) if whole else ChannelReader(tokenizer)
+        self._stop = StopStrings(stop_strings)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The string that has ended the reply."""
+        return self._stop.found
+
+    @property
+    def answered(self) -> bool:
+        """Whether it came to its final channel; True without channels."""
+        return self._reader.reached_final
+
+    def text(self, channel: str = FINAL) -> str:
+        """All text of a channel so far."""
+        return "".join(message.text for message in self.messages if message.channel == channel)
+
+    @property
+    def channels(self) -> dict[str, str]:
+        """All text so far, by channel; in order of appearance."""
+        return {message.channel: self.text(message.channel) for message in self.messages}
+
+    def push(self, tokens: Sequence[int]) -> list[ChannelText]:
+        """What these tokens add to the text; nothing once a stop string was found."""
+        new: list[ChannelText] = []
+        for token in tokens:
+            if self.stop_string is not None:
+                break
+            self.new_tokens += 1
+            new += self._cut(self._reader.push([token]))
+        return self._keep(new)
+
+    def finish(self) -> list[ChannelText]:
+        """What is left when no more tokens come."""
+        new = [] if self.stop_string is not None else self._cut(self._reader.finish())
+        if held := self._stop.finish():
+            new.append(ChannelText(FINAL, held))
+        return self._keep(new)
+
+    def _cut(self, pieces: Sequence[ChannelText]) -> list[ChannelText]:
+        """The pieces, the final channel's without what is held back or lies behind a stop string."""
+        cut = [
+            piece._replace(text=self._stop.push(piece.text)) if piece.channel == FINAL else piece for piece in pieces
+        ]
+        return [piece for piece in cut if piece.text]
+
+    def _keep(self, pieces: list[ChannelText]) -> list[ChannelText]:
+        for piece in pieces:
+            if self.messages and self.messages[-1]._replace(text="") == piece._replace(text=""):
+                self.messages[-1] = piece._replace(text=self.messages[-1].text + piece.text)
+            else:
+                self.messages.append(piece)
+        return pieces
+
+
+class _Whole:
+    """A reader of tokens that are all text."""
+
+    reached_final = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._stream = TextStream(tokenizer, show_special=True)
+
+    def push(self, tokens: Sequence[int]) -> list[ChannelText]:
+        return [ChannelText(FINAL, self._stream.push(tokens))]
+
+    def finish(self) -> list[ChannelText]:
+        return [ChannelText(FINAL, self._stream.finish())]

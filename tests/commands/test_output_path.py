@@ -1,0 +1,37 @@
+"""Where commands write to: an empty path is no path."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jmoe.cli import app
+from jmoe.commands.output_path import output_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["parity"],
+        ["bench"],
+        ["tune"],
+        ["bench-model"],
+        ["merge", "--model", "a-model", "--adapter", "an-adapter"],
+        ["convert-adapter", "--model", "a-model", "--adapter", "an-adapter"],
+        ["generate", "--model", "a-model", "a prompt"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_refused_before_anything_runs(command: list[str], path: str) -> None:
+    run = CliRunner().invoke(app, [*command, "--out", path])
+    assert run.exit_code == 2
+    assert "Invalid value for '--out': must name a file or directory to write to" in run.output
+
+
+def test_any_other_path_is_one() -> None:
+    assert output_path(".") == Path()
+    assert output_path("a b/c") == Path("a b", "c")
+    with pytest.raises(typer.BadParameter, match="got an empty path"):
+        output_path("")
