@@ -2,17 +2,17 @@
 
 import dataclasses
 import inspect
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.console import Console
 
 from jmoe.device_memory import allow_whole_gpu
 from jmoe.finetune.config import FinetuneConfig, plain_types, read_file
-
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it."""
+from jmoe.finetune.stopping import exit_status
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
@@ -46,12 +46,18 @@ def finetune(config: Path | None, **flags: Any) -> None:
     """Trains LoRA on a gpt-oss checkpoint's experts and attention, from JSONL to an adapter in PEFT's format.
 
     Options come from --config, a TOML or JSON file of the same names, and from flags, which win. Run again with the
-    same options, it goes on where it stopped.
+    same options, it goes on where it stopped. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end it after the step that is going
+    on, with a checkpoint; the exit status is 128 and the signal's number.
     """
     allow_whole_gpu()
-    from jmoe.finetune.run import finetune as run
-
     given = {name: value for name, value in flags.items() if value is not None}
     entries = ({} if config is None else read_file(config)) | given
-    if run(FinetuneConfig.create(entries)).ending == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    try:
+        from jmoe.finetune.run import finetune as run
+
+        result = run(FinetuneConfig.create(entries), owns_process=True)
+    except KeyboardInterrupt:  # before the first step: what is there is as it was
+        Console(stderr=True).print("jmoe: interrupted", highlight=False)
+        raise typer.Exit(exit_status(signal.SIGINT)) from None
+    if result.signal is not None:
+        raise typer.Exit(exit_status(result.signal))

@@ -58,6 +58,11 @@ class FinetuneConfig:
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order and split.")
     quantize: Literal["mxfp4"] | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
+    log_every: int | None = option(None, help="Steps between lines of figures; none: 20 lines, and one each 30 s.")
+    quiet: bool = option(False, help="Print the last line and errors alone.")
+    log_to: str | None = option(
+        None, help="tensorboard, wandb (with commas between) or none; not given: TensorBoard's files where installed."
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can have."""
@@ -73,6 +78,11 @@ class FinetuneConfig:
         self._check("seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
         self._check("keep", self.keep >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
+        self._check("log_every", self.log_every is None or self.log_every >= 1, "at least 1")
+        named = len(self.trackers) > 0 or self.log_to in (None, "none")
+        self._check(
+            "log_to", named and set(self.trackers) <= {"tensorboard", "wandb"}, "tensorboard,wandb, one or none"
+        )
         known = set(self.lora_targets) <= set(TARGETS) and len(self.lora_targets) > 0
         self._check("targets", known, f"some of {', '.join(TARGETS)}, with commas between")
 
@@ -84,6 +94,12 @@ class FinetuneConfig:
     def lora_targets(self) -> tuple[str, ...]:
         """`targets`, one by one."""
         return tuple(name.strip() for name in self.targets.split(",") if name.strip())
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What `log_to` names, one by one."""
+        names = "" if self.log_to in (None, "none") else str(self.log_to)
+        return tuple(name.strip() for name in names.split(",") if name.strip())
 
     @property
     def scale(self) -> float:

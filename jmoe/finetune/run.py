@@ -4,6 +4,8 @@ import dataclasses
 import datetime
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jmoe.file_errors import naming
 from jmoe.finetune.batches import Batch, Batches, digest, split
-from jmoe.finetune.checkpoint import Checkpoints
+from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.display import Display
+from jmoe.finetune.display import Display, stderr_console
 from jmoe.finetune.examples import Examples, read_examples
 from jmoe.finetune.expert_check import ExpertCheck
+from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, check_plot, plot
 from jmoe.finetune.packing import pack
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
+from jmoe.finetune.stopping import stop_signals
+from jmoe.finetune.trackers import check_trackers, make_trackers
 from jmoe.gpt_oss.config import Config, warn_past_positions
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
@@ -33,30 +39,54 @@ from jmoe.text import check_vocabulary, load_tokenizer
 class Result(NamedTuple):
     """How a run ended.
 
-    adapter: its directory, in PEFT's format: of the lowest validation loss, or the last without validation.
+    adapter: its directory, in PEFT's format: of the lowest validation loss, or the last without validation. A run that
+      was interrupted before its first step has none.
     best_loss: that validation loss, or None.
+    signal: the number of the signal that interrupted it, or None.
     """
 
     ending: Ending
     steps: int
     adapter: Path
     best_loss: float | None
+    signal: int | None = None
 
 
-def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
+def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_process: bool = False) -> Result:
     """Trains LoRA on a gpt-oss checkpoint, or goes on with the run that config.out holds.
+
+    Once steps are taken, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after the step that is going on, with a
+    checkpoint. A run that had ended goes on if it is now given more steps or epochs, or more patience.
+
+    Args:
+      console: told what happens; standard error if None.
+      owns_process: whether a second such signal ends the process; else it raises KeyboardInterrupt.
 
     Raises:
       FileNotFoundError: the model or a file is missing.
-      ValueError: an option, a row of the data or the checkpoint does not fit, or config.out holds a run with others; a
-        loss was not finite (NonFiniteLossError).
-      OSError: the disk is full.
-      ImportError: the extra "finetune" is not installed.
+      ValueError: an option, a row of the data or the checkpoint does not fit; config.out holds a run with others, or
+        what a run would overwrite; a loss was not finite (NonFiniteLossError); another run is going on in config.out
+        (FolderInUseError).
+      OSError: a file, which is named, cannot be written, as on a full disk.
+      ImportError: the extra "finetune" is not installed, or what config.log_to names.
     """
     check_plot()
-    console = Console(stderr=True) if console is None else console
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_trackers(config.trackers)
+    console = stderr_console() if console is None else console
+    notices = Console(quiet=True) if config.quiet else console
+    with run_folder(config) as out:
+        result = run_in(out, config, notices, owns_process)
+    by = f" by {signal.Signals(result.signal).name}" if result.signal is not None else ""
+    adapter = f"adapter in {result.adapter}" if result.adapter.is_dir() else "no adapter yet"
+    on = "; the same command goes on" if result.ending == "interrupted" else ""
+    steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+    text = f"{result.ending}{by} after {steps}; {adapter}{on}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bool) -> Result:
+    """Trains in a folder that is locked, see finetune."""
     for field in dataclasses.fields(config):
         console.print(f"{field.name:20} {getattr(config, field.name)}", markup=False, highlight=False, soft_wrap=True)
     directory = local_directory(config.model)
@@ -70,23 +100,33 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
     steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
     held_out = validation_batches(config, validation)
-    model = new_model(config, directory)
-    console.print(str(trainable_report(model)).splitlines()[-1], highlight=False)
-    trainer = Trainer(model, make_optimizer(config, steps), loss_chunk=config.loss_chunk)
-    adapter = out / "adapter"
-
-    def save(state: TrainState) -> None:
-        lora = trainer.model(state).lora
-        assert lora is not None
-        save_adapter(adapter, lora, base_model=config.model)
-
     with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
-        state, standing = checkpoints.restore(trainer.start)
-        if standing.step:
-            console.print(f"going on after step {standing.step}", highlight=False)
-        replace(out / "begun.txt", f"{day}\n".encode())
-        (out / "finetune.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        with Metrics(out, standing.step) as metrics, Display(steps, standing.step, console) as display:
+        standing, notes = go_on(checkpoints.standing(), steps, config)
+        for note in notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        trainer = Trainer(new_model(config, directory), make_optimizer(config, steps), loss_chunk=config.loss_chunk)
+        console.print(str(trainable_report(trainer.model(trainer.start))).splitlines()[-1], highlight=False)
+        state, _ = checkpoints.restore(trainer.start)
+        write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
+        write(out / BEGUN, day.isoformat())
+
+        adapter = out / "adapter"
+
+        def save(state: TrainState) -> None:
+            lora = trainer.model(state).lora
+            assert lora is not None
+            with naming(adapter):
+                save_adapter(adapter, lora, base_model=config.model)
+
+        def end_process(status: int) -> None:
+            console.show_cursor()
+            os._exit(status)
+
+        display = Display(steps, standing.step, console, log_every=config.log_every)
+        with (
+            stop_signals(display.say, end_process if owns_process else None) as stop,
+            Metrics(out, standing.step, make_trackers(config, out, standing.step)) as metrics,
+        ):
             experts = ExpertCheck(trainer, display)
             run = Run(
                 config,
@@ -98,18 +138,49 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
                 save,
                 experts.before,
                 experts.after,
+                stop,
             )
-            state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
-    gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
-    if gone:
-        console.print(f"the best adapter is gone from {adapter}: the last is saved", markup=False, soft_wrap=True)
-    if gone or standing.best_loss is None:
-        save(state)
-    plot(out)
-    console.print(
-        f"{ending} after {standing.step} steps; adapter in {adapter}", markup=False, highlight=False, soft_wrap=True
-    )
-    return Result(ending, standing.step, adapter, standing.best_loss)
+            with display:
+                state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
+            gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
+            if gone:
+                display.say(f"the best adapter is gone from {adapter}: the last is saved")
+            if standing.step:  # else nothing was learnt, and the run begins again
+                if gone or standing.best_loss is None:
+                    save(state)
+                plot(out)
+    return Result(ending, standing.step, adapter, standing.best_loss, stop.signal if ending == "interrupted" else None)
+
+
+def go_on(standing: Standing, steps: int, config: FinetuneConfig) -> tuple[Standing, list[str]]:
+    """(where a run of so many steps begins, what is to be said of it) by where the run in its folder stands.
+
+    Raises:
+      ValueError: the run has taken more steps already.
+    """
+    if standing.step > steps:
+        raise ValueError(
+            f"{config.out} holds a run that has taken {standing.step} steps, and this one is to take {steps}: ask for "
+            "as many or more, or choose another --out"
+        )
+    notes = [f"going on after step {standing.step}"] if standing.step else []
+    before = standing.steps
+    if standing.step and before is not None and before != steps:
+        notes.append(
+            f"the run was to take {before} steps and now takes {steps}: from here on the learning rate is that of a "
+            f"schedule of {steps}"
+        )
+        if steps > standing.step and 0 < config.patience <= standing.since_best:
+            standing = dataclasses.replace(standing, since_best=0)
+        if steps == standing.step:  # which is now the last, after which there is a validation
+            standing = dataclasses.replace(standing, validation_due=steps % config.validate_every != 0)
+    return dataclasses.replace(standing, steps=steps), notes
+
+
+def write(file: Path, text: str) -> None:
+    """A file of this text and a line's end, whole or not at all. Raises OSError, with its name, if it cannot be."""
+    with naming(file):
+        replace(file, f"{text}\n".encode())
 
 
 def day_begun(out: Path) -> datetime.date:
@@ -120,8 +191,8 @@ def day_begun(out: Path) -> datetime.date:
     Raises:
       ValueError: begun.txt is no date.
     """
-    file = out / "begun.txt"
-    if not file.is_file() or not any((out / "checkpoints").glob("[0-9]*")):
+    file = out / BEGUN
+    if not file.is_file() or not checkpoint_steps(out):
         return datetime.date.today()
     try:
         return datetime.date.fromisoformat(file.read_text().strip())
@@ -187,6 +258,7 @@ def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
         dtype=jnp.dtype(config.dtype),
         recompute=config.remat == "experts",
         remat=config.remat == "layers",
+        progress=not config.quiet,
         quantize=config.quantize,
     )
     lora = new_adapter(
