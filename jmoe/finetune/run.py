@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jmoe.checkpoint import Checkpoint
 from jmoe.finetune.batches import Batch, Batches, digest, split
 from jmoe.finetune.checkpoint import Checkpoints
-from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.config import LARGEST, FinetuneConfig
 from jmoe.finetune.display import Display
-from jmoe.finetune.examples import Examples, read_examples
+from jmoe.finetune.examples import Example, Examples, read_examples
 from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.loop import Ending, Run, run_steps
+from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes
 from jmoe.finetune.metrics import Metrics, check_plot, plot
 from jmoe.finetune.packing import pack
+from jmoe.finetune.start_adapter import description, start_adapter
+from jmoe.finetune.start_report import count_steps, say, say_options, say_start
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import load, local_directory
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.save import replace, save_adapter
+from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.nn.report import trainable_report
 from jmoe.text import check_vocabulary, load_tokenizer
 
@@ -57,25 +61,23 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     console = Console(stderr=True) if console is None else console
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    for field in dataclasses.fields(config):
-        console.print(f"{field.name:20} {getattr(config, field.name)}", markup=False, highlight=False, soft_wrap=True)
-    directory = local_directory(config.model)
     day = day_begun(out)
-    training, validation = read_data(config, load_tokenizer(directory, day), console)
-    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
-    check_vocabulary(largest, Config.load(directory).vocab_size)
-    batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
-    steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
-    held_out = validation_batches(config, validation)
-    model = new_model(config, directory)
+    directory, lora, batches, held_out, steps = prepare(config, day, console)
+    model = new_model(config, directory, lora)
     console.print(str(trainable_report(model)).splitlines()[-1], highlight=False)
-    trainer = Trainer(model, make_optimizer(config, steps), loss_chunk=config.loss_chunk)
+    trainer = Trainer(
+        model,
+        make_optimizer(config, steps),
+        loss_chunk=config.loss_chunk,
+        dropout=config.lora_dropout,
+        seed=config.seed,
+    )
     adapter = out / "adapter"
 
     def save(state: TrainState) -> None:
         lora = trainer.model(state).lora
         assert lora is not None
-        save_adapter(adapter, lora, base_model=config.model)
+        save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
 
     with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
         state, standing = checkpoints.restore(trainer.start)
@@ -109,6 +111,49 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
     return Result(ending, standing.step, adapter, standing.best_loss)
 
 
+class Prepared(NamedTuple):
+    """What a run is, before the model is loaded.
+
+    lora: the adapter that it starts from, if that is not a new one.
+    """
+
+    directory: Path
+    lora: LoraWeights | None
+    batches: Batches
+    held_out: list[Batch]
+    steps: int
+
+
+def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, whole_report: bool = False) -> Prepared:
+    """Reads the data and the adapter to start from, and says what the run will be; errors as in finetune."""
+    say_options(console, config)
+    directory = local_directory(config.model)
+    model = Config.load(directory)
+    lora = None if config.adapter is None else start_adapter(config, model)
+    if lora is not None:
+        say(console, f"starts from {config.adapter}: {description(lora)}")
+    tokenizer = load_tokenizer(directory, day)
+    training, validation = read_data(config, tokenizer, console)
+    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
+    check_vocabulary(largest, model.vocab_size)
+    batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
+    steps = count_steps(config, batches, LARGEST)
+    held_out = validation_batches(config, validation)
+    shapes = new_adapter_shapes(config, model) if lora is None else lora
+    memory = estimate(config, model, shapes, mxfp4=experts_in_mxfp4(Checkpoint(directory)))
+    say_start(console, config, tokenizer, training, batches, steps, memory, device_limit(), whole=whole_report)
+    return Prepared(directory, lora, batches, held_out, steps)
+
+
+def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:
+    """Says all that a run says before its first step, and more of it; loads no model and writes nothing.
+
+    Raises:
+      FileNotFoundError, ValueError: as finetune.
+    """
+    prepare(config, day_begun(Path(config.out)), console or Console(), whole_report=True)
+
+
 def day_begun(out: Path) -> datetime.date:
     """The day on which the run whose checkpoints `out` holds began; today if there are none.
 
@@ -129,7 +174,10 @@ def day_begun(out: Path) -> datetime.date:
 def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
     """(training examples, validation examples)."""
 
-    def read(file: str) -> Examples:
+    def read(files: Sequence[str]) -> tuple[Example, ...]:
+        return tuple(example for file in files for example in read_one(file).examples)
+
+    def read_one(file: str) -> Examples:
         found = read_examples(
             file,
             tokenizer,
@@ -140,9 +188,9 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
         console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
         return found
 
-    training = read(config.data).examples
+    training = read(config.data)
     if config.validation is not None:
-        return training, read(config.validation).examples
+        return training, read(config.validation)
     return split(training, config.validation_fraction, config.seed)
 
 
@@ -175,18 +223,15 @@ def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:
     return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
 
-def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
-    """The checkpoint with an adapter that changes nothing yet."""
+def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None = None) -> GptOss:
+    """The checkpoint with this adapter, or a new one that changes nothing yet."""
     model = load(
         directory,
         dtype=jnp.dtype(config.dtype),
         recompute=config.remat == "experts",
         remat=config.remat == "layers",
     )
-    lora = new_adapter(
-        model.config, rank=config.rank, scale=config.scale, targets=config.lora_targets, seed=config.seed
-    )
-    return model.with_adapters(lora)
+    return model.with_adapters(start_adapter(config, model.config) if lora is None else lora)
 
 
 def stacked(batch: Batch, accumulate: int) -> Batch:

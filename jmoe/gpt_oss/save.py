@@ -19,7 +19,12 @@ PREFIX = "base_model.model."
 
 
 def save_adapter(
-    path: str | os.PathLike[str], lora: LoraWeights, *, adapter: int = 0, base_model: str | None = None
+    path: str | os.PathLike[str],
+    lora: LoraWeights,
+    *,
+    adapter: int = 0,
+    base_model: str | None = None,
+    dropout: float = 0.0,
 ) -> None:
     """Writes one adapter as a directory that PEFT and jmoe.gpt_oss.load_adapter read.
 
@@ -31,6 +36,8 @@ def save_adapter(
       path: made if it is not there; its two files are replaced.
       adapter: which of those that stand side by side.
       base_model: the name of the base model, for adapter_config.json.
+      dropout: that LoRA on attention was trained with, for adapter_config.json; not written beside LoRA on experts,
+        whose 3-D parameters PEFT loads without dropout alone.
 
     Raises:
       ValueError: there is no such adapter, or all of its scales are 0.
@@ -45,7 +52,10 @@ def save_adapter(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", tensors(lora, adapter, layers))
-    replace(folder / "adapter_config.json", json.dumps(settings(lora, adapter, layers, base_model), indent=2).encode())
+    replace(
+        folder / "adapter_config.json",
+        json.dumps(settings(lora, adapter, layers, base_model, dropout), indent=2).encode(),
+    )
 
 
 def replace(file: Path, content: bytes) -> None:
@@ -104,7 +114,9 @@ def names_of(lora: LoraWeights, layers: dict[str, list[int]], targets: Sequence[
     return names
 
 
-def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base_model: str | None) -> dict[str, Any]:
+def settings(
+    lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base_model: str | None, dropout: float = 0.0
+) -> dict[str, Any]:
     """adapter_config.json."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -113,6 +125,7 @@ def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base
             name = module_name(layer, target)
             ranks[name] = a.shape[-2]
             alphas[name] = alpha_of(float(lora.scale[target][layer, adapter]), a.shape[-2])
+    on_experts = names_of(lora, layers, EXPERTS, "mlp.experts.")
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -122,10 +135,10 @@ def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if on_experts else dropout,
         "bias": "none",
         "target_modules": names_of(lora, layers, ATTENTION, ""),
-        "target_parameters": names_of(lora, layers, EXPERTS, "mlp.experts.") or None,
+        "target_parameters": on_experts or None,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }
