@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.bench_model import bench_model
+from jmoe.commands.convert_adapter import convert_adapter
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
 from jmoe.commands.finetune import finetune
@@ -22,6 +24,7 @@ from jmoe.commands.generate import generate
 from jmoe.commands.merge import merge
 
 if TYPE_CHECKING:
+    from jmoe.adapters.settings import LoraBLayout
     from jmoe.interop.parity import Row
     from jmoe.ops.random_layer import Layer
 
@@ -39,6 +42,7 @@ def parity(
     checkpoint: Annotated[Path | None, typer.Option(help="A gpt-oss directory: run one of its layers.")] = None,
     layer: Annotated[int, typer.Option(help="Which layer of the checkpoint.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory for the checkpoint.")] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     text: Annotated[
         Path | None, typer.Option(help="A text for the checkpoint's tokenizer; jmoe's README if none.")
     ] = None,
@@ -62,7 +66,7 @@ def parity(
         shapes = check.real_shapes() if gpu else check.small_shapes()
         rows = [check.compare_random(shape) for shape in shapes]
     else:
-        arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens)
+        arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens, lora_b_layout)
         layers = {"": dataclasses.replace(arrays, lora=None)} | ({} if arrays.lora is None else {", adapter": arrays})
         shapes = [check.shape_of(each, top_k) for each in layers.values()]
         name = f"layer {layer}, {arrays.x.shape[0]} tokens"
@@ -192,6 +196,7 @@ app.command()(doctor)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(convert_adapter)
 
 
 def words(listed: str) -> list[str]:
@@ -226,7 +231,12 @@ def show(rows: "list[Row]") -> None:
 
 
 def read_layer(
-    directory: Path, index: int, adapter: Path | None, text: Path | None, tokens: int
+    directory: Path,
+    index: int,
+    adapter: Path | None,
+    text: Path | None,
+    tokens: int,
+    lora_b_layout: "LoraBLayout | None" = None,
 ) -> "tuple[Layer, int]":
     """(one layer's arguments for the first tokens of a text, top_k); the checkpoint embeds, normalises and routes."""
     from tokenizers import Tokenizer
@@ -245,7 +255,7 @@ def read_layer(
     if not len(ids):
         raise ValueError(f"{text or 'the README'} must hold at least one token")
     x = rms_norm(embed(source, ids), layer.norm_weight, source.config.rms_norm_eps)
-    lora = None if adapter is None else load_lora(adapter, source.config, index)
+    lora = None if adapter is None else load_lora(adapter, source.config, index, lora_b_layout=lora_b_layout)
     console.print(
         f"{directory}: layer {index} of {source.config.num_hidden_layers}, {source.config.num_local_experts} experts, "
         f"top-{source.config.num_experts_per_tok}, {source.config.hidden_size}/{source.config.intermediate_size}; "

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from safetensors import safe_open
 
-from jmoe.checkpoint import Checkpoint, Spec, open_safetensors, tensor_spec
+from jmoe.adapters.settings import LoraBLayout
+from jmoe.checkpoint import Checkpoint, Spec
 from jmoe.gpt_oss import flash_attention
-from jmoe.gpt_oss.adapter import load_adapter
+from jmoe.gpt_oss.adapter import layouts_of
+from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import EMBEDDING, HEAD, check_layers, local_directory
@@ -74,11 +75,13 @@ class ModelReport:
     """A model on this machine: its layers' parts, and bytes by what they are for, activations left out.
 
     limit: bytes that JAX may take of the first device, where a model goes; None where JAX does not say.
+    adapters: those that were given.
     """
 
     parts: tuple[Part, ...]
     resident: dict[str, int]
     limit: int | None
+    adapters: tuple[AdapterReport, ...] = ()
 
 
 def examine_machine() -> Machine:
@@ -118,12 +121,14 @@ def examine_model(
     *,
     batch: int,
     context: int,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> ModelReport:
     """What a checkpoint's layers run by and what it takes, in bfloat16: from config.json, headers, and whole adapters.
 
     Args:
       batch: sequences that are decoded together.
       context: tokens of each, the prompt's among them.
+      lora_b_layout: of adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter.
 
     Raises:
       FileNotFoundError: the directory or a file of it is missing.
@@ -138,12 +143,15 @@ def examine_model(
         spec = checkpoint.spec(name)
         resident[kind_of(name, spec)] += bytes_of(spec)
     resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
-    for adapter in adapters:
-        load_adapter(adapter, config)
-        with open_safetensors(adapter / "adapter_model.safetensors") as shard:
-            resident["adapters"] += adapter_bytes(shard)
+    reports = tuple(
+        examine_adapter(adapter, checkpoint, config, lora_b_layout=layout)
+        for adapter, layout in zip(adapters, layouts_of(adapters, lora_b_layout), strict=True)
+    )
+    if reports:
+        resident["adapters"] = sum(report.size for report in reports)
     parts = parts_of(config, machine, batch, batch * context, mxfp4="experts, bf16" not in resident)
-    return ModelReport(parts, dict(resident), machine.devices[0].memory if machine.devices else None)
+    limit = machine.devices[0].memory if machine.devices else None
+    return ModelReport(parts, dict(resident), limit, reports)
 
 
 def kind_of(name: str, spec: Spec) -> str:
@@ -164,11 +172,6 @@ def bytes_of(spec: Spec) -> int:
     if spec.dtype not in ITEM_BYTES:
         raise ValueError(f"a tensor's dtype must be one of {', '.join(ITEM_BYTES)}, got {spec}")
     return ITEM_BYTES[spec.dtype] * math.prod(spec.shape)
-
-
-def adapter_bytes(shard: safe_open) -> int:
-    """Bytes of an adapter's factors, in their own dtypes."""
-    return sum(bytes_of(tensor_spec(shard, name)) for name in shard.keys())  # noqa: SIM118  no container itself
 
 
 def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *, mxfp4: bool) -> tuple[Part, ...]:

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.adapter_tables import adapter_tables
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -18,24 +20,36 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="A gpt-oss directory or Hub repository: say what it will run by.")
     ] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter directory; more may follow.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="A PEFT adapter directory: say what is in it. More may follow.")
+    ] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
-    Of a model headers alone are read, of adapters all. Exits with 1 if the model cannot be loaded.
+    Of an adapter it says what is in its files, how large its changes are and, with the model, how much of them is left
+    where weights are summed in bfloat16. Of a model headers are read, and some weights that the adapter changes; of
+    adapters all. Exits with 1 if the model or an adapter cannot be loaded.
     """
-    if adapter and model is None:
-        raise typer.BadParameter("--adapter needs --model")
     allow_whole_gpu()
     from jmoe.doctor import examine_machine, examine_model
+    from jmoe.gpt_oss.adapter import layouts_of
+    from jmoe.gpt_oss.adapter_report import examine_adapter
 
     machine = examine_machine()
     tables = [machine_table(machine)]
     if model is not None:
-        report = examine_model(model, adapter or [], machine, batch=batch, context=context)
+        report = examine_model(model, adapter or [], machine, batch=batch, context=context, lora_b_layout=lora_b_layout)
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
+        reports = report.adapters
+    else:
+        layouts = layouts_of(adapter or [], lora_b_layout)
+        reports = tuple(
+            examine_adapter(path, lora_b_layout=layout) for path, layout in zip(adapter or [], layouts, strict=True)
+        )
+    tables += [table for of_adapter in reports for table in adapter_tables(of_adapter)]
     console = Console(width=max(120, Console().width))
     for table in tables:
         console.print(table)

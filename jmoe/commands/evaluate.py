@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter's directory: runs without and with it, and compares.")
     ] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     include_path: Annotated[Path | None, typer.Option(help="A directory of task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; all if not given.", min=1)] = None,
     num_fewshot: Annotated[
@@ -42,6 +44,7 @@ def evaluate(
         Options(
             model=model,
             adapter=adapter,
+            lora_b_layout=lora_b_layout,
             tasks=[task.strip() for task in tasks.split(",") if task.strip()],
             include_path=include_path,
             limit=limit,

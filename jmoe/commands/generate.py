@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def generate(
         list[Path] | None,
         typer.Option(help="A PEFT adapter directory. One is for all prompts; of several, prompt i has the i-th."),
     ] = None,
+    lora_b_layout: LoraBLayoutOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence at most.", min=1)] = 256,
@@ -54,7 +56,7 @@ def generate(
     directory = local_directory(model)
     tokenizer = load_tokenizer(directory)
     tokens = [encode(tokenizer, prompt if raw else as_message(tokenizer, prompt, system)) for prompt in prompts]
-    loaded = gpt_oss.load(directory, adapter=adapters)
+    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout)
     stream = TextStream(tokenizer, show_special=show_special)
 
     def print_first(new: Any, is_text: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jmoe import gpt_oss
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.evaluate.harness import HarnessModel
 from jmoe.gpt_oss.config import stop_tokens
 from jmoe.gpt_oss.load import local_directory
@@ -28,6 +29,7 @@ class Options:
     Attributes:
       model: a gpt-oss directory, or a repository on the Hugging Face Hub.
       adapter: a PEFT adapter's directory, or None.
+      lora_b_layout: of an adapter that does not say it itself; see jmoe.gpt_oss.load_adapter.
       tasks: names that the harness knows.
       include_path: a directory of more task files, or None.
       limit: documents of each task; None: all.
@@ -39,6 +41,7 @@ class Options:
 
     model: Path | str
     adapter: Path | None = None
+    lora_b_layout: LoraBLayout | None = None
     tasks: Sequence[str]
     include_path: Path | None = None
     limit: int | None = None
@@ -74,7 +77,7 @@ def evaluate(options: Options) -> list[list[Metric]]:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
-    model = gpt_oss.load(directory, adapter=options.adapter)
+    model = gpt_oss.load(directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout)
     ends = stop_tokens(directory, model.config)
     return [
         metrics_of(

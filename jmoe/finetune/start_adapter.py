@@ -35,8 +35,7 @@ def start_adapter(options: FinetuneConfig, config: Config) -> LoraWeights:
         )
     if Path(options.adapter).resolve() == (Path(options.out) / "adapter").resolve():
         raise ValueError(f"the run would overwrite {options.adapter}, from which it starts: choose another out")
-    layout = {} if options.lora_b_layout is None else {"lora_b_layout": options.lora_b_layout}
-    lora = load_adapter(options.adapter, config, **layout)
+    lora = load_adapter(options.adapter, config, lora_b_layout=options.lora_b_layout)
     check_agreement(options, lora)
     return LoraWeights(
         *(jax.tree.map(lambda factor: jnp.asarray(factor, jnp.float32), part) for part in (lora.a, lora.b, lora.scale))

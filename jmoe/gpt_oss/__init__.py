@@ -1,11 +1,12 @@
 """The gpt-oss models."""
 
+from jmoe.adapters.settings import AdapterWarning as AdapterWarning
+from jmoe.adapters.settings import LoraBLayout as LoraBLayout
 from jmoe.gpt_oss.adapter import load_adapter as load_adapter
 from jmoe.gpt_oss.adapter import stack_adapters as stack_adapters
 from jmoe.gpt_oss.attention import attend as attend
 from jmoe.gpt_oss.config import Config as Config
 from jmoe.gpt_oss.config import Rope as Rope
-from jmoe.gpt_oss.delta import AdapterWarning as AdapterWarning
 from jmoe.gpt_oss.delta import DeltaReport as DeltaReport
 from jmoe.gpt_oss.delta import delta_report as delta_report
 from jmoe.gpt_oss.generate import Generated as Generated
@@ -27,6 +28,7 @@ __all__ = [
     "GptOss",
     "LayerWeights",
     "Linear",
+    "LoraBLayout",
     "LoraWeights",
     "MergeReport",
     "Rope",

@@ -1,7 +1,6 @@
 """A PEFT adapter's LoRA on attention and experts of all layers."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,16 +9,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import safe_open
 
-from jmoe.adapters import Settings, load_lora, suffixes_by_layer
-from jmoe.checkpoint import open_safetensors, tensor_spec
+from jmoe.adapters.file import AdapterFile, Sizes, open_adapter
+from jmoe.adapters.keys import parameter_name
+from jmoe.adapters.settings import AdapterWarning, LoraBLayout, Settings
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.delta import AdapterWarning, delta_report, findings
+from jmoe.gpt_oss.delta import delta_report, findings
 from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights, sizes
-
-_ATTENTION_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.lora_([AB])\.weight")
-_MLP_KEY = re.compile(r"base_model\.model\.model\.layers\.\d+\.mlp\.experts\..+")
 
 
 class Factors(NamedTuple):
@@ -30,81 +26,142 @@ class Factors(NamedTuple):
     scale: Array
 
 
-def load_adapter(path: str | os.PathLike[str], config: Config) -> LoraWeights:
-    """Reads a PEFT adapter directory: LoRA on q, k, v, o and on experts, of any of the layers.
+def load_adapter(
+    path: str | os.PathLike[str], config: Config, *, lora_b_layout: LoraBLayout | None = None
+) -> LoraWeights:
+    """Reads a PEFT adapter directory: LoRA on q, k, v, o and on experts, of any of the layers, in any known layout.
 
     A layer without LoRA on a target that others have gets zeros, which change nothing, and ranks that differ between
-    layers are padded with zeros to the largest.
+    layers or experts are padded with zeros to the largest. float16 becomes float32. A factor that all experts share is
+    repeated for each. docs/adapters.md lists the layouts of files.
+
+    Args:
+      lora_b_layout: how columns of lora_B count, where it holds all experts and adapter_config.json has no
+        lora_B_layout: "rank_major", PEFT's order, or "grouped_by_expert", as Unsloth wrote before September 2026.
 
     Warns:
       AdapterWarning: adapter_config.json has LoRA on something that the file has no tensors of; LoRA that the file has
         changes only part: gate's rows or up's alone, gate_up without down or down without gate_up, nothing in some
-        layers or experts.
+        layers or experts; lora_b_layout is None, and Unsloth may have written the other order.
 
     Raises:
       FileNotFoundError: adapter_config.json or adapter_model.safetensors does not exist.
       ValueError: a tensor or setting that this model does not know, is missing or does not fit; the message names it.
-        Factors that are not finite, or that change nothing, as those of an adapter that was never trained.
+        lora_b_layout contradicts adapter_config.json. Factors that are not finite, or that change nothing, as those of
+        an adapter that was never trained.
     """
-    settings = Settings.load(Path(path) / "adapter_config.json")
-    file = Path(path) / "adapter_model.safetensors"
-    layers = range(config.num_hidden_layers)
-    found: dict[str, list[Factors | None]] = {target: [None for _ in layers] for target in TARGETS}
-    with open_safetensors(file) as shard:
-        keys = list(shard.keys())
-        for key in keys:
-            match = _ATTENTION_KEY.fullmatch(key)
-            if match is None and not _MLP_KEY.fullmatch(key):
-                raise ValueError(
-                    f"{file} has {key}, but jmoe has no LoRA there: only on attention's q_proj, k_proj, v_proj and "
-                    "o_proj and on the experts' gate_up_proj and down_proj"
-                )
-            if match is not None:
-                if int(match[1]) not in layers:
-                    raise ValueError(f"{file}: {key} is of a layer past the model's {config.num_hidden_layers}")
-                if match[3] == "A":
-                    found[match[2]][int(match[1])] = attention_factors(file, shard, settings, config, key)
-                elif key.replace("lora_B", "lora_A") not in keys:
-                    raise ValueError(f"{file} has no tensor {key.replace('lora_B', 'lora_A')}, though it has {key}")
-    for layer in suffixes_by_layer(keys):
-        if layer not in layers:
-            raise ValueError(
-                f"{file} has LoRA on experts of layer {layer}, past the model's {config.num_hidden_layers}"
-            )
-        on_experts = load_lora(path, config, layer)
-        for target in EXPERTS:
-            a, b, scale = (getattr(on_experts, f"{target}_{part}") for part in ("a", "b", "scale"))
-            if a is not None and b is not None and scale is not None:
-                found[target][layer] = Factors(a, b, scale)
-    warn_of_missing(file, settings, found)
-    lora = stack_factors(found, config)
-    check_change(file, lora)
+    with open_adapter(path, model_sizes(config), lora_b_layout=lora_b_layout) as adapter:
+        lora = read_adapter(adapter)
+    check_change(adapter.file, lora)
     return lora
 
 
-def warn_of_missing(file: Path, settings: Settings, found: dict[str, list[Factors | None]]) -> None:
+def load_adapters(
+    paths: Sequence[str | os.PathLike[str]], config: Config, *, lora_b_layout: LoraBLayout | None = None
+) -> LoraWeights | None:
+    """Several adapters side by side; None of none.
+
+    Args:
+      lora_b_layout: as in load_adapter. Of several adapters it is for those whose adapter_config.json has no
+        lora_B_layout; the others keep their own.
+
+    Raises:
+      ValueError: as load_adapter; lora_b_layout would be for adapters with Unsloth's mark and for others as well.
+    """
+    layouts = layouts_of(paths, lora_b_layout)
+    adapters = [load_adapter(path, config, lora_b_layout=own) for path, own in zip(paths, layouts, strict=True)]
+    return stack_adapters(adapters) if adapters else None
+
+
+def layouts_of(paths: Sequence[str | os.PathLike[str]], lora_b_layout: LoraBLayout | None) -> list[LoraBLayout | None]:
+    """What load_adapter takes as lora_b_layout for each of several adapters, where one was given for all.
+
+    Raises:
+      ValueError: as load_adapters.
+    """
+    if lora_b_layout is None or len(paths) == 1:
+        return [lora_b_layout] * len(paths)
+    settings = [Settings.load(Path(path) / "adapter_config.json") for path in paths]
+    silent = [own.unsloth_fixed for own in settings if own.lora_b_layout is None]
+    if len(set(silent)) > 1:
+        raise ValueError(
+            f"lora_b_layout {lora_b_layout!r} would be for adapters with and without Unsloth's mark, whose orders are "
+            f"likely different, among {', '.join(map(str, paths))}: write them in one order by jmoe convert-adapter, "
+            "or load each by itself"
+        )
+    return [lora_b_layout if own.lora_b_layout is None else None for own in settings]
+
+
+def model_sizes(config: Config) -> Sizes:
+    """What an adapter must fit."""
+    return Sizes(config.num_hidden_layers, config.num_local_experts, sizes(config))
+
+
+def read_adapter(adapter: AdapterFile) -> LoraWeights:
+    """An open adapter's factors; what adapter_config.json lists and the file has not is warned of.
+
+    Raises:
+      ValueError: it has LoRA on nothing.
+    """
+    found: dict[str, list[Factors | None]] = {
+        target: [one_factors(adapter, layer, target) for layer in range(adapter.sizes.layers)] for target in TARGETS
+    }
+    warn_of_missing(adapter, found)
+    return stack_factors(found)
+
+
+def one_factors(adapter: AdapterFile, layer: int, target: str) -> Factors | None:
+    """One target of one layer, as one adapter of several."""
+    read = adapter.read(layer, target)
+    if read is None:
+        return None
+    scale = np.array([read.scale], np.float32)
+    return Factors(jnp.asarray(read.a[None]), jnp.asarray(read.b[None]), jnp.asarray(scale))
+
+
+def warn_of_missing(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> None:
     """Warns of what adapter_config.json has LoRA on and the file has no tensors of."""
-    if missing := list(missing_targets(settings, found)):
+    if missing := list(missing_targets(adapter, found)):
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         warnings.warn(
-            f"{file} has no tensors of {', '.join(missing[:8])}{more}, though adapter_config.json has LoRA there: they "
-            "are left as they are",
+            f"{adapter.file} has no tensors of {', '.join(missing[:8])}{more}, though adapter_config.json has LoRA "
+            "there: they are left as they are",
             AdapterWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def missing_targets(settings: Settings, found: dict[str, list[Factors | None]]) -> Iterator[str]:
+def missing_targets(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> Iterator[str]:
     """The names of what has LoRA by adapter_config.json and has none here; jmoe has none on some of it."""
+    settings = adapter.settings
     yield from filter(settings.lists_module, ("lm_head", "model.embed_tokens"))
     for target, factors in found.items():
-        layers = [f"model.layers.{layer}" for layer, there in enumerate(factors) if there is None]
+        layers = [layer for layer, there in enumerate(factors) if there is None]
         if target in EXPERTS:
-            yield from filter(settings.lists_parameter, (f"{layer}.mlp.experts.{target}_proj" for layer in layers))
+            yield from (parameter_name(layer, target) for layer in layers if lists_experts(adapter, layer, target))
         else:
-            yield from filter(settings.lists_module, (f"{layer}.self_attn.{target}_proj" for layer in layers))
+            yield from filter(
+                settings.lists_module, (f"model.layers.{layer}.self_attn.{target}_proj" for layer in layers)
+            )
     routers = (f"model.layers.{layer}.mlp.router.weight" for layer in range(len(found["q"])))
     yield from filter(settings.lists_parameter, routers)
+
+
+def lists_experts(adapter: AdapterFile, layer: int, target: str) -> bool:
+    """Whether adapter_config.json has LoRA on a projection, in the way in which the file names experts.
+
+    target_modules count where the file's modules have such names: gpt-oss itself has none, so that PEFT finds nothing
+    by a down_proj that somebody's list has for other models' sake.
+    """
+    if adapter.form == "parameters":
+        return target in adapter.settings.experts_listed(layer)
+    names = {
+        "stacked": f"model.layers.{layer}.mlp.experts.{target}_proj",
+        "pairs": f"model.layers.{layer}.mlp.experts.0.{target}_proj",
+        "lists": f"model.layers.{layer}.mlp.experts.{target}_projs.0",
+    }
+    listed = adapter.form in names and adapter.settings.lists_module(names[adapter.form])
+    return listed or adapter.settings.lists_parameter(parameter_name(layer, target))
 
 
 def check_change(file: Path, lora: LoraWeights) -> None:
@@ -120,23 +177,7 @@ def check_change(file: Path, lora: LoraWeights) -> None:
         warnings.warn(f"{file} changes only part of what it has LoRA on:\n  {lines}", AdapterWarning, stacklevel=3)
 
 
-def attention_factors(file: Path, shard: safe_open, settings: Settings, config: Config, key_a: str) -> Factors:
-    """One module's pair, by the key of its A."""
-    key_b = key_a.replace("lora_A", "lora_B")
-    name = key_a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    rank = settings.rank(name)
-    n, k = sizes(config)[name.rsplit(".", 1)[1][0]]
-    for key, shape in ((key_a, (rank, k)), (key_b, (n, rank))):
-        if key not in shard.keys():  # noqa: SIM118  the handle itself is no container
-            raise ValueError(f"{file} has no tensor {key}, though it has {key_a}")
-        spec = tensor_spec(shard, key)
-        if spec.shape != shape or spec.dtype not in ("F32", "BF16"):
-            raise ValueError(f"{file}: {key} must be F32 or BF16 {shape} by adapter_config.json, got {spec}")
-    a, b = (jnp.asarray(shard.get_tensor(key))[None] for key in (key_a, key_b))
-    return Factors(a, b, jnp.asarray(np.array([settings.scale(name)], np.float32)))
-
-
-def stack_factors(found: dict[str, list[Factors | None]], config: Config) -> LoraWeights:
+def stack_factors(found: dict[str, list[Factors | None]]) -> LoraWeights:
     """All layers' factors, one on another.
 
     Raises:
@@ -152,11 +193,9 @@ def stack(factors: Sequence[Factors | None]) -> Factors:
     """One target's factors with a leading axis for the layers."""
     present = [f for f in factors if f is not None]
     rank = max(f.a.shape[-2] for f in present)
-    dtype = jnp.result_type(*(f.a.dtype for f in present))
+    dtype_a, dtype_b = (jnp.result_type(*(getattr(f, part).dtype for f in present)) for part in ("a", "b"))
     padded = [
-        None
-        if f is None
-        else Factors(pad(f.a.astype(dtype), -2, rank), pad(f.b.astype(dtype), -1, rank), f.scale.astype(jnp.float32))
+        None if f is None else Factors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
         for f in factors
     ]
     zero = Factors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
@@ -208,10 +247,9 @@ def join(factors: Sequence[Factors | None], target: str) -> Factors:
             f"adapters must be for models of one size, got (layers, ..., K, N) {sorted(sizes_of)} on {target}"
         )
     rank = max(f.a.shape[-2] for f in present)
-    dtypes = {f.a.dtype for f in present}
-    dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
+    dtype_a, dtype_b = (jnp.result_type(*(getattr(f, part).dtype for f in present)) for part in ("a", "b"))
     padded = [
-        None if f is None else Factors(pad(f.a.astype(dtype), -2, rank), pad(f.b.astype(dtype), -1, rank), f.scale)
+        None if f is None else Factors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
         for f in factors
     ]
     first = next(f for f in padded if f is not None)

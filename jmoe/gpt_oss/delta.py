@@ -13,10 +13,6 @@ from jaxtyping import Array, Float
 from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights
 
 
-class AdapterWarning(UserWarning):
-    """An adapter changes only part of what it has LoRA on, or its file lacks some of what its settings list."""
-
-
 class Finding(NamedTuple):
     """Something about one layer's LoRA on one target that an ordinary adapter does not have."""
 
@@ -34,12 +30,14 @@ class DeltaReport(NamedTuple):
     norms: of each target the Frobenius norms of scale * B A, float32 [L], and [L, E] on experts.
     gate, up: those of gate_up's rows 0::2 and 1::2 alone, [L, E]; None without LoRA on gate_up.
     present: of each target the layers that have LoRA on it, bool [L].
+    blank: of each target the layers whose A and B are both all zeros, bool [L]; training leaves no A so.
     """
 
     norms: dict[str, np.ndarray]
     gate: np.ndarray | None
     up: np.ndarray | None
     present: dict[str, np.ndarray]
+    blank: dict[str, np.ndarray]
 
     @property
     def is_zero(self) -> bool:
@@ -82,7 +80,14 @@ def delta_report(lora: LoraWeights, *, adapter: int = 0) -> DeltaReport:
         for half in (0, 1)
     )
     present = {target: np.asarray(scale) != 0 for target, scale in own.scale.items()}
-    return DeltaReport(norms, gate, up, present)
+    blank = {target: np.asarray(is_blank(own.a[target]) & is_blank(own.b[target])) for target in targets}
+    return DeltaReport(norms, gate, up, present, blank)
+
+
+@jax.jit
+def is_blank(factors: Float[Array, "L ..."]) -> Array:
+    """Whether a layer's are all zeros, bool [L]."""
+    return jnp.all(factors == 0, axis=tuple(range(1, factors.ndim)))
 
 
 @jax.jit
@@ -122,10 +127,20 @@ def unchanged(report: DeltaReport) -> Iterator[Finding]:
     """Layers with LoRA that changes nothing, and experts of layers in which others change."""
     for target, norms in report.norms.items():
         for layer in np.flatnonzero(report.present[target]).tolist():
+            if is_filler(report, target, layer):
+                continue
             if not norms[layer].any():
                 yield Finding(layer, target, "changes nothing, though other LoRA of this adapter does")
             elif zero := np.flatnonzero(norms[layer] == 0).tolist():
                 yield Finding(layer, target, f"changes nothing in {listed(zero)} of {norms.shape[1]}")
+
+
+def is_filler(report: DeltaReport, target: str, layer: int) -> bool:
+    """Whether one of the experts' projections has zeros beside the other's LoRA, for programs that ask for both."""
+    if target not in EXPERTS or not report.blank[target][layer]:
+        return False
+    other = EXPERTS[1 - EXPERTS.index(target)]
+    return other in report.norms and bool(report.norms[other][layer].any())
 
 
 def half_of_gate_up(report: DeltaReport) -> Iterator[Finding]:

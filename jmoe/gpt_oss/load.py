@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, Checkpoint, Spec, check_specs, load_moe_layer, moe_specs
-from jmoe.gpt_oss.adapter import load_adapter, stack_adapters
+from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import ATTENTION, LayerWeights, Linear, sizes
@@ -45,6 +46,7 @@ def load(
     recompute: bool = False,
     remat: bool = False,
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> GptOss:
     """The model of a directory in Hugging Face's layout, or of a repository on the Hub.
 
@@ -59,6 +61,8 @@ def load(
       dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       progress: show a bar on a terminal.
+      lora_b_layout: for adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter. Of several it must not
+        be for some with Unsloth's mark and some without.
 
     Raises:
       FileNotFoundError: neither the directory nor a repository of that name is there; a file is missing.
@@ -70,8 +74,7 @@ def load(
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
     directories = [adapter] if isinstance(adapter, str | os.PathLike) else adapter or []
-    adapters = [load_adapter(one, config) for one in directories]
-    lora = stack_adapters(adapters) if adapters else None
+    lora = load_adapters(directories, config, lora_b_layout=lora_b_layout)
     packed = reads_packed_here() if packed is None else packed
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     embedding, norm, head = (jax.device_put(checkpoint.tensor(name), device) for name in (EMBEDDING, NORM, HEAD))

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer, read_json
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
@@ -90,6 +91,7 @@ def merge(
     *,
     adapter_index: int = 0,
     progress: bool = True,
+    lora_b_layout: LoraBLayout | None = None,
 ) -> MergeReport:
     """Writes the model with one adapter added to its weights, all in bfloat16, in Hugging Face's dense layout.
 
@@ -102,6 +104,7 @@ def merge(
       out: a directory, new or empty.
       adapter_index: which of those that stand side by side.
       progress: show a bar on a terminal.
+      lora_b_layout: of an adapter's directory that does not say it; see jmoe.gpt_oss.load_adapter.
 
     Returns:
       How much of each delta bfloat16 keeps, and how much MXFP4 would if the experts were quantised again.
@@ -115,7 +118,12 @@ def merge(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config)
-    lora = adapter if isinstance(adapter, LoraWeights) else load_adapter(adapter, config)
+    if isinstance(adapter, LoraWeights):
+        if lora_b_layout is not None:
+            raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
+        lora = adapter
+    else:
+        lora = load_adapter(adapter, config, lora_b_layout=lora_b_layout)
     check_adapter(lora, config, adapter_index)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jmoe.adapters.settings import AdapterWarning
+from jmoe.gpt_oss.portable import misread
+from jmoe.gpt_oss.portable import portable as to_portable
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights
 
 PREFIX = "base_model.model."
@@ -25,6 +29,7 @@ def save_adapter(
     adapter: int = 0,
     base_model: str | None = None,
     dropout: float = 0.0,
+    portable: bool = False,
 ) -> None:
     """Writes one adapter as a directory that PEFT and jmoe.gpt_oss.load_adapter read.
 
@@ -38,6 +43,13 @@ def save_adapter(
       base_model: the name of the base model, for adapter_config.json.
       dropout: that LoRA on attention was trained with, for adapter_config.json; not written beside LoRA on experts,
         whose 3-D parameters PEFT loads without dropout alone.
+      portable: write it so that other programs cannot misread it, of the same effect: scales are multiplied into B, so
+        that one lora_alpha = r holds for all, smaller ranks are padded with zeros to one r, and where a layer has LoRA
+        on one of the experts' projections alone, the other has factors of zeros. The file grows by what is padded.
+
+    Warns:
+      AdapterWarning: a program that reads PEFT's format is known to read this adapter otherwise, or not; it is named.
+        Never with portable.
 
     Raises:
       ValueError: there is no such adapter, or all of its scales are 0.
@@ -49,13 +61,21 @@ def save_adapter(
     layers = layers_of(lora, adapter)
     if not any(layers.values()):
         raise ValueError(f"adapter {adapter} must change some layer, got scales of 0 alone")
+    if portable:
+        lora, adapter = to_portable(lora, adapter), 0
+        layers = layers_of(lora, adapter)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    entries = settings(lora, adapter, layers, base_model, dropout)
     write_tensors(folder / "adapter_model.safetensors", tensors(lora, adapter, layers))
-    replace(
-        folder / "adapter_config.json",
-        json.dumps(settings(lora, adapter, layers, base_model, dropout), indent=2).encode(),
-    )
+    replace(folder / "adapter_config.json", json.dumps(entries, indent=2).encode())
+    if problems := list(misread(entries, layers)):
+        warnings.warn(
+            f"{folder} is as PEFT reads it, but {'; '.join(problems)}; save_adapter(..., portable=True) or jmoe "
+            "convert-adapter --portable write one that these read too",
+            AdapterWarning,
+            stacklevel=2,
+        )
 
 
 def replace(file: Path, content: bytes) -> None:

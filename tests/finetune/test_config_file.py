@@ -15,7 +15,8 @@ def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 
 def test_yaml_has_the_options_of_toml(tmp_path: Path) -> None:
-    toml = 'model = "m"\ndata = ["a", "b"]\nout = "o"\nlearning_rate = 2e-4\nranks = {gate_up = 8, q = 16}\nrslora = true\n'
+    toml = 'model = "m"\ndata = ["a", "b"]\nout = "o"\nlearning_rate = 2e-4\nranks = {gate_up = 8, q = 16}\n'
+    toml += "rslora = true\n"
     yaml = "model: m\ndata:\n  - a\n  - b\nout: o\nlearning_rate: 2e-4\nranks:\n  gate_up: 8\n  q: 16\nrslora: true\n"
     entries = read_file(written(tmp_path, "run.toml", toml))
     assert entries == read_file(written(tmp_path, "run.yaml", yaml)) == read_file(written(tmp_path, "run.YML", yaml))

@@ -100,7 +100,7 @@ def copy_of_adapter(folder: Path, change: object) -> Path:
         ),
         (
             lambda t: t.update({f"{PREFIX}0.self_attn.k_proj.lora_A.weight": np.zeros((3, 64), np.float32)}),
-            r"layers.0.self_attn.k_proj.lora_A.weight must be F32 or BF16 \(2, 64\)",
+            r"layers.0.self_attn.k_proj.lora_A.weight: wanted \(2, 64\), got \(3, 64\)",
         ),
         (
             lambda t: t.update({f"{PREFIX}7.self_attn.k_proj.lora_A.weight": np.zeros((2, 64), np.float32)}),
