@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON := $(firstword $(foreach p,python3.12 python3.13 python3 python,$(shell $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# For pytest, such as --registry-required: without a package registry, tests that need one fail.
+PYTEST_OPTIONS ?=
 EXTRAS = dev$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 
 # A failing recipe would add make's own lines and exit with 2. Asked whether a target is up to date, make says nothing,
@@ -23,9 +25,9 @@ example: $(READY)
 
 test: $(READY)
 	@echo "== kernels in Triton's interpreter (about 2 minutes on 2 cores)"
-	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpret
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m interpret
 	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 13 minutes)"
-	@$(BIN)/pytest -q -n 2 -m "not interpret"
+	@$(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m "not interpret"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

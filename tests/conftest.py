@@ -1,10 +1,15 @@
-"""What every test runs under: two CPU devices for sharding, and reasons for what cannot run here."""
+"""What every test runs under: two CPU devices for sharding, reasons for what cannot run here, gpt-oss's tokenizer."""
 
+import datetime
 import os
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+
+from tests import harmony
 
 jax.config.update("jax_num_cpu_devices", 2)
 
@@ -22,6 +27,33 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available() and jax.default_backend() == "gpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--registry-required",
+        action="store_true",
+        help="fail tests that need a package registry where none answers; they are skipped otherwise",
+    )
+
+
+@pytest.fixture(scope="session")
+def harmony_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with gpt-oss's own tokenizer and chat template, and no model. Tests leave it as it is."""
+    try:
+        return harmony.make_directory(tmp_path_factory.mktemp("harmony"))
+    except harmony.NoRegistryError as error:
+        (pytest.fail if request.config.getoption("--registry-required") else pytest.skip)(
+            f"gpt-oss's tokenizer needs a package registry: {error}"
+        )
+
+
+@pytest.fixture(scope="session")
+def harmony_tokenizer(harmony_directory: Path) -> Any:
+    """gpt-oss's own tokenizer and chat template, on 2025-08-05. Tests leave it as it is."""
+    from jmoe.text import load_tokenizer
+
+    return load_tokenizer(harmony_directory, datetime.date(2025, 8, 5))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

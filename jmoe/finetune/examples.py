@@ -1,14 +1,18 @@
 """Rows of text to tokens, and which of the tokens are learnt."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jmoe.finetune.rows import Completion, Conversation, Row, Text, parse_row, read_lines
-from jmoe.text import Message, chat_text, encode
+from jmoe.finetune.guard import check_conversation
+from jmoe.finetune.pieces import Piece, conversation_pieces
+from jmoe.finetune.rows import Completion, Conversation, Row, Text, parse
+from jmoe.finetune.sources import open_source
+from jmoe.text import encode
 
 
 class Example(NamedTuple):
@@ -22,11 +26,15 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A file's examples in its order, and what became of its rows: rows = len(examples) + the three that are skipped.
+    """The sources' examples in their order, and what became of the rows: len(examples) + the three that are skipped.
 
     Fields:
       truncated: examples that were cut.
       skipped_untrained: rows that, once cut, had no trained token.
+      forms: how many rows were read of each form, those that were skipped for their length too.
+      notices: what the user should know of how the rows were read, a line each.
+      refusals: why rows are bad, with their places; the first REFUSALS.
+      lengths: int32 [n], tokens of each row that is not bad, before it was skipped or cut.
     """
 
     examples: tuple[Example, ...]
@@ -35,24 +43,25 @@ class Examples(NamedTuple):
     skipped_too_long: int
     skipped_untrained: int
     truncated: int
+    forms: Mapping[str, int]
+    notices: tuple[str, ...]
+    refusals: tuple[str, ...]
+    lengths: Int32[np.ndarray, " n"]
 
 
-class Piece(NamedTuple):
-    """A part of a row's text, encoded apart from the others."""
-
-    text: str
-    trained: bool
+REFUSALS = 100
+"""How many are kept: those that people read."""
 
 
 def read_examples(
-    path: str | os.PathLike[str],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     tokenizer: Any,
     *,
     max_length: int,
     too_long: Literal["error", "skip", "truncate"] = "skip",
     bad_rows: Literal["error", "skip"] = "error",
 ) -> Examples:
-    """The examples of a file of rows (jmoe.finetune.rows).
+    """The examples of one source of rows or several (jmoe.finetune.sources), one after the other.
 
     Args:
       tokenizer: what jmoe.text.load_tokenizer gives.
@@ -62,41 +71,97 @@ def read_examples(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: an argument is out of range; a row is bad or too long where that is an error, named by file and line;
-        no example is left.
+      ValueError: an argument is out of range; a source cannot be read; a row is bad or too long where that is an error,
+        named by file and line; no example is left.
+      ImportError: a source needs packages that are not installed.
     """
     _check_options(tokenizer, max_length, too_long, bad_rows)
-    examples: list[Example] = []
-    rows = truncated = untrained = overlong = 0
-    refusals: list[str] = []
-    for line in read_lines(path):
-        rows += 1
-        try:
-            example = make_example(parse_row(line.content), tokenizer)
-        except ValueError as error:
-            refusals.append(f"{line.place}: {error}")
-            if bad_rows == "error":
-                raise ValueError(refusals[-1]) from error
-            continue
-        if (length := len(example.tokens)) > max_length:
-            if too_long == "error":
-                raise ValueError(f"{line.place}: a row must be at most {max_length} tokens, got {length}")
-            if too_long == "skip":
-                overlong += 1
-                continue
-            example = Example(example.tokens[:max_length].copy(), example.trained[:max_length].copy())
-            if not example.trained.any():
-                untrained += 1
-                continue
-            truncated += 1
-        examples.append(example)
-    if not examples:
+    reading = _Reading(tokenizer, max_length, too_long, bad_rows)
+    paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    for path in paths:
+        reading.read(path)
+    if not reading.examples:
         raise ValueError(
-            f"{os.fspath(path)} has no row to train on: of {rows} rows, {len(refusals)} are bad, {overlong} longer "
-            f"than {max_length} tokens, {untrained} untrained once cut"
-            + "".join(f"; {first}" for first in refusals[:1])
+            f"{', '.join(os.fspath(path) for path in paths)} has no row to train on: of {reading.rows} rows, "
+            f"{reading.bad} are bad, {reading.overlong} longer than {max_length} tokens, {reading.untrained} untrained "
+            "once cut" + "".join(f"; {first}" for first in reading.refusals[:1])
         )
-    return Examples(tuple(examples), rows, len(refusals), overlong, untrained, truncated)
+    return reading.result()
+
+
+class _Reading:
+    """What is read so far."""
+
+    def __init__(self, tokenizer: Any, max_length: int, too_long: str, bad_rows: str) -> None:
+        self.tokenizer, self.max_length, self.too_long, self.bad_rows = tokenizer, max_length, too_long, bad_rows
+        self.examples: list[Example] = []
+        self.lengths: list[int] = []
+        self.rows = self.bad = self.overlong = self.untrained = self.truncated = self.forgotten = 0
+        self.refusals: list[str] = []
+        self.notices: list[str] = []
+        self.forms: Counter[str] = Counter()
+
+    def read(self, path: str | os.PathLike[str]) -> None:
+        source = open_source(path)
+        ignored: set[str] = set()
+        for record in source.records:
+            self.rows += 1
+            try:
+                parsed = parse(record.content)
+                example, forgotten = _make_example(parsed.row, self.tokenizer)
+            except ValueError as error:
+                self._refuse(f"{record.place}: {error}", error)
+                continue
+            self.forms[parsed.form] += 1
+            self.forgotten += forgotten
+            ignored |= parsed.ignored
+            ignored |= {f"messages[].{key}" for key in parsed.unknown if key not in str(self.tokenizer.chat_template)}
+            self._add(record.place, example)
+        if source.notice is not None:
+            self.notices.append(source.notice)
+        if ignored:
+            self.notices.append(f"{os.fspath(path)}: ignored: {', '.join(sorted(ignored))}")
+
+    def _refuse(self, refusal: str, error: ValueError) -> None:
+        if self.bad_rows == "error":
+            raise ValueError(refusal) from error
+        self.bad += 1
+        if len(self.refusals) < REFUSALS:
+            self.refusals.append(refusal)
+
+    def _add(self, place: str, example: Example) -> None:
+        length = len(example.tokens)
+        self.lengths.append(length)
+        if length > self.max_length:
+            if self.too_long == "error":
+                raise ValueError(f"{place}: a row must be at most {self.max_length} tokens, got {length}")
+            if self.too_long == "skip":
+                self.overlong += 1
+                return
+            example = Example(*(part[: self.max_length].copy() for part in example))
+            if not example.trained.any():
+                self.untrained += 1
+                return
+            self.truncated += 1
+        self.examples.append(example)
+
+    def result(self) -> Examples:
+        read = ", ".join(f"{count:,} of {form}" for form, count in self.forms.most_common())
+        notices = [f"rows read: {read}", *self.notices]
+        if self.forgotten:
+            notices.append(f"thinking of {self.forgotten:,} earlier turns is left out, as the chat template does")
+        return Examples(
+            tuple(self.examples),
+            self.rows,
+            self.bad,
+            self.overlong,
+            self.untrained,
+            self.truncated,
+            dict(self.forms),
+            tuple(notices),
+            tuple(self.refusals),
+            np.array(self.lengths, np.int32),
+        )
 
 
 def make_example(row: Row, tokenizer: Any) -> Example:
@@ -104,99 +169,33 @@ def make_example(row: Row, tokenizer: Any) -> Example:
 
     A conversation is its chat template's text, in which the assistant's turns are trained: what follows the header that
     begins a reply, with the token that ends the turn. A prompt and its completion, or a text, stand as they are and end
-    with the tokenizer's eos_token_id; all but the prompt is trained.
+    with the tokenizer's eos_token_id; all but the prompt is trained. Control tokens in the words of a conversation are
+    text; in a prompt, a completion or a text they are control tokens.
 
     What generation is given, a prompt or a reply's header, is encoded apart from what it is to write, so that training
     sees the tokens that generation does.
 
     Raises:
-      ValueError: the chat template refuses the conversation, or writes its turns so that replies cannot be told.
+      ValueError: the chat template refuses the conversation, leaves out words of it, or writes its turns so that
+        replies cannot be told.
     """
+    return _make_example(row, tokenizer)[0]
+
+
+def _make_example(row: Row, tokenizer: Any) -> tuple[Example, int]:
+    """A row's tokens, and how many of its turns' thinking they leave out."""
     match row:
-        case Conversation(messages):
-            return _join(tokenizer, conversation_pieces(tokenizer, messages), [])
+        case Conversation(messages, tools, untrained):
+            forgotten = check_conversation(tokenizer, row)
+            return _join(tokenizer, conversation_pieces(tokenizer, messages, tools, untrained), []), forgotten
         case Completion(prompt, completion):
             pieces = [Piece(prompt, trained=False), Piece(completion, trained=True)]
-            return _join(tokenizer, pieces, [tokenizer.eos_token_id])
+            return _join(tokenizer, pieces, [tokenizer.eos_token_id]), 0
         case Text(text):
-            return _join(tokenizer, [Piece(text, trained=True)], [tokenizer.eos_token_id])
+            return _join(tokenizer, [Piece(text, trained=True)], [tokenizer.eos_token_id]), 0
 
 
-def conversation_pieces(tokenizer: Any, messages: Sequence[Message]) -> list[Piece]:
-    """The conversation as the chat template writes it, cut where each of the assistant's turns begins and ends.
-
-    A turn begins where the turns before it end, followed by the header of a reply. It ends where another reply's header
-    would begin, or with the text. gpt-oss ends the last turn with another token than the ones before, whose thinking it
-    leaves out; so each is found in the text as a turn with others to come.
-
-    Raises:
-      ValueError: the template refuses the messages, or does not write the turns up to some point as the beginning of
-        the whole.
-    """
-    whole = chat_text(tokenizer, messages, reply=False)
-    header = _reply_header(tokenizer, messages)
-    pieces: list[Piece] = []
-    end = 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        begin = len(_beginning(tokenizer, whole, messages[:turn], header)) + len(header)
-        pieces.append(Piece(whole[end:begin], trained=False))
-        last = turn == len(messages) - 1
-        end = len(whole) if last else len(_beginning(tokenizer, whole, messages[: turn + 1], header))
-        if not whole.startswith(header, begin - len(header)) or end <= begin:
-            raise ValueError(
-                f"the chat template must write messages[{turn}] behind a reply's header {header!r}, got "
-                f"{whole[begin - len(header) : end][:40]!r}"
-            )
-        pieces.append(Piece(whole[begin:end], trained=True))
-    return [*pieces, Piece(whole[end:], trained=False)]
-
-
-def _reply_header(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """What the template writes for a reply to begin, by the messages before the assistant's first."""
-    before = messages[: [message["role"] for message in messages].index("assistant")]
-    without, text = (chat_text(tokenizer, before, reply=reply) for reply in (False, True))
-    _check_prefix(without, text, "a reply's header must follow the messages")
-    return text.removeprefix(without)
-
-
-def _beginning(tokenizer: Any, whole: str, messages: Sequence[Message], header: str) -> str:
-    """The first messages as the template writes them before a reply, the reply's header left out.
-
-    gpt-oss leaves out what led to a tool's call once an answer follows: so does this, where that gives the whole.
-    """
-    bare = [_call_alone(message) if message.get("tool_calls") else message for message in messages]
-    if bare != list(messages):
-        text = chat_text(tokenizer, bare, reply=True)
-        if text.endswith(header) and whole.startswith(text.removesuffix(header)):
-            return text.removesuffix(header)
-    text = chat_text(tokenizer, messages, reply=True)
-    if not text.endswith(header):
-        raise ValueError(
-            f"the chat template must begin a reply after messages[:{len(messages)}] with {header!r}, as the first, "
-            f"got {text[-40:]!r}"
-        )
-    beginning = text.removesuffix(header)
-    _check_prefix(beginning, whole, f"the text of messages[:{len(messages)}] must stay when more follow")
-    return beginning
-
-
-def _call_alone(message: Message) -> Message:
-    """The turn without what led to its call, which may be its thinking or its content."""
-    return {name: "" if name == "content" else value for name, value in message.items() if name != "thinking"}
-
-
-def _check_prefix(beginning: str, whole: str, rule: str) -> None:
-    if not whole.startswith(beginning):
-        same = next((i for i, (a, b) in enumerate(zip(beginning, whole, strict=False)) if a != b), len(whole))
-        raise ValueError(
-            f"the chat template does not let replies be told from the rest: {rule}, expected "
-            f"{beginning[same : same + 40]!r} at character {same}, got {whole[same : same + 40]!r}"
-        )
-
-
-def _join(tokenizer: Any, pieces: Sequence[Piece], end: Sequence[int]) -> Example:
+def _join(tokenizer: Any, pieces: Iterable[Piece], end: Sequence[int]) -> Example:
     """The pieces' tokens one after the other, then trained tokens that no text stands for."""
     parts = [(encode(tokenizer, piece.text), piece.trained) for piece in pieces] + [(list(end), True)]
     tokens = np.concatenate([np.array(part, np.int32) for part, _ in parts])

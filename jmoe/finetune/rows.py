@@ -1,20 +1,26 @@
-"""A file of text to train on: one JSON object a line, in one of three forms."""
+"""A row of text to train on: its columns, in whichever of the forms that people use."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jmoe.finetune.sources import open_source
+from jmoe.finetune.turns import Turn, check_text, from_json, read_tools, read_turns, shorten, unknown_keys
 from jmoe.text import Message
-
-FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
 class Conversation(NamedTuple):
-    """Turns for the chat template, of which the assistant's are learnt; the first is not the assistant's."""
+    """Turns for the chat template, of which the assistant's are learnt; the first is not the assistant's.
+
+    Fields:
+      tools: functions that the template is given beside the turns.
+      untrained: the assistant's turns that are not learnt, by their place among all.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()
 
 
 class Completion(NamedTuple):
@@ -33,62 +39,67 @@ class Text(NamedTuple):
 type Row = Conversation | Completion | Text
 
 
-class Line(NamedTuple):
-    """A line that is not blank, and where it stands: the file and the line's number, from 1."""
+class Parsed(NamedTuple):
+    """A row, and how it was read.
 
-    place: str
-    content: bytes
+    Fields:
+      form: what the row was known by.
+      ignored: its columns that the form has not.
+      unknown: keys of its messages that no format has; the chat template may know them.
+    """
+
+    row: Row
+    form: str
+    ignored: frozenset[str]
+    unknown: frozenset[str] = frozenset()
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
-    """The lines of a file that are not blank.
+def read_rows(source: str | os.PathLike[str]) -> Iterator[Row]:
+    """The rows of a source, see jmoe.finetune.sources.open_source.
 
     Raises:
       FileNotFoundError: there is no such file.
+      ValueError: a row cannot be read. The message has its place, what was expected and what was seen.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist, or is no file")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if content := line.strip():
-                yield Line(f"{file}, line {number}", content)
-
-
-def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a file of JSON lines.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a line is no row. The message has the file, the line's number, what was expected and what was seen.
-    """
-    for line in read_lines(path):
+    for record in open_source(source).records:
         try:
-            row = parse_row(line.content)
+            row = parse(record.content).row
         except ValueError as error:
-            raise ValueError(f"{line.place}: {error}") from error
+            raise ValueError(f"{record.place}: {error}") from error
         yield row
 
 
-def parse_row(content: bytes) -> Row:
-    """The row that one line holds.
+def parse_row(content: bytes | Mapping[str, Any]) -> Row:
+    """The row that a line of JSON, or values by column, hold.
 
     Raises:
-      ValueError: it is not JSON in UTF-8, or not exactly one of the three forms.
+      ValueError: it is not JSON in UTF-8, or has none of the forms.
     """
-    fields = _parse_object(content)
-    match sorted(fields):
-        case ["messages"]:
-            return Conversation(_check_messages(fields["messages"]))
-        case ["completion", "prompt"]:
-            return Completion(_check_text("prompt", fields["prompt"]), _check_text("completion", fields["completion"]))
-        case ["text"]:
-            return Text(_check_text("text", fields["text"]))
-        case keys:
-            raise ValueError(f"a row must be {FORMS} and have no other keys, got keys {keys}")
+    return parse(content).row
 
 
-def _parse_object(content: bytes) -> dict[str, Any]:
+def parse(content: bytes | Mapping[str, Any] | ValueError) -> Parsed:
+    """As parse_row, with how the row was read. Of several forms, the first counts: the others' columns are ignored.
+
+    Raises:
+      ValueError: as parse_row; what is wrong with the row, where that is given in its place.
+    """
+    if isinstance(content, ValueError):
+        raise content
+    columns = _parse_object(content) if isinstance(content, bytes) else content
+    values = {name: value for name, value in columns.items() if value is not None}
+    # Columns that are null count where no form has all of its own: what is wrong with the row is then their values.
+    form = next((form for held in (values, columns) for form in FORMS if set(form.needs) <= set(held)), None)
+    if form is None:
+        raise ValueError(
+            f"a row must be one of {'; '.join(form.shape for form in FORMS)}, got keys {sorted(map(str, columns))}"
+        )
+    row, unknown = form.read({**dict.fromkeys(form.needs), **values})
+    may_have = form.may_have if isinstance(row, Conversation) else ()
+    return Parsed(row, form.name, frozenset(map(str, set(values) - {*form.needs, *may_have})), frozenset(unknown))
+
+
+def _parse_object(content: bytes) -> Mapping[str, Any]:
     try:
         value = json.loads(content.decode())
         if b"\\u" in content:
@@ -96,48 +107,112 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     except UnicodeError as error:
         raise ValueError(f"a row must be Unicode text in UTF-8: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"a row must be JSON ({error}), got {_shorten(content.decode())}") from error
+        raise ValueError(f"a row must be JSON ({error}), got {shorten(content.decode())}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a row must be a JSON object, {FORMS}, got {_shorten(value)}")
+        raise ValueError(f"a row must be a JSON object, got {shorten(value)}")
     return value
 
 
-def _check_text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a string that is not empty, got {_shorten(value)}")
-    return value
+type Read = tuple[Row, set[str]]
 
 
-def _check_messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"messages must be a list of turns that is not empty, got {_shorten(value)}")
-    messages = tuple(_check_message(f"messages[{i}]", message) for i, message in enumerate(value))
+def _read_messages(values: Mapping[str, Any]) -> Read:
+    return _conversation(read_turns("messages", values["messages"]), values)
+
+
+def _read_conversations(values: Mapping[str, Any]) -> Read:
+    return _conversation([*_system(values), *read_turns("conversations", values["conversations"])], values)
+
+
+def _read_completion(values: Mapping[str, Any]) -> Read:
+    if not isinstance(values["prompt"], list):
+        texts = (check_text(name, values[name]) for name in ("prompt", "completion"))
+        return Completion(*texts), set()
+    prompt, completion = (read_turns(name, values[name]) for name in ("prompt", "completion"))
+    if any(turn.trained for turn in prompt):
+        raise ValueError("a prompt's turns are not trained, got one whose weight or train says so")
+    return _conversation([*(turn._replace(trained=False) for turn in prompt), *completion], values)
+
+
+def _read_instruction(values: Mapping[str, Any]) -> Read:
+    instruction, given = check_text("instruction", values["instruction"]), values.get("input", "")
+    if not isinstance(given, str):
+        raise ValueError(f"input must be a string, got {shorten(given)}")
+    user = {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
+    assistant = {"role": "assistant", "content": check_text("output", values["output"])}
+    return _conversation([*_system(values), Turn(user), Turn(assistant)], values)
+
+
+def _read_text(values: Mapping[str, Any]) -> Read:
+    return Text(check_text("text", values["text"])), set()
+
+
+def _system(values: Mapping[str, Any]) -> list[Turn]:
+    """The turn that a column `system` is."""
+    system = values.get("system", "")
+    if not isinstance(system, str):
+        raise ValueError(f"system must be a string, got {shorten(system)}")
+    return [Turn({"role": "system", "content": system})] if system else []
+
+
+class Form(NamedTuple):
+    """One way to write rows.
+
+    Fields:
+      needs: the columns that tell it.
+      may_have: columns that it reads too, where the row is a conversation.
+      shape: how an error writes it.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    may_have: tuple[str, ...]
+    shape: str
+    read: Callable[[Mapping[str, Any]], Read]
+
+
+FORMS = (
+    Form("messages", ("messages",), ("tools",), '{"messages": [...]}', _read_messages),
+    Form(
+        "conversations",
+        ("conversations",),
+        ("tools", "system"),
+        '{"conversations": [{"from": ..., "value": ...}, ...]}',
+        _read_conversations,
+    ),
+    Form(
+        "prompt and completion",
+        ("prompt", "completion"),
+        ("tools",),
+        '{"prompt": ..., "completion": ...}',
+        _read_completion,
+    ),
+    Form(
+        "instruction and output",
+        ("instruction", "output"),
+        ("input", "system", "tools"),
+        '{"instruction": ..., "input": ..., "output": ...}',
+        _read_instruction,
+    ),
+    Form("text", ("text",), (), '{"text": ...}', _read_text),
+)
+
+
+def _conversation(turns: Sequence[Turn], values: Mapping[str, Any]) -> Read:
+    messages = tuple(turn.message for turn in turns)
+    tools = values.get("tools")
     _check_roles([message["role"] for message in messages])
-    return messages
-
-
-def _check_message(name: str, value: Any) -> Message:
-    """The message as it is, less a null `content` beside tool calls, which means what its absence does."""
-    if not isinstance(value, dict):
-        raise ValueError(f'{name} must be an object {{"role": ..., "content": ...}}, got {_shorten(value)}')
-    role = _check_text(f"{name}.role", value.get("role"))
-    if value.get("tool_calls") and not value.get("content"):
-        return {key: part for key, part in value.items() if key != "content"}
-    if role == "assistant":
-        _check_text(f"{name}.content", value.get("content"))
-    elif not isinstance(value.get("content"), str):
-        raise ValueError(f"{name}.content must be a string, got {_shorten(value.get('content'))}")
-    return value
+    untrained = frozenset(
+        i for i, turn in enumerate(turns) if turn.trained is False and turn.message["role"] == "assistant"
+    )
+    if untrained == {i for i, message in enumerate(messages) if message["role"] == "assistant"}:
+        raise ValueError("a row must have a turn to learn, got weight 0 or train false for each of the assistant's")
+    found = read_tools(tools) if from_json(tools, "[") not in (None, "", []) else ()
+    return Conversation(messages, found, untrained), unknown_keys(turns)
 
 
 def _check_roles(roles: Sequence[str]) -> None:
     if "assistant" not in roles:
-        raise ValueError(f"messages must have an assistant's turn to learn, got roles {_shorten(roles)}")
+        raise ValueError(f"messages must have an assistant's turn to learn, got roles {shorten(roles)}")
     if roles[0] == "assistant":
-        raise ValueError(f"messages must begin with another's turn than the assistant's, got roles {_shorten(roles)}")
-
-
-def _shorten(value: Any) -> str:
-    """The value as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise ValueError(f"messages must begin with another's turn than the assistant's, got roles {shorten(roles)}")
