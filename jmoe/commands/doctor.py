@@ -10,6 +10,12 @@ from rich.table import Table
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
+from jmoe.commands.finetune_memory import (
+    FinetuneBatchOption,
+    FinetuneLengthOption,
+    FinetuneRankOption,
+    finetune_table,
+)
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -26,6 +32,9 @@ def doctor(
     lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
+    finetune_length: FinetuneLengthOption = 4096,
+    finetune_batch_size: FinetuneBatchOption = 1,
+    finetune_rank: FinetuneRankOption = 16,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
@@ -43,6 +52,7 @@ def doctor(
     if model is not None:
         report = examine_model(model, adapter or [], machine, batch=batch, context=context, lora_b_layout=lora_b_layout)
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
+        tables.append(finetune_table(model, length=finetune_length, batch_size=finetune_batch_size, rank=finetune_rank))
         reports = report.adapters
     else:
         layouts = layouts_of(adapter or [], lora_b_layout)

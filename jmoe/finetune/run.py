@@ -16,14 +16,14 @@ from jmoe.finetune.batches import Batch, Batches, digest, split
 from jmoe.finetune.checkpoint import Checkpoints
 from jmoe.finetune.config import LARGEST, FinetuneConfig
 from jmoe.finetune.display import Display
-from jmoe.finetune.examples import Example, Examples, read_examples
+from jmoe.finetune.examples import Example, read_examples
 from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes
 from jmoe.finetune.metrics import Metrics, check_plot, plot
 from jmoe.finetune.packing import pack
 from jmoe.finetune.start_adapter import description, start_adapter
-from jmoe.finetune.start_report import count_steps, say, say_options, say_start
+from jmoe.finetune.start_report import count_steps, say, say_options, say_rows, say_start
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import load, local_directory
@@ -174,38 +174,21 @@ def day_begun(out: Path) -> datetime.date:
 def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
     """(training examples, validation examples)."""
 
-    def read(files: Sequence[str]) -> tuple[Example, ...]:
-        return tuple(example for file in files for example in read_one(file).examples)
-
-    def read_one(file: str) -> Examples:
+    def read(sources: Sequence[str]) -> tuple[Example, ...]:
         found = read_examples(
-            file,
+            sources,
             tokenizer,
             max_length=config.length + 1,  # the last token is a target alone
             too_long=config.too_long,
             bad_rows=config.bad_rows,
         )
-        console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
-        return found
+        say_rows(console, sources, found)
+        return found.examples
 
     training = read(config.data)
     if config.validation is not None:
         return training, read(config.validation)
     return split(training, config.validation_fraction, config.seed)
-
-
-def summary(found: Examples) -> str:
-    """What became of a file's rows, in words."""
-    tokens = sum(len(example.tokens) for example in found.examples)
-    trained = sum(int(example.trained.sum()) for example in found.examples)
-    counts = {
-        "bad": found.skipped_bad,
-        "too long": found.skipped_too_long,
-        "without a trained token once cut": found.skipped_untrained,
-    }
-    skipped = "".join(f", {count} skipped as {reason}" for reason, count in counts.items() if count)
-    cut = f", {found.truncated} cut" if found.truncated else ""
-    return f"{found.rows:,} rows, {tokens:,} tokens of which {trained:,} are trained{skipped}{cut}"
 
 
 def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:

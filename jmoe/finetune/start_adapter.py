@@ -1,6 +1,5 @@
 """The adapter that a run starts from: a new one, or one that is there already."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.adapters.settings import Settings
 from jmoe.finetune.config import FinetuneConfig, parse_ranks
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
@@ -76,7 +76,7 @@ def has_scales(lora: LoraWeights, wanted: Mapping[str, float]) -> bool:
 
 def written_as_rslora(adapter: Path) -> bool:
     """Whether an adapter's file says that its scales are alpha / sqrt(r)."""
-    return json.loads((adapter / "adapter_config.json").read_text()).get("use_rslora") is True
+    return Settings.load(adapter / "adapter_config.json").use_rslora
 
 
 def description(lora: LoraWeights) -> str:

@@ -10,11 +10,14 @@ from rich.text import Text
 
 from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.examples import Example
+from jmoe.finetune.examples import Example, Examples
 from jmoe.finetune.memory import GIB, MemoryEstimate, warning, words
 
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
+
+REFUSALS = 3
+"""Bad rows that are shown with what is bad about them."""
 
 TRAINED, CONTROL = "bold green", "cyan"
 OPENS, CLOSES = "[[", "]]"
@@ -30,6 +33,32 @@ def say_options(console: Console, config: FinetuneConfig) -> None:
     """Every option and its value."""
     for name, value in config.comparable().items():
         say(console, f"{name:20} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def say_rows(console: Console, sources: Sequence[str], found: Examples) -> None:
+    """What was read, what became of the rows, and why rows are bad."""
+    say(console, f"{', '.join(sources)}: {summary(found)}")
+    for notice in found.notices:
+        say(console, f"  {notice}")
+    for refusal in found.refusals[:REFUSALS]:
+        say(console, f"  bad: {refusal}")
+    if found.skipped_bad > REFUSALS:
+        say(console, f"  and {found.skipped_bad - REFUSALS:,} more bad rows")
+
+
+def summary(found: Examples) -> str:
+    """How many rows and tokens there are, and what became of them, in words."""
+    tokens = sum(len(example.tokens) for example in found.examples)
+    trained = sum(int(example.trained.sum()) for example in found.examples)
+    counts = {
+        "bad": found.skipped_bad,
+        "too long": found.skipped_too_long,
+        "without a trained token once cut": found.skipped_untrained,
+    }
+    skipped = "".join(f", {count:,} skipped as {reason}" for reason, count in counts.items() if count)
+    longest = f" (the longest has {found.lengths.max():,} tokens)" if found.skipped_too_long else ""
+    cut = f", {found.truncated:,} cut" if found.truncated else ""
+    return f"{found.rows:,} rows, {tokens:,} tokens of which {trained:,} are trained{skipped}{longest}{cut}"
 
 
 def say_start(
