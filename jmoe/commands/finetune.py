@@ -2,19 +2,19 @@
 
 import dataclasses
 import inspect
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+from rich.console import Console
 
 from jmoe.device_memory import allow_whole_gpu
 from jmoe.finetune.config import FinetuneConfig, choices_of, plain_types
 from jmoe.finetune.config_file import read_file, write_example
-
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it."""
+from jmoe.finetune.stopping import exit_status
 
 REQUIRED = "Required, here or in --config's file"
 
@@ -76,7 +76,8 @@ def finetune(
     """Trains LoRA on a gpt-oss checkpoint's experts and attention, from rows of text to an adapter in PEFT's format.
 
     Options come from --config, a file of the same names, and from flags, which win. Run again with the same options, it
-    goes on where it stopped.
+    goes on where it stopped. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end it after the step that is going on, with a
+    checkpoint; the exit status is 128 and the signal's number.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     entries = ({} if config is None else read_file(config)) | given
@@ -85,12 +86,16 @@ def finetune(
         return
     allow_whole_gpu()
     options = FinetuneConfig.create(entries)
-    if dry_run:
+    try:
+        from jmoe.finetune.run import finetune as run
         from jmoe.finetune.run import rehearse
 
-        rehearse(options)
-        return
-    from jmoe.finetune.run import finetune as run
-
-    if run(options).ending == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+        if dry_run:
+            rehearse(options)
+            return
+        result = run(options, owns_process=True)
+    except KeyboardInterrupt:  # before the first step: what is there is as it was
+        Console(stderr=True).print("jmoe: interrupted", highlight=False)
+        raise typer.Exit(exit_status(signal.SIGINT)) from None
+    if result.signal is not None:
+        raise typer.Exit(exit_status(result.signal))

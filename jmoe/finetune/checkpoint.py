@@ -1,7 +1,11 @@
 """Checkpoints of a run: what a step changes and where the run stands, whole or not at all, by orbax."""
 
 import dataclasses
+import logging
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.same_run import changed_options
 from jmoe.finetune.step import TrainState
 
 
@@ -19,11 +24,15 @@ class Standing:
 
     best_loss: lowest validation loss so far, or None.
     since_best: validations since then.
+    validation_due: whether the run was stopped in the validation after this step.
+    steps: of the optimizer that the run was to take in all; None if a checkpoint does not say so.
     """
 
     step: int = 0
     best_loss: float | None = None
     since_best: int = 0
+    validation_due: bool = False
+    steps: int | None = None
 
 
 class Checkpoints:
@@ -35,7 +44,7 @@ class Checkpoints:
         data: the digest of what the run trains and validates on, see jmoe.finetune.batches.digest.
         """
         self.directory = directory.absolute()
-        self.config = dataclasses.asdict(config)
+        self.config = config
         self.data = data
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=False)
@@ -53,24 +62,62 @@ class Checkpoints:
         """Writes a checkpoint of this step, unless it is there.
 
         Raises:
-          OSError: the disk has no room for it; those before it stay.
+          OSError: it cannot be written, as when the disk has no room for it; those before it stay.
         """
-        if standing.step in self.manager.all_steps():
+        if self.holds(standing.step):
             return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < 1.1 * needed:
             raise OSError(f"no room for a checkpoint of {needed:,} bytes in {self.directory}: {free:,} are free")
-        self.manager.save(
-            standing.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-                run=ocp.args.JsonSave(  # type: ignore[call-arg]
-                    {"standing": dataclasses.asdict(standing), "config": self.config, "data": self.data}
-                ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+            run=ocp.args.JsonSave(  # type: ignore[call-arg]
+                {"standing": dataclasses.asdict(standing), "config": dataclasses.asdict(self.config), "data": self.data}
             ),
         )
-        self.manager.wait_until_finished()
+        try:
+            with errors_raised_alone():
+                self.manager.save(standing.step, args=items)
+                self.manager.wait_until_finished()
+        except jax.errors.JaxRuntimeError:  # of the device
+            raise
+        except Exception as error:  # OSError and others, by which part could not be written
+            for part in self.directory.glob(f"{standing.step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {standing.step} could not be written to {self.directory}: {first_line(error)}; those "
+                "before it stay"
+            ) from error
+
+    def holds(self, *steps: int) -> bool:
+        """Whether there is a checkpoint of this step, or of any if none is given."""
+        return bool(set(steps) & set(self.manager.all_steps())) if steps else bool(self.manager.all_steps())
+
+    def standing(self) -> Standing:
+        """Where the run of the newest checkpoint stands, or a beginning if there is none.
+
+        Raises:
+          ValueError: the checkpoint is of a run with other options, which are named, or on other data; it is damaged.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return Standing()
+        run = self._read(step, run=ocp.args.JsonRestore())["run"]  # type: ignore[call-arg]
+        try:
+            config, data = run["config"], run["data"]
+            standing = Standing(**{"steps": config.get("steps"), **run["standing"]})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.directory / str(step)} is no checkpoint of a run: {first_line(error)}") from error
+        if changed := changed_options(config, self.config):
+            listed = ", ".join(changed)
+            raise ValueError(f"{self.directory} holds a run with other options ({listed}): choose another --out")
+        if data != self.data:
+            raise ValueError(
+                f"{self.directory} holds a run on other data: rows of the training or validation file, or the "
+                "tokenizer, have changed since; choose another --out"
+            )
+        return standing
 
     def restore(self, state: TrainState) -> tuple[TrainState, Standing]:
         """The newest checkpoint, or (state, a beginning) if there is none.
@@ -81,18 +128,10 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is of a run with other options, which are named, or on other data; it is damaged.
         """
-        step = self.manager.latest_step()
-        if step is None:
-            return state, Standing()
-        run = self._read(step, run=ocp.args.JsonRestore())["run"]  # type: ignore[call-arg]
-        self._check_config(run["config"])
-        if run.get("data") != self.data:
-            raise ValueError(
-                f"{self.directory} holds a run on other data: rows of the training or validation file, or the "
-                "tokenizer, have changed since; choose another --out"
-            )
-        saved = self._read(step, state=ocp.args.StandardRestore(state))["state"]  # type: ignore[call-arg]
-        return saved, Standing(**run["standing"])
+        standing = self.standing()
+        if not standing.step:
+            return state, standing
+        return self._read(standing.step, state=ocp.args.StandardRestore(state))["state"], standing  # type: ignore[call-arg]
 
     def _read(self, step: int, **items: Any) -> Any:
         """These items of a checkpoint. Raises ValueError if orbax cannot read them."""
@@ -101,16 +140,25 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # of the device, as when its memory runs out
             raise
         except Exception as error:  # KeyError, OSError, ValueError and others, by what is damaged
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{self.directory / str(step)} cannot be read: {first}; without it the run goes on from the one before"
-            ) from error
+            older = len(self.manager.all_steps()) > 1
+            remedy = "without it the run goes on from the one before" if older else "choose another --out"
+            raise ValueError(f"{self.directory / str(step)} cannot be read: {first_line(error)}; {remedy}") from error
 
-    def _check_config(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError unless the options that decide what is computed are the same."""
-        free = {"out", "keep", "checkpoint_every"}
-        names = sorted({*saved, *self.config} - free)
-        changed = [name for name in names if saved.get(name) != self.config.get(name)]
-        if changed:
-            listed = ", ".join(f"{name} was {saved.get(name)!r}, is {self.config.get(name)!r}" for name in changed)
-            raise ValueError(f"{self.directory} holds a run with other options ({listed}): choose another --out")
+
+@contextmanager
+def errors_raised_alone() -> Iterator[None]:
+    """Within it what orbax and tensorstore raise is not also printed with its traceback from their threads."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

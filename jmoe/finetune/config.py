@@ -19,6 +19,7 @@ RANK, ALPHA = 16, 32.0
 
 COUNTS = (
     "rank", "length", "batch_size", "accumulate", "steps", "loss_chunk", "validate_every", "checkpoint_every", "keep",
+    "log_every",
 )  # fmt: skip
 """The options that are whole numbers from 1 on."""
 
@@ -85,6 +86,11 @@ class FinetuneConfig:
     checkpoint_every: int = option(100, help="Steps between checkpoints.")
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order, dropout and split.")
+    log_every: int | None = option(None, help="Steps between lines of figures; none: 20 lines, and one each 30 s.")
+    quiet: bool = option(False, help="Print the last line and errors alone.")
+    log_to: str | None = option(
+        None, help="tensorboard, wandb (with commas between) or none; not given: TensorBoard's files where installed."
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can have."""
@@ -98,6 +104,7 @@ class FinetuneConfig:
                     self._set(name, value)
         self._check_numbers()
         self._check_lora()
+        self._check_trackers()
 
     def _check_numbers(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -129,6 +136,12 @@ class FinetuneConfig:
         if self.lora_b_layout is not None and self.adapter is None:
             raise ValueError("lora_b_layout is of an adapter's files, and no adapter is given")
 
+    def _check_trackers(self) -> None:
+        named = len(self.trackers) > 0 or self.log_to in (None, "none")
+        self._check(
+            "log_to", named and set(self.trackers) <= {"tensorboard", "wandb"}, "tensorboard,wandb, one or none"
+        )
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -150,6 +163,12 @@ class FinetuneConfig:
     def lora_scales(self) -> dict[str, float]:
         """What each target's product is multiplied by, of a new adapter."""
         return {target: self.scale_at(rank) for target, rank in self.lora_ranks.items()}
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What `log_to` names, one by one."""
+        names = "" if self.log_to in (None, "none") else str(self.log_to)
+        return split_words(names)
 
     @property
     def scale(self) -> float:

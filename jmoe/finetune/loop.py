@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from jmoe.file_errors import naming
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
@@ -36,6 +35,7 @@ class Run:
     steps: of the optimizer in all.
     save_adapter: called with the state whose adapter is the best so far.
     before_step, after_step: called around each step, which uses its state up, with its number from 0.
+    stop: whether the run shall stop after this step.
     """
 
     config: FinetuneConfig
@@ -47,6 +47,7 @@ class Run:
     save_adapter: Callable[[TrainState], None]
     before_step: Callable[[int, TrainState, Batch], None]
     after_step: Callable[[int, Outcome], None]
+    stop: Callable[[], bool]
 
 
 def run_steps(
@@ -54,52 +55,76 @@ def run_steps(
 ) -> tuple[TrainState, Standing, Ending]:
     """Goes on from `standing` to the end: (the last state, where it stands, why it ended).
 
-    A step that begins is finished: Ctrl-C stops the run after it, with a checkpoint.
+    A step that begins is finished: where the run shall stop, it does so after it, with a checkpoint. A validation that
+    has begun is not finished then; a run that goes on begins with it.
 
     Raises:
       NonFiniteLossError: a loss or gradient is not finite. The factors before it are saved as a checkpoint, and the
         batch as nonfinite_step_N.npz; where the validation's loss is not, nothing is.
-      OSError: the disk is full.
+      OSError: a file, which is named, cannot be written, as on a full disk.
     """
     rate = learning_rate(run.config, run.steps)
-    if run.validation and standing.step == 0:
-        figures: dict[str, Any] = {"validation_loss": finite_validation_loss(run, state, 0)}
-        metrics.write(0, figures)
-        display.show(0, figures)
+    standing, stopped = validate_before(run, state, standing, metrics, display)
+    if stopped or (run.stop() and standing.step < run.steps):
+        return state, standing, "interrupted"
     if stops_early(run, standing) and standing.step < run.steps:  # it did before
         return state, standing, "early stop"
-    with interrupts() as interrupted:
-        while standing.step < run.steps:
-            batch = run.batch(standing.step)
-            run.before_step(standing.step, state, batch)
-            began = time.perf_counter()
-            state, outcome = run.trainer.step(state, batch)
-            loss = float(outcome.loss)
-            seconds = time.perf_counter() - began
-            if not bool(outcome.finite):
-                stop_at(run, state, standing, checkpoints, batch, loss, float(outcome.gradient_norm))
-            run.after_step(standing.step, outcome)
-            figures = {
-                "loss": loss,
-                "gradient_norm": float(outcome.gradient_norm),
-                "learning_rate": float(rate(standing.step)),
-                "tokens": int(outcome.tokens),
-                **speed(run, batch, seconds),
-            }
-            standing = dataclasses.replace(standing, step=standing.step + 1)
-            last = standing.step == run.steps
-            if run.validation and (standing.step % run.config.validate_every == 0 or last):
-                standing, figures = validate(run, state, standing, figures)
-            metrics.write(standing.step, figures)
-            display.show(standing.step, figures)
-            early = stops_early(run, standing)
-            if last or early or interrupted() or standing.step % run.config.checkpoint_every == 0:
-                checkpoints.save(state, standing)
-            if early and not last:
-                return state, standing, "early stop"
-            if interrupted() and not last:
-                return state, standing, "interrupted"
+    while standing.step < run.steps:
+        batch = run.batch(standing.step)
+        run.before_step(standing.step, state, batch)
+        began = time.perf_counter()
+        state, outcome = run.trainer.step(state, batch)
+        loss = float(outcome.loss)
+        seconds = time.perf_counter() - began
+        if not bool(outcome.finite):
+            stop_at(run, state, standing, checkpoints, batch, loss, float(outcome.gradient_norm))
+        run.after_step(standing.step, outcome)
+        figures: dict[str, Any] = {
+            "loss": loss,
+            "gradient_norm": float(outcome.gradient_norm),
+            "learning_rate": float(rate(standing.step)),
+            "tokens": int(outcome.tokens),
+            **speed(run, batch, seconds),
+        }
+        standing = dataclasses.replace(standing, step=standing.step + 1)
+        last = standing.step == run.steps
+        if run.validation and (standing.step % run.config.validate_every == 0 or last):
+            standing, validated = validate(run, state, standing)
+            figures |= validated
+        metrics.write(standing.step, figures)
+        display.show(standing.step, figures)
+        early = stops_early(run, standing)
+        stop = run.stop()
+        # An adapter that was saved is not to stand without a checkpoint: a run could not go on from it.
+        first_adapter = standing.best_loss is not None and not checkpoints.holds()
+        if last or early or stop or first_adapter or standing.step % run.config.checkpoint_every == 0:
+            checkpoints.save(state, standing)
+        if early and not last:
+            return state, standing, "early stop"
+        if standing.validation_due or (stop and not last):
+            return state, standing, "interrupted"
     return state, standing, "finished"
+
+
+def validate_before(
+    run: Run, state: TrainState, standing: Standing, metrics: Metrics, display: Display
+) -> tuple[Standing, bool]:
+    """(where the run stands, whether it shall stop) after the validation before its first step, or one that was due."""
+    figures: dict[str, Any] = {}
+    if run.validation and standing.step == 0:
+        loss = finite_validation_loss(run, state, 0)
+        if loss is None:
+            return standing, True
+        figures = {"validation_loss": loss}
+        metrics.write(0, figures)
+    elif run.validation and standing.validation_due:
+        standing, figures = validate(run, state, standing)
+        if standing.validation_due:
+            return standing, True
+        metrics.add(standing.step, figures)
+    if figures:
+        display.show(standing.step, figures)
+    return standing, False
 
 
 def stops_early(run: Run, standing: Standing) -> bool:
@@ -107,33 +132,49 @@ def stops_early(run: Run, standing: Standing) -> bool:
     return 0 < run.config.patience <= standing.since_best
 
 
-def validate(
-    run: Run, state: TrainState, standing: Standing, figures: dict[str, Any]
-) -> tuple[Standing, dict[str, Any]]:
-    """(where the run stands, the figures) with the validation's loss; a better adapter is saved."""
+def validate(run: Run, state: TrainState, standing: Standing) -> tuple[Standing, dict[str, Any]]:
+    """(where the run stands, the validation's loss as a figure); a better adapter is saved.
+
+    Where the run shall stop meanwhile, the validation stays due and there is no figure.
+    """
     loss = finite_validation_loss(run, state, standing.step)
+    if loss is None:
+        return dataclasses.replace(standing, validation_due=True), {}
     if standing.best_loss is None or loss < standing.best_loss:
         run.save_adapter(state)
-        standing = dataclasses.replace(standing, best_loss=loss, since_best=0)
+        standing = dataclasses.replace(standing, best_loss=loss, since_best=0, validation_due=False)
     else:
-        standing = dataclasses.replace(standing, since_best=standing.since_best + 1)
-    return standing, {**figures, "validation_loss": loss}
+        standing = dataclasses.replace(standing, since_best=standing.since_best + 1, validation_due=False)
+    return standing, {"validation_loss": loss}
 
 
 def validation_loss(trainer: Trainer, state: TrainState, validation: Sequence[Batch]) -> float:
     """Mean over the validation's trained tokens."""
-    losses = sum(float(trainer.loss(state, batch)) for batch in validation)
-    return losses / sum(float(batch.weights.sum()) for batch in validation)
+    loss = stoppable_validation_loss(trainer, state, validation, lambda: False)
+    assert loss is not None
+    return loss
 
 
-def finite_validation_loss(run: Run, state: TrainState, step: int) -> float:
-    """The run's validation loss.
+def stoppable_validation_loss(
+    trainer: Trainer, state: TrainState, validation: Sequence[Batch], stop: Callable[[], bool]
+) -> float | None:
+    """Mean over the validation's trained tokens, or None if `stop` says before some batch that it shall end."""
+    losses: list[float] = []
+    for batch in validation:
+        if stop():
+            return None
+        losses.append(float(trainer.loss(state, batch)))
+    return sum(losses) / sum(float(batch.weights.sum()) for batch in validation)
+
+
+def finite_validation_loss(run: Run, state: TrainState, step: int) -> float | None:
+    """The run's validation loss, or None if the run shall stop before it is known.
 
     Raises:
       NonFiniteLossError: it is not finite.
     """
-    loss = validation_loss(run.trainer, state, run.validation)
-    if not math.isfinite(loss):
+    loss = stoppable_validation_loss(run.trainer, state, run.validation, run.stop)
+    if loss is not None and not math.isfinite(loss):
         raise NonFiniteLossError(f"step {step}: validation loss {loss}")
     return loss
 
@@ -149,7 +190,8 @@ def stop_at(
 ) -> None:
     """Saves what shows the fault, and raises NonFiniteLossError."""
     file = run.out / f"nonfinite_step_{standing.step + 1}.npz"
-    np.savez(file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids)
+    with naming(file):
+        np.savez(file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids)
     checkpoints.save(state, standing)
     raise NonFiniteLossError(
         f"step {standing.step + 1}: loss {loss}, norm of the gradient {norm}. Its batch is in {file}, and the factors "
@@ -169,20 +211,3 @@ def speed(run: Run, batch: Batch, seconds: float) -> dict[str, float]:
     if memory and math.isfinite(peak := memory.get("peak_bytes_in_use", math.nan)):
         figures["memory_gib"] = peak / 2**30
     return figures
-
-
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C is remembered instead of raised; a second one is raised. Yields whether there was one."""
-    seen: list[int] = []
-
-    def remember(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,10 +1,13 @@
-"""A run's figures: one JSON object a line, TensorBoard where it is installed, a curve at the end."""
+"""A run's figures: one JSON object a line, what else follows them, a curve at the end."""
 
-import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from jmoe.file_errors import naming
+from jmoe.finetune.trackers import Tracker
 
 FILE = "metrics.jsonl"
 
@@ -12,21 +15,20 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Writes metrics.jsonl of a directory, each line as it comes; closed at the end of a `with`."""
 
-    def __init__(self, directory: Path, step: int) -> None:
-        """Goes on after this step: what a run that was cut off wrote of later ones is taken out."""
-        file = directory / FILE
+    def __init__(self, directory: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
+        """Goes on after this step: what a run that was cut off wrote of later ones is taken out.
+
+        trackers: are given every line's numbers too, and closed with the file.
+
+        Raises:
+          OSError: the file, which is named, cannot be written.
+        """
+        self.path = directory / FILE
+        self.trackers = trackers
         # A run that begins again writes its loss before the first step again.
         first = step + 1 if step else 0
-        kept = [row for row in read(directory) if row["step"] < first]
-        fresh = file.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(file)
-        self.file = file.open("a")
-        self.board = None
-        if importlib.util.find_spec("tensorboardX") is not None:
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first)
+        self._rewrite([row for row in read(directory) if row["step"] < first])
+        self.file = self.path.open("a")
 
     def __enter__(self) -> Self:
         return self
@@ -34,29 +36,52 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        try:
+            with naming(self.path):
+                self.file.close()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """One line."""
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in figures.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, step)
+        """One line. Raises OSError, with the file's name, if it cannot be written."""
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.flush()
+        self._track(step, figures)
+
+    def add(self, step: int, figures: dict[str, Any]) -> None:
+        """Adds figures to the line of a step, which is the last. Raises OSError if they cannot be written."""
+        rows = read(self.path.parent)
+        self._rewrite([row | figures if row["step"] == step else row for row in rows])
+        self.file.close()
+        self.file = self.path.open("a")
+        self._track(step, figures)
+
+    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        fresh = self.path.with_suffix(".new")
+        with naming(self.path):
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            fresh.replace(self.path)
+
+    def _track(self, step: int, figures: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+        for tracker in self.trackers:
+            tracker.log(step, numbers)
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that was cut off is left out."""
     file = directory / FILE
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -83,5 +108,6 @@ def plot(directory: Path) -> Path:
     axes.set_ylabel("nats a token")
     axes.legend()
     file = directory / "loss.png"
-    figure.savefig(file, dpi=120)
+    with naming(file):
+        figure.savefig(file, dpi=120)
     return file

@@ -3,89 +3,120 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Sequence
+import os
+import signal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
-from jmoe.checkpoint import Checkpoint
-from jmoe.finetune.batches import Batch, Batches, digest, split
-from jmoe.finetune.checkpoint import Checkpoints
-from jmoe.finetune.config import LARGEST, FinetuneConfig
-from jmoe.finetune.display import Display
-from jmoe.finetune.examples import Example, read_examples
+from jmoe.file_errors import naming
+from jmoe.finetune.batches import Batch, digest
+from jmoe.finetune.checkpoint import Checkpoints, Standing
+from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.display import Display, stderr_console
 from jmoe.finetune.expert_check import ExpertCheck
+from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
-from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes
 from jmoe.finetune.metrics import Metrics, check_plot, plot
-from jmoe.finetune.packing import pack
-from jmoe.finetune.start_adapter import description, start_adapter
-from jmoe.finetune.start_report import count_steps, say, say_options, say_rows, say_start
+from jmoe.finetune.prepare import prepare
+from jmoe.finetune.start_adapter import start_adapter
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
-from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.load import load, local_directory
+from jmoe.finetune.stopping import stop_signals
+from jmoe.finetune.trackers import check_trackers, make_trackers
+from jmoe.gpt_oss.load import load
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.save import replace, save_adapter
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.nn.report import trainable_report
-from jmoe.text import check_vocabulary, load_tokenizer
 
 
 class Result(NamedTuple):
     """How a run ended.
 
-    adapter: its directory, in PEFT's format: of the lowest validation loss, or the last without validation.
+    adapter: its directory, in PEFT's format: of the lowest validation loss, or the last without validation. A run that
+      was interrupted before its first step has none.
     best_loss: that validation loss, or None.
+    signal: the number of the signal that interrupted it, or None.
     """
 
     ending: Ending
     steps: int
     adapter: Path
     best_loss: float | None
+    signal: int | None = None
 
 
-def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
+def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_process: bool = False) -> Result:
     """Trains LoRA on a gpt-oss checkpoint, or goes on with the run that config.out holds.
+
+    Once steps are taken, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after the step that is going on, with a
+    checkpoint. A run that had ended goes on if it is now given more steps or epochs, or more patience.
+
+    Args:
+      console: told what happens; standard error if None.
+      owns_process: whether a second such signal ends the process; else it raises KeyboardInterrupt.
 
     Raises:
       FileNotFoundError: the model or a file is missing.
-      ValueError: an option, a row of the data or the checkpoint does not fit, or config.out holds a run with others; a
-        loss was not finite (NonFiniteLossError).
-      OSError: the disk is full.
-      ImportError: the extra "finetune" is not installed.
+      ValueError: an option, a row of the data or the checkpoint does not fit; config.out holds a run with others, or
+        what a run would overwrite; a loss was not finite (NonFiniteLossError); another run is going on in config.out
+        (FolderInUseError).
+      OSError: a file, which is named, cannot be written, as on a full disk.
+      ImportError: the extra "finetune" is not installed, or what config.log_to names.
     """
     check_plot()
-    console = Console(stderr=True) if console is None else console
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_trackers(config.trackers)
+    console = stderr_console() if console is None else console
+    notices = Console(quiet=True) if config.quiet else console
+    with run_folder(config) as out:
+        result = run_in(out, config, notices, owns_process)
+    by = f" by {signal.Signals(result.signal).name}" if result.signal is not None else ""
+    adapter = f"adapter in {result.adapter}" if result.adapter.is_dir() else "no adapter yet"
+    on = "; the same command goes on" if result.ending == "interrupted" else ""
+    text = f"{result.ending}{by} after {result.steps} steps; {adapter}{on}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bool) -> Result:
+    """Trains in a folder that is locked, see finetune."""
     day = day_begun(out)
     directory, lora, batches, held_out, steps = prepare(config, day, console)
-    model = new_model(config, directory, lora)
-    console.print(str(trainable_report(model)).splitlines()[-1], highlight=False)
-    trainer = Trainer(
-        model,
-        make_optimizer(config, steps),
-        loss_chunk=config.loss_chunk,
-        dropout=config.lora_dropout,
-        seed=config.seed,
-    )
-    adapter = out / "adapter"
-
-    def save(state: TrainState) -> None:
-        lora = trainer.model(state).lora
-        assert lora is not None
-        save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
-
     with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
-        state, standing = checkpoints.restore(trainer.start)
-        if standing.step:
-            console.print(f"going on after step {standing.step}", highlight=False)
-        replace(out / "begun.txt", f"{day}\n".encode())
-        (out / "finetune.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        with Metrics(out, standing.step) as metrics, Display(steps, standing.step, console) as display:
+        standing, notes = go_on(checkpoints.standing(), steps, config)
+        for note in notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        trainer = Trainer(
+            new_model(config, directory, lora),
+            make_optimizer(config, steps),
+            loss_chunk=config.loss_chunk,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
+        console.print(str(trainable_report(trainer.model(trainer.start))).splitlines()[-1], highlight=False)
+        state, _ = checkpoints.restore(trainer.start)
+        write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
+        write(out / BEGUN, day.isoformat())
+
+        adapter = out / "adapter"
+
+        def save(state: TrainState) -> None:
+            lora = trainer.model(state).lora
+            assert lora is not None
+            with naming(adapter):
+                save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
+
+        def end_process(status: int) -> None:
+            console.show_cursor()
+            os._exit(status)
+
+        display = Display(steps, standing.step, console, log_every=config.log_every)
+        with (
+            stop_signals(display.say, end_process if owns_process else None) as stop,
+            Metrics(out, standing.step, make_trackers(config, out, standing.step)) as metrics,
+        ):
             experts = ExpertCheck(trainer, display)
             run = Run(
                 config,
@@ -97,52 +128,49 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Result:
                 save,
                 experts.before,
                 experts.after,
+                stop,
             )
-            state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
-    gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
-    if gone:
-        console.print(f"the best adapter is gone from {adapter}: the last is saved", markup=False, soft_wrap=True)
-    if gone or standing.best_loss is None:
-        save(state)
-    plot(out)
-    console.print(
-        f"{ending} after {standing.step} steps; adapter in {adapter}", markup=False, highlight=False, soft_wrap=True
-    )
-    return Result(ending, standing.step, adapter, standing.best_loss)
+            with display:
+                state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
+            gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
+            if gone:
+                display.say(f"the best adapter is gone from {adapter}: the last is saved")
+            if standing.step:  # else nothing was learnt, and the run begins again
+                if gone or standing.best_loss is None:
+                    save(state)
+                plot(out)
+    return Result(ending, standing.step, adapter, standing.best_loss, stop.signal if ending == "interrupted" else None)
 
 
-class Prepared(NamedTuple):
-    """What a run is, before the model is loaded.
+def go_on(standing: Standing, steps: int, config: FinetuneConfig) -> tuple[Standing, list[str]]:
+    """(where a run of so many steps begins, what is to be said of it) by where the run in its folder stands.
 
-    lora: the adapter that it starts from, if that is not a new one.
+    Raises:
+      ValueError: the run has taken more steps already.
     """
+    if standing.step > steps:
+        raise ValueError(
+            f"{config.out} holds a run that has taken {standing.step} steps, and this one is to take {steps}: ask for "
+            "as many or more, or choose another --out"
+        )
+    notes = [f"going on after step {standing.step}"] if standing.step else []
+    before = standing.steps
+    if standing.step and before is not None and before != steps:
+        notes.append(
+            f"the run was to take {before} steps and now takes {steps}: from here on the learning rate is that of a "
+            f"schedule of {steps}"
+        )
+        if steps > standing.step and 0 < config.patience <= standing.since_best:
+            standing = dataclasses.replace(standing, since_best=0)
+        if steps == standing.step:  # which is now the last, after which there is a validation
+            standing = dataclasses.replace(standing, validation_due=steps % config.validate_every != 0)
+    return dataclasses.replace(standing, steps=steps), notes
 
-    directory: Path
-    lora: LoraWeights | None
-    batches: Batches
-    held_out: list[Batch]
-    steps: int
 
-
-def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, whole_report: bool = False) -> Prepared:
-    """Reads the data and the adapter to start from, and says what the run will be; errors as in finetune."""
-    say_options(console, config)
-    directory = local_directory(config.model)
-    model = Config.load(directory)
-    lora = None if config.adapter is None else start_adapter(config, model)
-    if lora is not None:
-        say(console, f"starts from {config.adapter}: {description(lora)}")
-    tokenizer = load_tokenizer(directory, day)
-    training, validation = read_data(config, tokenizer, console)
-    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
-    check_vocabulary(largest, model.vocab_size)
-    batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
-    steps = count_steps(config, batches, LARGEST)
-    held_out = validation_batches(config, validation)
-    shapes = new_adapter_shapes(config, model) if lora is None else lora
-    memory = estimate(config, model, shapes, mxfp4=experts_in_mxfp4(Checkpoint(directory)))
-    say_start(console, config, tokenizer, training, batches, steps, memory, device_limit(), whole=whole_report)
-    return Prepared(directory, lora, batches, held_out, steps)
+def write(file: Path, text: str) -> None:
+    """A file of this text and a line's end, whole or not at all. Raises OSError, with its name, if it cannot be."""
+    with naming(file):
+        replace(file, f"{text}\n".encode())
 
 
 def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:
@@ -162,48 +190,13 @@ def day_begun(out: Path) -> datetime.date:
     Raises:
       ValueError: begun.txt is no date.
     """
-    file = out / "begun.txt"
-    if not file.is_file() or not any((out / "checkpoints").glob("[0-9]*")):
+    file = out / BEGUN
+    if not file.is_file() or not checkpoint_steps(out):
         return datetime.date.today()
     try:
         return datetime.date.fromisoformat(file.read_text().strip())
     except ValueError as error:
         raise ValueError(f"{file} is no date: {error}") from error
-
-
-def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
-    """(training examples, validation examples)."""
-
-    def read(sources: Sequence[str]) -> tuple[Example, ...]:
-        found = read_examples(
-            sources,
-            tokenizer,
-            max_length=config.length + 1,  # the last token is a target alone
-            too_long=config.too_long,
-            bad_rows=config.bad_rows,
-        )
-        say_rows(console, sources, found)
-        return found.examples
-
-    training = read(config.data)
-    if config.validation is not None:
-        return training, read(config.validation)
-    return split(training, config.validation_fraction, config.seed)
-
-
-def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:
-    """Every validation example once, in batches of one shape; what fills the last one has weight 0."""
-    if not len(examples):
-        return []
-    packed = pack(examples, config.length)
-    rows = packed.tokens.shape[0]
-    padding = -rows % config.batch_size
-
-    def padded(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, padding), (0, 0)]).reshape(-1, config.batch_size, config.length)
-
-    parts = map(padded, (packed.tokens, packed.targets, packed.weights, packed.segment_ids))
-    return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
 
 def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None = None) -> GptOss:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from jmoe import cli
-from jmoe.finetune import run
+from jmoe.finetune import prepare, run
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.config_file import read_file
 from jmoe.finetune.memory import GIB
@@ -52,7 +52,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
 def test_a_step_that_does_not_fit_is_warned_of_before_the_model_is_loaded(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "device_limit", lambda: GIB // 8)
+    monkeypatch.setattr(prepare, "device_limit", lambda: GIB // 8)
     done = invoke(*needed(data, tmp_path / "out"), "--bad-rows", "skip", "--length", 64, "--dry-run")
     assert "warning: a step is likely to take more memory" in done.output
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import os
+import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def a_run(
     out.mkdir(exist_ok=True)
     validation = [Batch(*(array[0] for array in batch_of(100)))]
     nothing = lambda *_: None  # noqa: E731
-    run = Run(config, trainer, batch_of, validation, STEPS, out, nothing, nothing, nothing)
+    run = Run(config, trainer, batch_of, validation, STEPS, out, nothing, nothing, nothing, lambda: False)
     with Checkpoints(out / "checkpoints", config, data) as checkpoints:
         state, standing = checkpoints.restore(jax.tree.map(jnp.array, trainer.start))
         display = Display(STEPS, standing.step, Console(quiet=True))
@@ -95,17 +94,51 @@ def test_a_run_does_not_go_on_with_other_data(trainer: Trainer, tmp_path: Path) 
         pass
 
 
-def test_ctrl_c_finishes_the_step_and_saves(trainer: Trainer, tmp_path: Path) -> None:
-    def interrupted(step: int) -> Batch:
+def test_a_run_that_shall_stop_finishes_the_step_and_saves(trainer: Trainer, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def ask(step: int) -> Batch:
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            asked.append(step)
         return batch_of(step)
 
-    with a_run(trainer, tmp_path, batch=interrupted) as run:
+    with a_run(trainer, tmp_path, batch=ask, stop=lambda: bool(asked)) as run:
         _, standing, ending = run_steps(*run)
     assert (standing.step, ending) == (3, "interrupted")
     with a_run(trainer, tmp_path) as run:
         assert run[2].step == 3
+
+
+def test_a_run_that_shall_stop_before_its_first_step_takes_none(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path, stop=lambda: True) as run:
+        _, standing, ending = run_steps(*run)
+        assert not run[3].holds()
+    assert (standing.step, ending, read(tmp_path)) == (0, "interrupted", [])
+
+
+def test_a_validation_that_was_stopped_is_done_first_when_the_run_goes_on(trainer: Trainer, tmp_path: Path) -> None:
+    with a_run(trainer, tmp_path / "whole") as run:
+        _, whole, _ = run_steps(*run)
+    for stops in (2, STEPS):  # the last step's too
+        asked: list[int] = []
+
+        def stop(step: int, outcome: object, asked: list[int] = asked, stops: int = stops) -> None:
+            if step == stops - 1:
+                asked.append(step)
+
+        with a_run(trainer, tmp_path / "cut", after_step=stop, stop=lambda asked=asked: bool(asked)) as run:
+            _, standing, ending = run_steps(*run)
+        assert (standing.step, ending) == (stops, "interrupted")
+        assert "validation_loss" not in read(tmp_path / "cut")[-1]
+    with a_run(trainer, tmp_path / "cut") as run:
+        _, standing, ending = run_steps(*run)
+    assert ending == "finished"
+    assert dataclasses.replace(standing, validation_due=False) == whole
+    figures = [
+        [{name: row.get(name) for name in ("step", "loss", "validation_loss")} for row in read(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert figures[0] == figures[1]
 
 
 def test_a_run_without_progress_stops_early(trainer: Trainer, tmp_path: Path) -> None:
@@ -178,6 +211,35 @@ def test_a_full_disk_is_said_before_writing(trainer: Trainer, tmp_path: Path, mo
         patch.setattr(saving.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(OSError, match=r"no room for a checkpoint of [\d,]+ bytes .*: 10 are free"):
             run_steps(*run)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(
+    trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with a_run(trainer, tmp_path) as (_, state, standing, checkpoints, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # files end there, as at a quota
+        try:
+            with pytest.raises(OSError, match=f"checkpoint 3 could not be written to {checkpoints.directory}: "):
+                checkpoints.save(state, dataclasses.replace(standing, step=3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list(checkpoints.directory.iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_adapter_is_never_without_a_checkpoint(trainer: Trainer, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, validate_every=1, checkpoint_every=100)
+
+    def cut_off(step: int) -> Batch:
+        if step == 2:
+            raise RuntimeError("cut off")
+        return batch_of(step)
+
+    with a_run(trainer, tmp_path, config, batch=cut_off) as run, pytest.raises(RuntimeError):
+        run_steps(*run)
+    with a_run(trainer, tmp_path, config) as run:
+        assert run[2].step == 1
 
 
 def test_another_configuration_does_not_go_on(trainer: Trainer, tmp_path: Path) -> None:

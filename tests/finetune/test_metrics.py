@@ -1,69 +1,32 @@
 """A run's figures on disk."""
 
-import importlib.util
-import sys
-import types
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from jmoe.finetune.metrics import Metrics, read
 
 
-class Writer:
-    """tensorboardX.SummaryWriter, as far as it is used."""
+class Tracker:
+    """Keeps what it is given."""
 
-    made: ClassVar[list["Writer"]] = []
-
-    def __init__(self, directory: str, purge_step: int) -> None:
-        self.directory, self.purge_step = directory, purge_step
-        self.scalars: list[tuple[str, float, int]] = []
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
         self.closed = False
-        Writer.made.append(self)
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars.append((name, value, step))
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self.logged.append((step, figures))
 
     def close(self) -> None:
         self.closed = True
 
 
-@pytest.fixture
-def tensorboard(monkeypatch: pytest.MonkeyPatch) -> list[Writer]:
-    module = types.ModuleType("tensorboardX")
-    module.SummaryWriter = Writer  # type: ignore[attr-defined]
-    module.__spec__ = importlib.util.spec_from_loader("tensorboardX", loader=None)
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    monkeypatch.setattr(Writer, "made", [])
-    return Writer.made
-
-
-def test_tensorboard_gets_the_numbers_where_it_is_installed(tensorboard: list[Writer], tmp_path: Path) -> None:
-    with Metrics(tmp_path, step=3) as metrics:
+def test_trackers_get_the_numbers_too(tmp_path: Path) -> None:
+    tracker = Tracker()
+    with Metrics(tmp_path, 3, [tracker]) as metrics:
         metrics.write(4, {"loss": 2.0, "tokens": 5})
-    (writer,) = tensorboard
-    assert writer.directory == str(tmp_path / "tensorboard")
-    assert writer.purge_step == 4  # what a run that was cut off wrote of later steps is hidden
-    assert writer.scalars == [("loss", 2.0, 4)]
-    assert writer.closed
+    assert (tracker.logged, tracker.closed) == ([(4, {"loss": 2.0})], True)
     assert read(tmp_path) == [{"step": 4, "loss": 2.0, "tokens": 5}]
-
-
-def test_a_run_that_begins_again_purges_the_loss_before_the_first_step_too(
-    tensorboard: list[Writer], tmp_path: Path
-) -> None:
-    for loss in (2.0, 3.0):  # cut off before its first checkpoint, and again
-        with Metrics(tmp_path, step=0) as metrics:
-            metrics.write(0, {"validation_loss": loss})
-    assert [writer.purge_step for writer in tensorboard] == [0, 0]
-    assert read(tmp_path) == [{"step": 0, "validation_loss": 3.0}]
-
-
-def test_without_tensorboard_there_is_the_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with Metrics(tmp_path, step=0) as metrics:
-        metrics.write(1, {"loss": 2.0})
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -76,3 +39,28 @@ def test_lines_after_the_step_gone_on_from_are_taken_out(tmp_path: Path) -> None
     with Metrics(tmp_path, step=2) as metrics:
         metrics.write(3, {"loss": 30.0})
     assert [row["loss"] for row in read(tmp_path)] == [1.0, 2.0, 30.0]
+
+
+def test_a_run_that_begins_again_writes_its_loss_before_the_first_step_again(tmp_path: Path) -> None:
+    for loss in (2.0, 3.0):  # cut off before its first checkpoint, and again
+        with Metrics(tmp_path, step=0) as metrics:
+            metrics.write(0, {"validation_loss": loss})
+    assert read(tmp_path) == [{"step": 0, "validation_loss": 3.0}]
+
+
+def test_figures_are_added_to_the_last_line(tmp_path: Path) -> None:
+    with Metrics(tmp_path, step=0) as metrics:
+        metrics.write(1, {"loss": 2.0})
+        metrics.add(1, {"validation_loss": 3.0})
+        metrics.write(2, {"loss": 1.0})
+    assert read(tmp_path) == [{"step": 1, "loss": 2.0, "validation_loss": 3.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_a_full_disk_is_said_with_the_files_name(tmp_path: Path) -> None:
+    tracker = Tracker()
+    full = pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'")
+    with full, Metrics(tmp_path, 0, [tracker]) as metrics:
+        metrics.file.close()
+        metrics.file = Path("/dev/full").open("a")
+        metrics.write(1, {"loss": 2.0})
+    assert tracker.closed
