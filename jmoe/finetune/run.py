@@ -5,12 +5,14 @@ import datetime
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from rich.console import Console
 
+from jmoe.adapters.settings import AdapterWarning
 from jmoe.file_errors import naming
 from jmoe.finetune.batches import Batch, digest
 from jmoe.finetune.checkpoint import Checkpoints, Standing
@@ -22,6 +24,7 @@ from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, check_plot, plot
 from jmoe.finetune.prepare import prepare
 from jmoe.finetune.start_adapter import start_adapter
+from jmoe.finetune.start_report import say
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.finetune.stopping import stop_signals
 from jmoe.finetune.trackers import check_trackers, make_trackers
@@ -100,13 +103,17 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
         write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
         write(out / BEGUN, day.isoformat())
 
-        adapter = out / "adapter"
+        adapter, told = out / "adapter", set[str]()
 
         def save(state: TrainState) -> None:
             lora = trainer.model(state).lora
             assert lora is not None
-            with naming(adapter):
+            with naming(adapter), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", AdapterWarning)
                 save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
+            for text in {str(warning.message) for warning in caught} - told:  # each save has the same
+                told.add(text)
+                say(console, text)
 
         def end_process(status: int) -> None:
             console.show_cursor()
