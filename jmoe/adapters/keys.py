@@ -78,6 +78,16 @@ def parameter_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{target}_proj"
 
 
+def module_names(form: Form, layer: int, target: str) -> list[str]:
+    """The names that gate_up, down or the first expert's may have as modules, where keys are of this form."""
+    prefix = f"model.layers.{layer}.mlp.experts."
+    parts = ("gate_up", "gate", "up") if target == "gate_up" else (target,)
+    names = [name for name, part in _PROJECTIONS.items() if part in parts]
+    if form == "lists":
+        return [f"{prefix}{name}s.0" for name in names]
+    return [f"{prefix}0.{name}" if form == "pairs" else f"{prefix}{name}" for name in names]
+
+
 def find_pairs(file: Path, keys: Iterable[str], settings: Settings, *, layers: int, experts: int | None) -> list[Pair]:
     """All pairs of a file, by layer.
 
@@ -162,10 +172,10 @@ def _why_not(key: str) -> str:
     """The rest of a sentence about a key that is not understood."""
     if "lora_magnitude_vector" in key:
         return ": DoRA is not supported"
-    if "modules_to_save" in key or "lora_" not in key:
-        return ": weights that were trained whole, by modules_to_save or as embeddings, are not supported"
     if key.endswith("bias"):
         return ": trained biases are not supported"
+    if "modules_to_save" in key or "lora_" not in key:
+        return ": weights that were trained whole, by modules_to_save or as embeddings, are not supported"
     return (
         ", but jmoe has no LoRA there: only on attention's q_proj, k_proj, v_proj and o_proj and on the experts' "
         "gate_up_proj and down_proj"

@@ -1,8 +1,10 @@
 """What adapter_config.json of a PEFT adapter says."""
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -130,13 +132,21 @@ class Settings:
 
     def rank(self, *names: str) -> int:
         """r of a module or parameter, of one expert, after rank_pattern, by the first of its names that matches."""
-        return _resolve(self.rank_pattern, names, self.r)
+        return _resolve(self._ranks, names, self.r)
 
     def scale(self, *names: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, after both patterns; names as in `rank`."""
-        alpha = _resolve(self.alpha_pattern, names, self.lora_alpha)
+        alpha = _resolve(self._alphas, names, self.lora_alpha)
         rank = self.rank(*names)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @functools.cached_property
+    def _ranks(self) -> "_Pattern[int]":
+        return _compiled(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> "_Pattern[float]":
+        return _compiled(self.alpha_pattern)
 
 
 def _base_model(value: Any) -> str | None:
@@ -222,13 +232,17 @@ def _refuse_unsupported(file: Path, entries: dict[str, Any]) -> None:
         raise ValueError(f"{file}: not supported: {', '.join(f'{k} = {v!r}' for k, v in unsupported.items())}")
 
 
-def _resolve[T](pattern: dict[str, T], names: tuple[str, ...], default: T) -> T:
+type _Pattern[T] = tuple[tuple[re.Pattern[str], T], ...]
+
+
+def _compiled[T](pattern: Mapping[str, T]) -> _Pattern[T]:
+    """A pattern's expressions: of many, as where each expert has its own, re's own cache would forget each."""
+    return tuple((re.compile(_dotted_end(key)), value) for key, value in pattern.items())
+
+
+def _resolve[T](pattern: _Pattern[T], names: tuple[str, ...], default: T) -> T:
     """The value of the first regular expression, in the file's order, that matches a name or a dotted end of it."""
-    for name in names:
-        for key, value in pattern.items():
-            if re.match(_dotted_end(key), name):
-                return value
-    return default
+    return next((value for name in names for key, value in pattern if key.match(name)), default)
 
 
 def _dotted_end(key: str) -> str:

@@ -26,6 +26,9 @@ def sizes_of_adapter(path: str | os.PathLike[str]) -> Sizes:
         specs = {key: tensor_spec(shard, key) for pair in pairs for key in (pair.a, pair.b)}
     if not pairs:
         raise ValueError(f"{file} has no LoRA on attention or experts")
+    for key, spec in specs.items():
+        if len(spec.shape) not in (2, 3):
+            raise ValueError(f"{file}: {key} must have two or three axes, got {spec}")
     weights = {("gate_up" if pair.target in ("gate", "up") else pair.target): _weight(pair, specs) for pair in pairs}
     swapped = weights | {target: weights[target][::-1] for target in ("gate_up", "down") if target in weights}
     weights = swapped if not _fit(weights) and _fit(swapped) else weights
@@ -35,8 +38,8 @@ def sizes_of_adapter(path: str | os.PathLike[str]) -> Sizes:
 def _weight(pair: Pair, specs: Mapping[str, Spec]) -> tuple[int, int]:
     """(N, K) if the axes are the usual ones."""
     a, b = (specs[key].shape for key in (pair.a, pair.b))
-    rows = b[-2:][0] if b else 0
-    return (2 * rows if pair.target in ("gate", "up") else rows), (a[-1] if a else 0)
+    rows = 2 * b[-2] if pair.target in ("gate", "up") else b[-2]
+    return rows, a[-1]
 
 
 def _fit(weights: Mapping[str, tuple[int, int]]) -> bool:

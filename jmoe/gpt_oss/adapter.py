@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array
 
 from jmoe.adapters.file import AdapterFile, Sizes, open_adapter
-from jmoe.adapters.keys import parameter_name
+from jmoe.adapters.keys import module_names, parameter_name
 from jmoe.adapters.settings import AdapterWarning, LoraBLayout, Settings
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.delta import delta_report, findings
-from jmoe.gpt_oss.weights import EXPERTS, TARGETS, LoraWeights, sizes
+from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, TARGETS, LoraWeights, sizes
 
 
 class Factors(NamedTuple):
@@ -40,9 +40,9 @@ def load_adapter(
         lora_B_layout: "rank_major", PEFT's order, or "grouped_by_expert", as Unsloth wrote before September 2026.
 
     Warns:
-      AdapterWarning: adapter_config.json has LoRA on something that the file has no tensors of; LoRA that the file has
-        changes only part: gate's rows or up's alone, gate_up without down or down without gate_up, nothing in some
-        layers or experts; lora_b_layout is None, and Unsloth may have written the other order.
+      AdapterWarning: adapter_config.json and the file do not have LoRA on the same; LoRA that the file has changes only
+        part: gate's rows or up's alone, gate_up without down or down without gate_up, nothing in some layers or
+        experts; lora_b_layout is None, and Unsloth may have written the other order.
 
     Raises:
       FileNotFoundError: adapter_config.json or adapter_model.safetensors does not exist.
@@ -106,7 +106,7 @@ def read_adapter(adapter: AdapterFile) -> LoraWeights:
     found: dict[str, list[Factors | None]] = {
         target: [one_factors(adapter, layer, target) for layer in range(adapter.sizes.layers)] for target in TARGETS
     }
-    warn_of_missing(adapter, found)
+    warn_of_settings(adapter, found)
     return stack_factors(found)
 
 
@@ -119,16 +119,37 @@ def one_factors(adapter: AdapterFile, layer: int, target: str) -> Factors | None
     return Factors(jnp.asarray(read.a[None]), jnp.asarray(read.b[None]), jnp.asarray(scale))
 
 
-def warn_of_missing(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> None:
-    """Warns of what adapter_config.json has LoRA on and the file has no tensors of."""
+def warn_of_settings(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> None:
+    """Warns where adapter_config.json and the file do not have LoRA on the same."""
+    said = []
     if missing := list(missing_targets(adapter, found)):
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        warnings.warn(
-            f"{adapter.file} has no tensors of {', '.join(missing[:8])}{more}, though adapter_config.json has LoRA "
-            "there: they are left as they are",
-            AdapterWarning,
-            stacklevel=4,
+        said.append(
+            f"no tensors of {some_of(missing)}, though adapter_config.json has LoRA there: they are left as they are"
         )
+    if untargeted := list(untargeted_modules(adapter.settings, found)):
+        said.append(
+            f"LoRA on {some_of(untargeted)}, which adapter_config.json does not target: jmoe applies it, PEFT does not"
+        )
+    if said:
+        warnings.warn(f"{adapter.file} has {'; and '.join(said)}", AdapterWarning, stacklevel=4)
+
+
+def untargeted_modules(settings: Settings, found: dict[str, list[Factors | None]]) -> Iterator[str]:
+    """The names of attention's modules with LoRA that adapter_config.json does not list."""
+    for target in ATTENTION:
+        for layer, factors in enumerate(found[target]):
+            if factors is not None and not settings.lists_module(module_name(layer, target)):
+                yield module_name(layer, target)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def module_name(layer: int, target: str) -> str:
+    """The name by which PEFT knows a linear module of attention."""
+    return f"model.layers.{layer}.self_attn.{target}_proj"
 
 
 def missing_targets(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> Iterator[str]:
@@ -155,13 +176,10 @@ def lists_experts(adapter: AdapterFile, layer: int, target: str) -> bool:
     """
     if adapter.form == "parameters":
         return target in adapter.settings.experts_listed(layer)
-    names = {
-        "stacked": f"model.layers.{layer}.mlp.experts.{target}_proj",
-        "pairs": f"model.layers.{layer}.mlp.experts.0.{target}_proj",
-        "lists": f"model.layers.{layer}.mlp.experts.{target}_projs.0",
-    }
-    listed = adapter.form in names and adapter.settings.lists_module(names[adapter.form])
-    return listed or adapter.settings.lists_parameter(parameter_name(layer, target))
+    names = [] if adapter.form is None else module_names(adapter.form, layer, target)
+    return adapter.settings.lists_parameter(parameter_name(layer, target)) or any(
+        map(adapter.settings.lists_module, names)
+    )
 
 
 def check_change(file: Path, lora: LoraWeights) -> None:
