@@ -1,6 +1,7 @@
 """Rows of text to tokens, and which of the tokens are learnt."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -78,6 +79,8 @@ def read_examples(
     _check_options(tokenizer, max_length, too_long, bad_rows)
     reading = _Reading(tokenizer, max_length, too_long, bad_rows)
     paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not paths:
+        raise ValueError("sources must have a file, a directory or a data set, got none")
     for path in paths:
         reading.read(path)
     if not reading.examples:
@@ -112,17 +115,20 @@ class _Reading:
             except ValueError as error:
                 self._refuse(f"{record.place}: {error}", error)
                 continue
+            except RecursionError as error:
+                self._refuse(f"{record.place}: a row must not be nested so deeply: {error}", error)
+                continue
             self.forms[parsed.form] += 1
             self.forgotten += forgotten
             ignored |= parsed.ignored
-            ignored |= {f"messages[].{key}" for key in parsed.unknown if key not in str(self.tokenizer.chat_template)}
+            ignored |= {f"messages[].{key}" for key in parsed.unknown if not _reads(self.tokenizer, key)}
             self._add(record.place, example)
         if source.notice is not None:
             self.notices.append(source.notice)
         if ignored:
             self.notices.append(f"{os.fspath(path)}: ignored: {', '.join(sorted(ignored))}")
 
-    def _refuse(self, refusal: str, error: ValueError) -> None:
+    def _refuse(self, refusal: str, error: Exception) -> None:
         if self.bad_rows == "error":
             raise ValueError(refusal) from error
         self.bad += 1
@@ -149,7 +155,7 @@ class _Reading:
         read = ", ".join(f"{count:,} of {form}" for form, count in self.forms.most_common())
         notices = [f"rows read: {read}", *self.notices]
         if self.forgotten:
-            notices.append(f"thinking of {self.forgotten:,} earlier turns is left out, as the chat template does")
+            notices.append(f"earlier turns whose thinking the chat template leaves out: {self.forgotten:,}")
         return Examples(
             tuple(self.examples),
             self.rows,
@@ -202,6 +208,12 @@ def _join(tokenizer: Any, pieces: Iterable[Piece], end: Sequence[int]) -> Exampl
     trained = np.repeat([trained for _, trained in parts], [len(part) for part, _ in parts])
     trained[:1] = False
     return Example(tokens, trained)
+
+
+def _reads(tokenizer: Any, key: str) -> bool:
+    """Whether the chat template seems to read a key of messages."""
+    name = re.escape(key)
+    return re.search(rf"""\.{name}\b|["']{name}["']""", str(tokenizer.chat_template)) is not None
 
 
 def _check_options(tokenizer: Any, max_length: int, too_long: str, bad_rows: str) -> None:

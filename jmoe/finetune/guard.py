@@ -1,5 +1,6 @@
-"""Words of a conversation that its chat template leaves out, which would be trained without a word."""
+"""Words of a conversation that its chat template leaves out, and that would be lost without notice."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,19 +11,22 @@ from jmoe.finetune.turns import ROLES, shorten
 from jmoe.text import Message, chat_text, without_marks
 
 STAND_IN = re.compile(r"zq(\d{6})qz")
-"""A word in the place of another, each its own, which tells where the template writes what it stands for."""
+
+type Kind = Literal["content", "thinking", "call", "argument", "result", "tool"]
 
 
 class Word(NamedTuple):
     """A value of the row that must be in the text.
 
     Fields:
-      part: the values that the template may write in any order.
+      kind: "result" is the name of the function whose result a turn has.
+      turn: the message that has it, by its place; -1: the row's tools.
+      part: the values that have it in common may be written in any order.
     """
 
     place: str
     value: Any
-    kind: Literal["content", "thinking", "call", "argument", "name of a result", "tool"]
+    kind: Kind
     turn: int
     part: int
 
@@ -30,9 +34,9 @@ class Word(NamedTuple):
 def check_conversation(tokenizer: Any, conversation: Conversation) -> int:
     """How many earlier turns' thinking the template leaves out, as it may.
 
-    Words may occur in the text by chance, where others say the same. So the template first writes the conversation with
-    a word of its own in place of each value, which tells what it writes and in which order; then the values are looked
-    for in that order, up to JSON's escapes and whitespace at their ends.
+    A value that is left out may occur in the text by chance, as others' words. So the template first writes the
+    conversation with a word of its own in place of each value, which tells what it writes and in which order; then the
+    values are looked for in that order, as they are, with JSON's escapes, or without whitespace at their ends.
 
     Raises:
       ValueError: a role is unknown; the template leaves out a content, a tool's name, an argument or the last turn's
@@ -41,21 +45,23 @@ def check_conversation(tokenizer: Any, conversation: Conversation) -> int:
     messages, tools = conversation.messages, conversation.tools
     _check_roles(tokenizer, messages)
     text = without_marks(chat_text(tokenizer, messages, reply=False, tools=tools))
-    words, stand_ins, named = _stand_in(messages, tools)
+    others = _Others()
+    changed = [others.of_message(i, message) for i, message in enumerate(messages)]
+    named = [others.of_tool(i, tool) for i, tool in enumerate(tools)]
     try:
-        outline = without_marks(chat_text(tokenizer, stand_ins, reply=False, tools=named))
-    except ValueError:  # a template that reads the words: their order is the row's
-        places = {i: i for i in range(len(words))}
+        outline = chat_text(tokenizer, changed, reply=False, tools=named).lower()
+    except ValueError:  # of a template that reads the words: they are looked for in the row's order
+        order = list(range(len(others.words)))
     else:
-        places = {}
-        for found in STAND_IN.finditer(outline.lower()):
-            places.setdefault(int(found[1]), found.start())
-    missing = [word for i, word in enumerate(words) if i not in places]
-    missing += _not_in_order(text, [words[i] for i in sorted(places, key=places.__getitem__)])
+        order = list(dict.fromkeys(int(found[1]) for found in STAND_IN.finditer(outline)))
+    missing = [others.words[i] for i in sorted(set(range(len(others.words))) - set(order))]
+    missing += _not_in_order(text, [others.words[i] for i in order])
+    if "tool_call_id" not in str(tokenizer.chat_template):
+        missing += _results_by_id(messages)
     forgotten = {word.turn for word in missing if _may_be_left_out(word, messages)}
-    for word in sorted(missing, key=lambda word: (word.turn, word.part)):
-        if word.turn not in forgotten or word.kind != "thinking":
-            _check_result(word, messages, {other.place for other in missing})
+    for word in missing:
+        if not _may_be_left_out(word, messages) and not _is_named_by_call(word, messages):
+            raise ValueError(_refusal(word, messages))
     return len(forgotten)
 
 
@@ -67,70 +73,69 @@ def _check_roles(tokenizer: Any, messages: Sequence[Message]) -> None:
             raise ValueError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {shorten(role)}")
 
 
-def _stand_in(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-) -> tuple[list[Word], list[Message], list[Mapping[str, Any]]]:
-    """The row's words, and its messages and tools with others in their place."""
-    words: list[Word] = []
-    parts = 0
+class _Others:
+    """A conversation's words, and others in their place."""
 
-    def put(place: str, value: Any, kind: Any, turn: int) -> Any:
-        words.append(Word(place, value, kind, turn, parts))
-        return f"zq{len(words) - 1:06d}qz"
+    def __init__(self) -> None:
+        self.words: list[Word] = []
+        self.parts = itertools.count()
 
-    def put_all(place: str, value: Any, turn: int) -> Any:
-        """In place of a call's argument: of each of its values, and of the names that they have."""
+    def of_message(self, turn: int, message: Message) -> Message:
+        place = f"messages[{turn}]"
+        changed = dict(message)
+        for kind in ("content", "thinking"):
+            if isinstance(text := message.get(kind), str) and text.strip():
+                changed[kind] = self._put(f"{place}.{kind}", text, kind, turn, next(self.parts))
+        if message["role"] == "tool" and message.get("name"):
+            changed["name"] = self._put(f"{place}.name", message["name"], "result", turn, next(self.parts))
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = [self._of_call(f"{place}.tool_calls[{i}]", c, turn) for i, c in enumerate(calls)]
+        return changed
+
+    def of_tool(self, number: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = tool["function"]
+        name = self._put(f"tools[{number}].function.name", function["name"], "tool", -1, next(self.parts))
+        return {**tool, "function": {**function, "name": name}}
+
+    def _of_call(self, place: str, call: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
+        function = call.get("function", call)
+        name = self._put(f"{place}.function.name", function["name"], "call", turn, next(self.parts))
+        arguments = self._of_argument(f"{place}.arguments", function.get("arguments", {}), turn, next(self.parts))
+        changed = {**function, "name": name, "arguments": arguments}
+        return {**call, "function": changed} if "function" in call else changed
+
+    def _of_argument(self, place: str, value: Any, turn: int, part: int) -> Any:
         match value:
             case dict():
                 return {
-                    put(f"{place}.{key}", key, "argument", turn): put_all(f"{place}.{key}", part, turn)
-                    for key, part in value.items()
+                    self._put(f"{place}.{key}", key, "argument", turn, part): self._of_argument(
+                        f"{place}.{key}", below, turn, part
+                    )
+                    for key, below in value.items()
                 }
             case list():
-                return [put_all(f"{place}[{i}]", part, turn) for i, part in enumerate(value)]
+                return [self._of_argument(f"{place}[{i}]", below, turn, part) for i, below in enumerate(value)]
             case str() if not value.strip():
                 return value
-        return put(place, value, "argument", turn)
+        return self._put(place, value, "argument", turn, part)
 
-    turns: list[Message] = []
-    for i, message in enumerate(messages):
-        changed = dict(message)
-        for kind in ("content", "thinking"):
-            parts += 1
-            if isinstance(text := message.get(kind), str) and text.strip():
-                changed[kind] = put(f"messages[{i}].{kind}", text, kind, i)
-        if message["role"] == "tool" and message.get("name"):
-            parts += 1
-            changed["name"] = put(f"messages[{i}].name", message["name"], "name of a result", i)
-        calls = []
-        for j, call in enumerate(message.get("tool_calls", ())):
-            parts += 1
-            place, function = f"messages[{i}].tool_calls[{j}]", call.get("function", call)
-            name = put(place, function["name"], "call", i)
-            arguments = put_all(f"{place}.arguments", function.get("arguments", {}), i)
-            function = {**function, "name": name, "arguments": arguments}
-            calls.append({**call, "function": function} if "function" in call else function)
-        turns.append({**changed, "tool_calls": calls} if calls else changed)
-    named: list[Mapping[str, Any]] = []
-    for j, tool in enumerate(tools):
-        parts += 1
-        name = put(f"tools[{j}].function.name", tool["function"]["name"], "tool", -1)
-        named.append({**tool, "function": {**tool["function"], "name": name}})
-    return words, turns, named
+    def _put(self, place: str, value: Any, kind: Kind, turn: int, part: int) -> str:
+        self.words.append(Word(place, value, kind, turn, part))
+        return f"zq{len(self.words) - 1:06d}qz"
 
 
 def _not_in_order(text: str, words: Sequence[Word]) -> list[Word]:
-    """The words that do not occur in the text after those before them, of one part in any order."""
+    """The words that do not occur in the text after those before them."""
     missing = []
-    begin = end = 0
-    for last, word in zip([None, *words], words, strict=False):
-        if last is None or last.part != word.part:
-            begin = end
-        stop = _find(text, word.value, begin)
-        if stop is None:
-            missing.append(word)
-        else:
-            end = max(end, stop)
+    end = 0
+    for _, part in itertools.groupby(words, key=lambda word: word.part):
+        begin = end
+        for word in part:
+            stop = _find(text, word.value, begin)
+            if stop is None:
+                missing.append(word)
+            else:
+                end = max(end, stop)
     return missing
 
 
@@ -150,15 +155,31 @@ def _may_be_left_out(word: Word, messages: Sequence[Message]) -> bool:
     return word.kind == "thinking" and earlier and messages[word.turn]["role"] == "assistant"
 
 
-def _check_result(word: Word, messages: Sequence[Message], missing: set[str]) -> None:
-    """Raises ValueError for what is left out; the name of a call's result may be written as the call's name is."""
-    if word.kind == "name of a result":
-        callers = [i for i, message in enumerate(messages[: word.turn]) if message.get("tool_calls")]
-        calls = messages[callers[-1]]["tool_calls"] if callers else []
-        if word.value in [call.get("function", call)["name"] for call in calls]:
-            return
+def _is_named_by_call(word: Word, messages: Sequence[Message]) -> bool:
+    """Whether the word names a result, and is the name of a call right before, by which the template names it."""
+    calls = next((message["tool_calls"] for message in messages[word.turn :: -1] if message.get("tool_calls")), ())
+    names = [call.get("function", call)["name"] for call in calls]
+    return word.kind == "result" and word.value.removeprefix("functions.") in names
+
+
+def _results_by_id(messages: Sequence[Message]) -> list[Word]:
+    """The names that results without one have by the ids of their calls."""
+    names: dict[str, str] = {}
+    words = []
+    for i, message in enumerate(messages):
+        names |= {
+            str(call["id"]): call.get("function", call)["name"]
+            for call in message.get("tool_calls", ())
+            if "id" in call
+        }
+        if message["role"] == "tool" and "name" not in message and str(message.get("tool_call_id")) in names:
+            words.append(Word(f"messages[{i}].tool_call_id", names[str(message["tool_call_id"])], "result", i, i))
+    return words
+
+
+def _refusal(word: Word, messages: Sequence[Message]) -> str:
+    role = f" ({messages[word.turn]['role']})" if word.turn >= 0 else ""
     hint = ""
     if word.kind == "content" and messages[word.turn].get("tool_calls"):
-        hint = '; words that lead to a call and may be left out go into "thinking"'
-    role = f" ({messages[word.turn]['role']})" if word.turn >= 0 else ""
-    raise ValueError(f"the chat template leaves out {word.place}{role}, {shorten(word.value)}{hint}")
+        hint = ': write words that lead to a call as its "thinking", which may be left out'
+    return f"the chat template leaves out {word.place}{role}, {shorten(word.value)}{hint}"

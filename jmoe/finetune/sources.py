@@ -1,5 +1,6 @@
 """Where rows are: files of JSON lines, JSON, CSV and Parquet, directories that `datasets` saved, and the Hub."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -74,40 +75,30 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
 def _file_records(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
-        begin = file.read(4)
+        begin = file.read(len(PARQUET))
     if begin == PARQUET:
-        return _parquet_records(path)
-    if begin.startswith(GZIP):
-        return _gzip_records(path)
-    return _text_records(path, path.suffix.lower(), path.open("rb"))
-
-
-def _gzip_records(path: Path) -> Iterator[Record]:
-    ending = (path.suffixes[-2:] or [""])[0] if path.suffix.lower() == ".gz" else path.suffix
-    file: Any = gzip.open(path, "rb")  # noqa: SIM115, which the records' reader closes
+        yield from _parquet_records(path)
+        return
+    packed = begin.startswith(GZIP)
+    ending = Path(path.stem).suffix if packed and path.suffix.lower() == ".gz" else path.suffix
     try:
-        yield from _text_records(path, ending.lower(), file)
+        with gzip.open(path, "rb") if packed else path.open("rb") as text:
+            yield from _text_records(path, ending.lower(), text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is no whole gzip file: {error}") from error
 
 
 def _text_records(path: Path, ending: str, file: Any) -> Iterator[Record]:
-    with file:
-        if ending in TABLES:
-            yield from _table_records(path, TABLES[ending], file)
-            return
-        first = file.readline().removeprefix(b"\xef\xbb\xbf")
-        while first and not first.strip():
-            if ending == ".json":
-                first = file.readline()
-            else:
-                break
-        if ending == ".json" and first.lstrip().startswith(b"["):
-            yield from _array_records(path, first + file.read())
-            return
-        for number, line in enumerate(itertools.chain([first], file), start=1):
-            if content := line.strip():
-                yield Record(f"{path}, line {number}", content)
+    if ending in TABLES:
+        yield from _table_records(path, TABLES[ending], file)
+        return
+    first = file.readline().removeprefix(codecs.BOM_UTF8)
+    if ending == ".json" and first.lstrip().startswith(b"["):
+        yield from _array_records(path, first + file.read())
+        return
+    for number, line in enumerate(itertools.chain([first], file), start=1):
+        if content := line.strip():
+            yield Record(f"{path}, line {number}", content)
 
 
 def _array_records(path: Path, content: bytes) -> Iterator[Record]:
@@ -122,18 +113,20 @@ def _array_records(path: Path, content: bytes) -> Iterator[Record]:
 
 def _table_records(path: Path, separator: str, file: Any) -> Iterator[Record]:
     csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 2**31 - 1)))  # its default is 131072 characters
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
-    try:
-        columns = next(reader, [])
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"{path}, line 1: columns must have different names, got {columns}")
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                yield Record(f"{path}, line {line}", _by_column(columns, cells))
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=separator, strict=True)
+        line = 1
+        try:
+            columns = next(reader, [])
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{path}, line 1: columns must have different names, got {columns}")
             line = reader.line_num + 1
-    except (csv.Error, UnicodeError) as error:
-        raise ValueError(f"{path}, line {reader.line_num + 1}: not CSV in UTF-8: {error}") from error
+            for cells in reader:
+                if cells:
+                    yield Record(f"{path}, line {line}", _by_column(columns, cells))
+                line = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {line}: not CSV in UTF-8: {error}") from error
 
 
 def _by_column(columns: list[str], cells: list[str]) -> Mapping[str, Any] | ValueError:

@@ -114,7 +114,7 @@ def _read_turn(name: str, value: Any) -> Turn:
 def _from_sender(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A turn with `from` and `value` as one with `role` and `content`."""
     sender = fields["from"]
-    if sender not in SENDERS:
+    if not isinstance(sender, str) or sender not in SENDERS:
         raise ValueError(f"{name}.from must be one of {', '.join(SENDERS)}, got {shorten(sender)}")
     rest = {key: part for key, part in fields.items() if key not in ("from", "value")}
     if sender == "function_call":
@@ -201,6 +201,12 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
         raise ValueError(
             f"{name}: the arguments of {called} must be an object, or one as JSON, got {shorten(function['arguments'])}"
         )
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:  # NaN, or a date that a data set was given
+        raise ValueError(
+            f"{name}: the arguments of {called} must be JSON ({error}), got {shorten(arguments)}"
+        ) from error
     whole = {**{key: part for key, part in function.items() if part is not None}, "arguments": arguments}
     return {**call, "function": whole} if "function" in call else whole
 

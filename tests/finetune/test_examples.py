@@ -134,9 +134,10 @@ LONG = {"prompt": "π" * 30, "completion": "a"}
 def test_rows_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     file = write(tmp_path, {"text": "abc"}, {"txt": "a"}, LONG, {"text": "é" * 30})
     skipped = read_examples(file, tokenizer, max_length=16, bad_rows="skip")
-    assert (len(skipped.examples), *skipped[1:]) == (1, 4, 1, 2, 0, 0)
+    assert (len(skipped.examples), *skipped[1:6]) == (1, 4, 1, 2, 0, 0)
+    assert skipped.lengths.tolist() == [3, 62, 61]
     cut = read_examples(file, tokenizer, max_length=16, bad_rows="skip", too_long="truncate")
-    assert (len(cut.examples), *cut[1:]) == (2, 4, 1, 0, 1, 1)
+    assert (len(cut.examples), *cut[1:6]) == (2, 4, 1, 0, 1, 1)
     assert len(cut.examples[1].tokens) == len(cut.examples[1].trained) == 16
 
 
@@ -172,6 +173,8 @@ def test_options_out_of_range_are_refused(tokenizer: Any, tmp_path: Path) -> Non
         read_examples(file, tokenizer, max_length=1)
     with pytest.raises(ValueError, match=r"too_long must be one of .* got 'cut'"):
         read_examples(file, tokenizer, max_length=4, too_long="cut")
+    with pytest.raises(ValueError, match=r"sources must have a file, .* got none"):
+        read_examples([], tokenizer, max_length=4)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="must have an eos_token"):
         read_examples(file, tokenizer, max_length=4)
