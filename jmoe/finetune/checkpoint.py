@@ -83,8 +83,6 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # of the device
             raise
         except Exception as error:  # OSError and others, by which part could not be written
-            for part in self.directory.glob(f"{standing.step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
             raise OSError(
                 f"checkpoint {standing.step} could not be written to {self.directory}: {first_line(error)}; those "
                 "before it stay"
@@ -147,16 +145,24 @@ class Checkpoints:
 
 @contextmanager
 def errors_raised_alone() -> Iterator[None]:
-    """Within it what orbax and tensorstore raise is not also printed with its traceback from their threads."""
+    """Within it what orbax and tensorstore raise is not also printed with its traceback from their threads.
+
+    After an error tensorstore goes on to tell orbax's event loop, which is closed: that stays unprinted.
+    """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+
+    def all_but_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = all_but_closed_loops
     try:
         yield
+        sys.unraisablehook = hook
     finally:
         logger.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def first_line(error: Exception) -> str:

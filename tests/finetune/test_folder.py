@@ -105,7 +105,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with run_folder(options(tmp_path / "run")) as out:
         fill(out, begun(2, rank=3))  # what it has written is no other one's concern
-        with pytest.raises(FolderInUseError, match="another run is going on in .*run: "), run_folder(options(out)):
+        with pytest.raises(FolderInUseError, match=r"another run is going on in .*run: "), run_folder(options(out)):
             pass
     os.remove(out / "finetune.json")
     with pytest.raises(ValueError, match="holds no run"), run_folder(options(out)):

@@ -87,6 +87,16 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(trainer: Trainer, tmp_pa
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_run_that_had_finished_goes_on_as_if_it_had_not(trainer: Trainer, tmp_path: Path) -> None:
+    # The optimizer's state goes on too: the trainer's schedule is that of all steps from the beginning.
+    for name, lengths in (("whole", [STEPS]), ("extended", [2, STEPS])):
+        for steps in lengths:
+            with a_run(trainer, tmp_path / name, dataclasses.replace(CONFIG, steps=steps), steps=steps) as run:
+                _, standing, ending = run_steps(*run)
+            assert (standing.step, ending) == (steps, "finished")
+    assert losses(tmp_path / "extended") == losses(tmp_path / "whole")
+
+
 def test_a_run_does_not_go_on_with_other_data(trainer: Trainer, tmp_path: Path) -> None:
     with a_run(trainer, tmp_path) as run:
         run_steps(*run)
@@ -224,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(
                 checkpoints.save(state, dataclasses.replace(standing, step=3))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert list(checkpoints.directory.iterdir()) == []
+        assert not checkpoints.holds()
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -61,6 +61,6 @@ def test_a_full_disk_is_said_with_the_files_name(tmp_path: Path) -> None:
     full = pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'")
     with full, Metrics(tmp_path, 0, [tracker]) as metrics:
         metrics.file.close()
-        metrics.file = Path("/dev/full").open("a")
+        metrics.file = Path("/dev/full").open("a")  # noqa: SIM115
         metrics.write(1, {"loss": 2.0})
     assert tracker.closed

@@ -1,6 +1,8 @@
 """`jmoe finetune` from JSONL to an adapter that PEFT loads."""
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import shutil
@@ -8,17 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jmoe.finetune.batches import split
+from jmoe.finetune.checkpoint import Standing
 from jmoe.finetune.config import FinetuneConfig
+from jmoe.finetune.folder import FolderInUseError, checkpoint_steps
 from jmoe.finetune.metrics import read
-from jmoe.finetune.run import day_begun, finetune
+from jmoe.finetune.run import day_begun, finetune, go_on
+from jmoe.finetune.step import learning_rate
 from jmoe.gpt_oss import load
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +99,8 @@ def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> 
     assert f"adapter in {out / 'adapter'}" in printed
     assert datetime.date.fromisoformat((out / "begun.txt").read_text().strip()) <= datetime.date.today()
     assert (out / "loss.png").exists()
+    assert "validation" in next(line for line in printed.splitlines() if line.startswith("step 3 of 6"))
+    assert "validation" not in next(line for line in printed.splitlines() if line.startswith("step 4 of 6"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
@@ -128,6 +137,108 @@ def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple
         for out in (finished[0], tmp_path)
     ]
     assert kept[0] == kept[1]
+
+
+@contextlib.contextmanager
+def running(arguments: list[str], until: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+    """A process, from when `until` is true on; ended at the end of the `with`."""
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        deadline = time.monotonic() + 300
+        while not until() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_meanwhile_the_folder_is_locked(
+    number: signal.Signals, status: int, data: Path, tmp_path: Path
+) -> None:
+    more = ("--steps", "4000", "--checkpoint-every", "1000", "--quiet")
+    with running(command(data, tmp_path, *more), lambda: len(read(tmp_path)) > 2) as process:
+        with pytest.raises(FolderInUseError, match="another run is going on in"):
+            finetune(FinetuneConfig(model=str(TINY), data=str(data), out=str(tmp_path)))
+        process.send_signal(number)
+        printed = process.communicate(timeout=120)[1]
+    assert process.returncode == status
+    step = read(tmp_path)[-1]["step"]
+    assert checkpoint_steps(tmp_path)[-1] == step
+    saved = f"after {step} steps; adapter in {tmp_path / 'adapter'}"
+    assert printed == f"interrupted by {number.name} {saved}; the same command goes on\n"
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "rows"
+    os.mkfifo(data)  # whose rows are waited for
+    out = tmp_path / "out"
+    with running(command(data, out), lambda: (out / ".lock").exists()) as process:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == "jmoe: interrupted"
+    assert "Traceback" not in printed
+    assert [file.name for file in out.iterdir()] == [".lock"]
+
+
+def read_config(run: Path, **changes: Any) -> FinetuneConfig:
+    """The options of the run in a folder, and changes."""
+    return FinetuneConfig.create({**json.loads((run / "finetune.json").read_text()), **changes})
+
+
+def test_a_finished_run_can_be_extended(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    printed = io.StringIO()
+    result = finetune(read_config(out, out=str(out), steps=7, keep=1, quiet=False), Console(file=printed, width=200))
+    assert (result.ending, result.steps) == ("finished", 7)
+    assert "the run was to take 6 steps and now takes 7: from here on the learning rate is that" in printed.getvalue()
+    rows = read(out)
+    assert rows[:-1] == read(finished[0])
+    assert rows[-1]["learning_rate"] == pytest.approx(float(learning_rate(read_config(out), 7)(6)))
+    assert read_config(out).steps == 7
+    with pytest.raises(ValueError, match=r"holds a run that has taken 7 steps, and this one is to take 6: ask for"):
+        finetune(read_config(out, steps=6))
+    with pytest.raises(ValueError, match=r"holds a run with other options \(rank was 2, is 3\)"):
+        finetune(read_config(out, steps=8, rank=3))
+    assert read_config(out).steps == 7
+
+
+def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"holds adapter and loss\.png of a run whose checkpoints are gone"):
+        finetune(read_config(out, out=str(out)))
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("[0-9]*", "adapter", "*.png"))
+    rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(rows[:2]))
+    assert finetune(read_config(out, out=str(out), steps=1), Console(quiet=True)).steps == 1
+    assert [row["step"] for row in read(out)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("standing", "patience", "validate_every", "expected"),
+    [
+        (Standing(step=4, steps=9), 0, 3, Standing(step=4, steps=6)),
+        (Standing(step=4, since_best=2, steps=9), 2, 3, Standing(step=4, steps=6)),  # stopped early, and extended
+        (Standing(step=4, since_best=2, steps=6), 2, 3, Standing(step=4, since_best=2, steps=6)),
+        (Standing(step=6, steps=9), 0, 4, Standing(step=6, steps=6, validation_due=True)),
+        (Standing(step=6, steps=9), 0, 3, Standing(step=6, steps=6)),
+    ],
+)
+def test_where_a_run_of_6_steps_goes_on(
+    standing: Standing, patience: int, validate_every: int, expected: Standing
+) -> None:
+    config = FinetuneConfig(model="m", data="d", out="o", patience=patience, validate_every=validate_every)
+    found, notes = go_on(standing, 6, config)
+    assert found == expected
+    assert len(notes) == (2 if standing.steps != 6 else 1)
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])

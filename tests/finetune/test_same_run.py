@@ -14,8 +14,10 @@ SAVED = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
 
 @pytest.mark.parametrize(
     "change",
-    [{"data": ["d"]}, {"out": "p"}, {"keep": 5}, {"log_every": 7}, {"quiet": True}, {"log_to": "none"}]
-    + [{"steps": 41}, {"epochs": 2.0}, {"patience": 3}],
+    [
+        *({"data": ["d"]}, {"out": "p"}, {"keep": 5}, {"log_every": 7}, {"quiet": True}, {"log_to": "none"}),
+        *({"steps": 41}, {"epochs": 2.0}, {"patience": 3}),
+    ],
 )
 def test_what_is_shown_kept_or_when_it_ends_may_change(change: dict[str, object]) -> None:
     assert changed_options({**SAVED, **change}, CONFIG) == []
