@@ -43,7 +43,8 @@ class FinetuneConfig:
 
     model: str = option(help="A gpt-oss directory, or a repository on the Hugging Face Hub.")
     data: Sequence[str] = option(
-        help="Rows with messages, with prompt and completion, or with text; given again, all are read."
+        help="Rows to train on: a file (JSON lines, JSON, CSV, Parquet), a directory that datasets saved, or a data set "
+        "of the Hub; given again, all are read."
     )
     out: str = option(help="Directory of the adapter, checkpoints and metrics; a run that stopped goes on there.")
     validation: Sequence[str] | None = option(
