@@ -19,7 +19,7 @@ from jmoe.finetune.batches import Batch, Batches
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loop import validation_loss
 from jmoe.finetune.packing import pack
-from jmoe.finetune.run import validation_batches
+from jmoe.finetune.prepare import validation_batches
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.new_adapter import new_adapter

@@ -11,6 +11,12 @@ from rich.table import Table
 from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
 from jmoe.commands.doctor_lines import loss_lines, text_lines
+from jmoe.commands.finetune_memory import (
+    FinetuneBatchOption,
+    FinetuneLengthOption,
+    FinetuneRankOption,
+    finetune_table,
+)
 from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
@@ -33,6 +39,9 @@ def doctor(
         bool,
         typer.Option("--loss", help="Load the model, and take its loss on an English paragraph: do the weights fit?"),
     ] = False,
+    finetune_length: FinetuneLengthOption = 4096,
+    finetune_batch_size: FinetuneBatchOption = 1,
+    finetune_rank: FinetuneRankOption = 16,
 ) -> None:
     """Says what is installed, whether the Triton backend runs here and, of a model, what runs each part and if it fits.
 
@@ -62,6 +71,7 @@ def doctor(
             quantize=quantize,
         )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
+        tables.append(finetune_table(model, length=finetune_length, batch_size=finetune_batch_size, rank=finetune_rank))
         reports = report.adapters
         lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:

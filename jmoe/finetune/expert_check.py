@@ -30,7 +30,8 @@ class ExpertCheck:
         self.display = display
         self._count = jax.jit(count, static_argnames="attention")
         self._counts: Int64[np.ndarray, "L E"] = np.zeros((0, 0), np.int64)
-        self._b_not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
+        self._not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
+        self._scaled: dict[str, Bool[np.ndarray, "L 1"]] = {}
 
     def before(self, step: int, state: TrainState, batch: Batch) -> None:
         """Notes which experts the batch's trained tokens reach, before the step that uses the state up."""
@@ -41,8 +42,9 @@ class ExpertCheck:
         attention = self.trainer.attention_for(batch)
         counts = [self._count(model, *arrays, attention=attention) for arrays in micro_batches]
         self._counts = np.sum(counts, axis=0)
-        not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
-        self._b_not_zero = {name[:-2]: found for name, found in not_zero.items() if name.endswith("_b")}
+        self._not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
+        assert model.lora is not None
+        self._scaled = {name: np.asarray(scale) != 0 for name, scale in model.lora.scale.items()}
 
     def after(self, step: int, outcome: Outcome) -> None:
         """Looks at the step's gradients, and after the first says which experts no trained token reached.
@@ -56,9 +58,9 @@ class ExpertCheck:
             projection, part = name[:-2], name[-1]
             if part != "ba"[step]:
                 continue
-            due = self._counts >= FEWEST
-            if part == "a":
-                due &= self._b_not_zero[projection]
+            # A factor's gradient is zero where the other factor or the scale is, as where an adapter has no LoRA.
+            other = {"a": "b", "b": "a"}[part]
+            due = (self._counts >= FEWEST) & self._not_zero[f"{projection}_{other}"] & self._scaled[projection]
             silent = np.argwhere(due & ~np.asarray(found)).tolist()
             if silent:
                 layer, expert = silent[0]

@@ -3,37 +3,36 @@
 import dataclasses
 import datetime
 import json
-import math
 import os
 import signal
+import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
+from jmoe.adapters.settings import AdapterWarning
 from jmoe.file_errors import naming
-from jmoe.finetune.batches import Batch, Batches, digest, split
+from jmoe.finetune.batches import Batch, digest
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.display import Display, stderr_console
-from jmoe.finetune.examples import Examples, read_examples
 from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, check_plot, plot
-from jmoe.finetune.packing import pack
+from jmoe.finetune.prepare import prepare
+from jmoe.finetune.start_adapter import start_adapter
+from jmoe.finetune.start_report import say
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
 from jmoe.finetune.stopping import stop_signals
 from jmoe.finetune.trackers import check_trackers, make_trackers
-from jmoe.gpt_oss.config import Config, warn_past_positions
-from jmoe.gpt_oss.load import load, local_directory
+from jmoe.gpt_oss.load import load
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.save import replace, save_adapter
+from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.nn.report import trainable_report
-from jmoe.text import check_vocabulary, load_tokenizer
 
 
 class Result(NamedTuple):
@@ -87,36 +86,35 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
 
 def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bool) -> Result:
     """Trains in a folder that is locked, see finetune."""
-    for field in dataclasses.fields(config):
-        console.print(f"{field.name:20} {getattr(config, field.name)}", markup=False, highlight=False, soft_wrap=True)
-    directory = local_directory(config.model)
     day = day_begun(out)
-    training, validation = read_data(config, load_tokenizer(directory, day), console)
-    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
-    model_config = Config.load(directory)
-    check_vocabulary(largest, model_config.vocab_size)
-    longest = max((len(example.tokens) for example in (*training, *validation)), default=0)
-    warn_past_positions(model_config, longest - 1)  # the last token is a target alone
-    batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
-    steps = config.steps or max(1, math.ceil(config.epochs * batches.steps_per_epoch))
-    held_out = validation_batches(config, validation)
+    directory, lora, batches, held_out, steps = prepare(config, day, console)
     with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
         standing, notes = go_on(checkpoints.standing(), steps, config)
         for note in notes:
             console.print(note, highlight=False, soft_wrap=True)
-        trainer = Trainer(new_model(config, directory), make_optimizer(config, steps), loss_chunk=config.loss_chunk)
+        trainer = Trainer(
+            new_model(config, directory, lora),
+            make_optimizer(config, steps),
+            loss_chunk=config.loss_chunk,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
         console.print(str(trainable_report(trainer.model(trainer.start))).splitlines()[-1], highlight=False)
         state, _ = checkpoints.restore(trainer.start)
         write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
         write(out / BEGUN, day.isoformat())
 
-        adapter = out / "adapter"
+        adapter, told = out / "adapter", set[str]()
 
         def save(state: TrainState) -> None:
             lora = trainer.model(state).lora
             assert lora is not None
-            with naming(adapter):
-                save_adapter(adapter, lora, base_model=config.model)
+            with naming(adapter), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", AdapterWarning)
+                save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
+            for text in {str(warning.message) for warning in caught} - told:  # each save has the same
+                told.add(text)
+                say(console, text)
 
         def end_process(status: int) -> None:
             console.show_cursor()
@@ -183,6 +181,15 @@ def write(file: Path, text: str) -> None:
         replace(file, f"{text}\n".encode())
 
 
+def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:
+    """Says all that a run says before its first step, and more of it; loads no model and writes nothing.
+
+    Raises:
+      FileNotFoundError, ValueError: as finetune.
+    """
+    prepare(config, day_begun(Path(config.out)), console or Console(), whole_report=True)
+
+
 def day_begun(out: Path) -> datetime.date:
     """The day on which the run whose checkpoints `out` holds began; today if there are none.
 
@@ -200,59 +207,8 @@ def day_begun(out: Path) -> datetime.date:
         raise ValueError(f"{file} is no date: {error}") from error
 
 
-def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
-    """(training examples, validation examples)."""
-
-    def read(file: str) -> Examples:
-        found = read_examples(
-            file,
-            tokenizer,
-            max_length=config.length + 1,  # the last token is a target alone
-            too_long=config.too_long,
-            bad_rows=config.bad_rows,
-        )
-        console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
-        for notice in found.notices:
-            console.print(notice, markup=False, highlight=False, soft_wrap=True)
-        return found
-
-    training = read(config.data).examples
-    if config.validation is not None:
-        return training, read(config.validation).examples
-    return split(training, config.validation_fraction, config.seed)
-
-
-def summary(found: Examples) -> str:
-    """What became of a file's rows, in words."""
-    tokens = sum(len(example.tokens) for example in found.examples)
-    trained = sum(int(example.trained.sum()) for example in found.examples)
-    counts = {
-        "bad": found.skipped_bad,
-        "too long": found.skipped_too_long,
-        "without a trained token once cut": found.skipped_untrained,
-    }
-    skipped = "".join(f", {count} skipped as {reason}" for reason, count in counts.items() if count)
-    cut = f", {found.truncated} cut" if found.truncated else ""
-    return f"{found.rows:,} rows, {tokens:,} tokens of which {trained:,} are trained{skipped}{cut}"
-
-
-def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:
-    """Every validation example once, in batches of one shape; what fills the last one has weight 0."""
-    if not len(examples):
-        return []
-    packed = pack(examples, config.length)
-    rows = packed.tokens.shape[0]
-    padding = -rows % config.batch_size
-
-    def padded(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, padding), (0, 0)]).reshape(-1, config.batch_size, config.length)
-
-    parts = map(padded, (packed.tokens, packed.targets, packed.weights, packed.segment_ids))
-    return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
-
-
-def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
-    """The checkpoint with an adapter that changes nothing yet."""
+def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None = None) -> GptOss:
+    """The checkpoint with this adapter, or a new one that changes nothing yet."""
     model = load(
         directory,
         dtype=jnp.dtype(config.dtype),
@@ -261,10 +217,7 @@ def new_model(config: FinetuneConfig, directory: Path) -> GptOss:
         progress=not config.quiet,
         quantize=config.quantize,
     )
-    lora = new_adapter(
-        model.config, rank=config.rank, scale=config.scale, targets=config.lora_targets, seed=config.seed
-    )
-    return model.with_adapters(lora)
+    return model.with_adapters(start_adapter(config, model.config) if lora is None else lora)
 
 
 def stacked(batch: Batch, accumulate: int) -> Batch:

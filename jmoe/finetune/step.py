@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loss import cross_entropy
 from jmoe.gpt_oss.attention import Implementation
 from jmoe.gpt_oss.flash_attention import SEGMENTS, segments_a_row, why_not
+from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import EXPERTS
 
@@ -93,11 +94,14 @@ def attention_for(dtype: DTypeLike, width: int, batch: Batch) -> Attention:
     return Attention("xla")
 
 
-def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Attention) -> Float[Array, ""]:
+def loss_of(
+    model: GptOss, batch: Batch, chunk: int, attention: Attention, dropout: LoraDropout | None = None
+) -> Float[Array, ""]:
     """The sum of one batch's losses; its arrays are [B, T]."""
     hidden = model.hidden(
         jnp.asarray(batch.tokens),
         segment_ids=jnp.asarray(batch.segment_ids),
+        dropout=dropout,
         **attention._asdict(),
     )
     return cross_entropy(
@@ -112,8 +116,24 @@ def loss_of(model: GptOss, batch: Batch, chunk: int, attention: Attention) -> Fl
 class Trainer:
     """A model split into LoRA's factors and the rest, and the compiled functions of both."""
 
-    def __init__(self, model: GptOss, optimizer: optax.GradientTransformation, *, loss_chunk: int) -> None:
-        """Raises ValueError if the model has no adapter, and so nothing to train."""
+    def __init__(
+        self,
+        model: GptOss,
+        optimizer: optax.GradientTransformation,
+        *,
+        loss_chunk: int,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Splits the model.
+
+        Args:
+          dropout: chance that an input of LoRA on attention is left out of a step; it acts in `step` alone.
+          seed: of what is left out, which follows from it and the step's number.
+
+        Raises:
+          ValueError: the model has no adapter, and so nothing to train.
+        """
         if model.lora is None:
             raise ValueError("the model has no adapter: there is nothing to train")
         graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[misc]
@@ -124,7 +144,9 @@ class Trainer:
         merge = functools.partial(nnx.merge, graph)
         self._merge: Callable[..., GptOss] = merge
         self._step = jax.jit(
-            functools.partial(take_step, merge, optimizer, loss_chunk), donate_argnums=0, static_argnames="attention"
+            functools.partial(take_step, merge, optimizer, loss_chunk, LoraDropout.of(dropout, seed)),
+            donate_argnums=0,
+            static_argnames="attention",
         )
 
         def loss(factors: Any, frozen: Any, batch: Batch, attention: Attention) -> Array:
@@ -153,6 +175,7 @@ def take_step(
     merge: Callable[..., GptOss],
     optimizer: optax.GradientTransformation,
     chunk: int,
+    dropout: LoraDropout | None,
     state: TrainState,
     frozen: Any,
     batches: Batch,
@@ -160,20 +183,23 @@ def take_step(
 ) -> tuple[TrainState, Outcome]:
     """One step on the mean loss over all trained tokens of N batches, one after another."""
     tokens = batches.weights.sum()
+    micro_batches = batches.tokens.shape[0]
+    # What is left out follows from the number of the step, which the optimizer counts, and of the micro-batch.
+    dropouts = None if dropout is None else dropout.number(steps_taken(state.optimizer)).numbers(micro_batches)
 
-    def mean_loss(factors: Any, batch: Batch) -> Array:
-        return loss_of(merge(factors, frozen), batch, chunk, attention) / jnp.maximum(tokens, 1)
+    def mean_loss(factors: Any, batch: Batch, dropout: LoraDropout | None) -> Array:
+        return loss_of(merge(factors, frozen), batch, chunk, attention, dropout) / jnp.maximum(tokens, 1)
 
-    def add(total: tuple[Array, Any], batch: Batch) -> tuple[tuple[Array, Any], None]:
-        one = jax.value_and_grad(mean_loss)(state.factors, batch)
+    def add(total: tuple[Array, Any], part: tuple[Batch, LoraDropout | None]) -> tuple[tuple[Array, Any], None]:
+        one = jax.value_and_grad(mean_loss)(state.factors, *part)
         return jax.tree.map(jnp.add, total, one), None
 
-    if batches.tokens.shape[0] == 1:
-        only = jax.tree.map(lambda array: array[0], batches)
-        loss, gradient = jax.value_and_grad(mean_loss)(state.factors, only)
+    if micro_batches == 1:
+        only = jax.tree.map(lambda array: array[0], (batches, dropouts))
+        loss, gradient = jax.value_and_grad(mean_loss)(state.factors, *only)
     else:
         nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.factors)
-        (loss, gradient), _ = lax.scan(add, nothing, batches)
+        (loss, gradient), _ = lax.scan(add, nothing, (batches, dropouts))
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moved = optimizer.update(gradient, state.optimizer, state.factors)
@@ -183,6 +209,11 @@ def take_step(
     )
     outcome = Outcome(loss, norm, tokens, finite, experts_not_zero(merge(gradient, frozen)))
     return TrainState(factors, kept), outcome
+
+
+def steps_taken(optimizer: Any) -> Int32[Array, ""]:
+    """How many steps an optimizer's state has seen."""
+    return optax.tree.get_all_with_path(optimizer, "count")[0][1]
 
 
 def experts_not_zero(model: GptOss) -> dict[str, Bool[Array, "L E"]]:

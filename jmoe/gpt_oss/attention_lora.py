@@ -18,12 +18,14 @@ from jmoe.gpt_oss.weights import LoraWeights, sizes, take
 class Factors:
     """A adapters on one product, of all layers or without the leading axis of one; a pytree.
 
-    a: [L, A, r, K]; scale: float32 [L, A, r]; b: [L, A, N, r].
+    a: [L, A, r, K]; scale: float32 [L, A, r]; b: [L, A, N, r]; r counts the ranks of all targets.
+    ranks: of the targets, one after another.
     """
 
     a: Float[Array, "... A R K"]
     scale: Float[Array, "... A R"]
     b: Float[Array, "... A N R"]
+    ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -60,4 +62,5 @@ def join(lora: LoraWeights, names: tuple[str, ...], config: Config, dtype: DType
             columns.append(jnp.pad(lora.b[name], [(0, 0), (0, 0), (before, whole - before - n), (0, 0)]))
         before += n
     joined = [jnp.concatenate(parts, axis=axis) for parts, axis in ((a, 2), (scale, 2), (columns, 3))]
-    return Factors(joined[0].astype(dtype), joined[1], joined[2].astype(dtype))
+    ranks = tuple(part.shape[2] for part in a)
+    return Factors(joined[0].astype(dtype), joined[1], joined[2].astype(dtype), ranks)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.lora_dropout import LoraDropout, shrink_dropped
 from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear
@@ -24,10 +25,14 @@ def linear(
     weights: Linear,
     lora: Factors | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
+    dropout: LoraDropout | None = None,
 ) -> Float[Array, "B T N"]:
-    """x weight^T + bias, plus LoRA; sums in float32, rounded once to x's dtype."""
+    """x weight^T + bias, plus LoRA; sums in float32, rounded once to x's dtype.
+
+    dropout: of LoRA's inputs, where adapter_ids are None.
+    """
     if lora is not None and adapter_ids is None:
-        shrunk = shrink(x, lora.a[0], lora.scale[0])
+        shrunk = shrink(x, lora.a[0], lora.scale[0]) if dropout is None else shrink_dropped(x, lora, dropout)
         return linear_and_expand(x, weights.weight, weights.bias, shrunk, lora.b[0])
     y = product("btk,nk->btn", x, weights.weight) + weights.bias.astype(jnp.float32)
     if lora is not None:
@@ -77,6 +82,7 @@ def layer[S](
     index: Int32[Array, ""],
     recompute: bool,
     observe: Callable[[Array, S], S] | None = None,
+    dropout: LoraDropout | None = None,
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and what the attention keeps.
 
@@ -84,13 +90,15 @@ def layer[S](
     on_experts: LoRA of this layer or of all.
     attention: (heads, sinks) -> (each query's values, what is kept of keys and values).
     observe: (router logits [B, T, E], what attention keeps) -> what is kept instead.
+    dropout: of the inputs of LoRA on attention in this layer.
     """
+    of_qkv, of_o = (None, None) if dropout is None else (dropout.number(0), dropout.number(1))
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
-        heads = linear(normal, weights.qkv, on_qkv, adapter_ids).reshape(*x.shape[:2], -1, config.head_dim)
+        heads = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
         attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), weights.sinks)
-        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids)
+        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
         router_logits = linear(normal, weights.router)

@@ -18,6 +18,7 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.few_tokens import through_layers_of_few
 from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import layer
+from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
@@ -132,6 +133,7 @@ class GptOss(nnx.Module):
         adapter_ids: Int32[Array, " B"] | Int32[Array, "B T"] | None = None,
         attention: Implementation = None,
         most_segments: int = SEGMENTS,
+        dropout: LoraDropout | None = None,
     ) -> Float[Array, "B T H"]:
         """The last layer's results, after the norm, before the head.
 
@@ -142,12 +144,15 @@ class GptOss(nnx.Module):
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
             from a traced one that there is not.
           attention, most_segments: jmoe.gpt_oss.attend's implementation, and how many segments a row it may have.
+          dropout: of the inputs of LoRA on attention, in training; without adapter_ids.
 
         Raises:
           ValueError: tokens, positions or segment_ids are not [B, T] integers, tokens are not all in the vocabulary, or
             adapter_ids do not go with the model's adapters; and, with NotImplementedError, as `attend` does.
         """
         check_tokens(tokens, adapter_ids, self.lora, self.config.vocab_size)
+        if dropout is not None and adapter_ids is not None:
+            raise ValueError("dropout is for training, which has one adapter for all tokens, got adapter_ids too")
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
             if array is not None and (array.shape != tokens.shape or not jnp.issubdtype(array.dtype, jnp.integer)):
                 raise ValueError(
@@ -161,7 +166,8 @@ class GptOss(nnx.Module):
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
         attentions = attentions_within(self.config, segment_ids, attention, most_segments)
-        return self.through_layers(tokens, positions, adapter_ids, attentions, [None] * self.period)[0]
+        states = [None] * self.period
+        return self.through_layers(tokens, positions, adapter_ids, attentions, states, dropout=dropout)[0]
 
     def through_layers[S](
         self,
@@ -174,6 +180,7 @@ class GptOss(nnx.Module):
         inference: bool = False,
         attention_lora: AttentionLora | None = None,
         observe: Callable[..., S] | None = None,
+        dropout: LoraDropout | None = None,
     ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
         """(hidden, states): the layers one after another, one group of them compiled.
 
@@ -185,6 +192,7 @@ class GptOss(nnx.Module):
           for few tokens so are all weights.
         attention_lora: with inference the model's, which many calls share.
         observe: (router logits [B, T, E], state, group=) -> state, in each layer.
+        dropout: as in `hidden`.
         """
         config = self.config
         rotary = cosine_and_sine(config.rope, config.head_dim, positions)
@@ -233,6 +241,7 @@ class GptOss(nnx.Module):
                         adapter_ids=adapter_ids,
                         index=index,
                         recompute=self.recompute,
+                        dropout=None if dropout is None else dropout.number(index),
                     )
 
                 x, state = (jax.checkpoint(one) if self.remat else one)(x, index, loras, states[i])

@@ -27,6 +27,7 @@ def save_adapter(
     *,
     adapter: int = 0,
     base_model: str | None = None,
+    dropout: float = 0.0,
     portable: bool = False,
 ) -> None:
     """Writes one adapter as a directory that PEFT and jmoe.gpt_oss.load_adapter read.
@@ -39,6 +40,8 @@ def save_adapter(
       path: made if it is not there; its two files are replaced.
       adapter: which of those that stand side by side.
       base_model: the name of the base model, for adapter_config.json.
+      dropout: that LoRA on attention was trained with, for adapter_config.json; not written beside LoRA on experts,
+        whose 3-D parameters PEFT loads without dropout alone.
       portable: write it so that other programs cannot misread it, of the same effect: scales are multiplied into B, so
         that one lora_alpha = r holds for all, smaller ranks are padded with zeros to one r, and where a layer has LoRA
         on one of the experts' projections alone, the other has factors of zeros. The file grows by what is padded.
@@ -62,7 +65,7 @@ def save_adapter(
         layers = layers_of(lora, adapter)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = settings(lora, adapter, layers, base_model)
+    entries = settings(lora, adapter, layers, base_model, dropout)
     write_tensors(folder / "adapter_model.safetensors", tensors(lora, adapter, layers))
     replace(folder / "adapter_config.json", json.dumps(entries, indent=2).encode())
     if problems := list(misread(entries, layers)):
@@ -105,7 +108,9 @@ def names_of(lora: LoraWeights, layers: dict[str, list[int]], targets: Sequence[
     return names
 
 
-def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base_model: str | None) -> dict[str, Any]:
+def settings(
+    lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base_model: str | None, dropout: float = 0.0
+) -> dict[str, Any]:
     """adapter_config.json."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -114,6 +119,7 @@ def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base
             name = module_name(layer, target)
             ranks[name] = a.shape[-2]
             alphas[name] = alpha_of(float(lora.scale[target][layer, adapter]), a.shape[-2])
+    on_experts = names_of(lora, layers, EXPERTS, "mlp.experts.")
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -123,10 +129,10 @@ def settings(lora: LoraWeights, adapter: int, layers: dict[str, list[int]], base
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if on_experts else dropout,
         "bias": "none",
         "target_modules": names_of(lora, layers, ATTENTION, ""),
-        "target_parameters": names_of(lora, layers, EXPERTS, "mlp.experts.") or None,
+        "target_parameters": on_experts or None,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }

@@ -14,6 +14,8 @@ from jmoe.checkpoint import Spec
 from jmoe.cli import app
 from jmoe.commands.doctor import gigabytes
 from jmoe.device_memory import FRACTION, NAMES
+from jmoe.finetune import memory
+from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.cache import cache_bytes
 
@@ -138,3 +140,19 @@ def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "model")])
     assert run.exit_code == 1
     assert "lm_head.weight" in str(run.exception)
+
+
+def test_what_fine_tuning_takes_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--finetune-length", "2048", "--finetune-batch-size", "3", "--finetune-rank", "8"]
+    monkeypatch.setattr(memory, "device_limit", lambda: memory.WORKSPACE + 2**28)
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), *flags])
+    assert run.exit_code == 0, run.output
+    assert "memory of fine-tuning, about: 3 x 2048 tokens, LoRA r=8" in run.output
+    lines = {line.split()[0]: line for line in run.output.splitlines() if line.split()}
+    for remat in ("nothing", "experts", "layers"):
+        options = FinetuneConfig(model="m", data="d", out="o", length=2048, batch_size=3, rank=8, remat=remat)
+        config = gpt_oss.Config.load(TINY)
+        total = memory.estimate(options, config, memory.new_adapter_shapes(options, config)).total
+        fits = ", fits" if total <= memory.WORKSPACE + 2**28 else ", of 0.5 GiB that there are"
+        assert f"{memory.words(total)}{fits}" in lines[remat]
+    assert "fits" in lines["layers"]

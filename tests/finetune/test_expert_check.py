@@ -69,3 +69,20 @@ def test_experts_that_no_trained_token_reached_are_said_and_need_no_gradient(
     _, outcome = trainer.step(jax.tree.map(jnp.array, trainer.start), batch(trained=0.0))
     check.after(0, outcome)
     assert "in the first step no trained token reached (layer:expert) 0:0, 0:1" in capsys.readouterr().out
+
+
+def test_layers_without_lora_on_experts_need_no_gradient(trainer: Trainer) -> None:
+    """Of an adapter that lacks them both factors are zeros, and no gradient reaches either."""
+
+    def without(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+        names = jax.tree_util.keystr(path)
+        return leaf.at[0].set(0) if "lora_a" in names and "gate_up" in names else jnp.array(leaf)
+
+    state = jax.tree_util.tree_map_with_path(without, trainer.start)
+    check = ExpertCheck(trainer, Display(5, 0, Console(quiet=True)))
+    for step in range(2):
+        check.before(step, state, batch())
+        state, outcome = trainer.step(state, batch())
+        check.after(step, outcome)
+        assert not outcome.expert_gradients["gate_up_b"][0].any()
+        assert outcome.expert_gradients["gate_up_b"][1].any()

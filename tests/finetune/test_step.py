@@ -14,7 +14,7 @@ from flax import nnx
 from jmoe.bench.model.case import sizes
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.step import Attention, Trainer, TrainState, attention_for, learning_rate, make_optimizer
+from jmoe.finetune.step import Attention, Trainer, TrainState, attention_for, learning_rate, make_optimizer, steps_taken
 from jmoe.gpt_oss import GptOss, flash_attention, load
 from jmoe.gpt_oss.config import alternating
 from jmoe.gpt_oss.new_adapter import new_adapter
@@ -43,6 +43,17 @@ def random_batch(micro_batches: int, rows: int = 2, length: int = 12, seed: int 
 def trainer() -> Trainer:
     """Compiled once for all tests, which step from copies of its state."""
     return Trainer(model(), make_optimizer(CONFIG, 10), loss_chunk=16)
+
+
+@functools.cache
+def dropping() -> Trainer:
+    """As trainer(), with dropout."""
+    return Trainer(model(), make_optimizer(CONFIG, 10), loss_chunk=16, dropout=0.3, seed=1)
+
+
+def started() -> TrainState:
+    """A state of theirs in which B is no longer zero, so that what A sees matters."""
+    return trainer().step(copy(trainer().start), random_batch(1))[0]
 
 
 def copy(state: TrainState) -> TrainState:
@@ -89,6 +100,39 @@ def test_experts_with_trained_tokens_have_gradients_in_b_and_not_yet_in_a() -> N
     assert first.expert_gradients["down_b"].shape == (2, 8)
     assert not first.expert_gradients["gate_up_a"].any()
     assert jnp.array_equal(second.expert_gradients["gate_up_a"], second.expert_gradients["gate_up_b"])
+
+
+def test_dropout_is_of_the_step() -> None:
+    state, batch = started(), random_batch(1, seed=2)
+    once, first = dropping().step(copy(state), batch)
+    again, second = dropping().step(copy(state), batch)
+    assert all(map(np.array_equal, jax.tree.leaves(once), jax.tree.leaves(again)))
+    assert float(first.loss) == float(second.loss) != float(trainer().step(copy(state), batch)[1].loss)
+    assert int(steps_taken(state.optimizer)) == 1
+    later = TrainState(state.factors, jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim == 0 else leaf, state.optimizer))
+    assert float(dropping().step(copy(later), batch)[1].loss) != float(first.loss)
+
+
+def test_batches_of_one_step_leave_out_different_values() -> None:
+    batch = random_batch(1)
+    twice = Batch(*(np.concatenate([array, array]) for array in batch))
+    _, one = dropping().step(copy(started()), batch)
+    _, two = dropping().step(copy(started()), twice)
+    assert float(one.loss) != float(two.loss)
+    assert float(one.loss) == pytest.approx(float(two.loss), rel=0.2)
+
+
+def test_validation_has_no_dropout() -> None:
+    state, batch = started(), Batch(*(array[0] for array in random_batch(1)))
+    assert float(dropping().loss(state, batch)) == float(trainer().loss(state, batch))
+
+
+def test_without_dropout_a_step_has_no_random_numbers() -> None:
+    def program(one: Trainer) -> str:
+        return one._step.lower(one.start, one.frozen, random_batch(1), attention=Attention("xla")).as_text()
+
+    assert "threefry" in program(dropping())
+    assert "threefry" not in program(trainer())
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:

@@ -47,3 +47,19 @@ def test_counts_are_of_counted_tokens_and_of_every_layer() -> None:
     of_first = expert_counts(model, tokens, counted=first)
     np.testing.assert_array_equal(of_first, expert_counts(model, tokens[:1], counted=first[:1]))
     assert of_first.sum(axis=1).tolist() == [20 * 4, 20 * 4]
+
+
+def test_each_target_may_have_a_rank_and_a_scale_of_its_own() -> None:
+    config = load(TINY, progress=False).config
+    mixed = new_adapter(config, rank={"q": 2, "down": 5}, scale={"q": 4.0, "down": 1.0}, targets=("down", "q"), seed=3)
+    assert {name: a.shape[-2] for name, a in mixed.a.items()} == {"q": 2, "down": 5}
+    assert {name: float(scale[0, 0]) for name, scale in mixed.scale.items()} == {"q": 4.0, "down": 1.0}
+    same = new_adapter(config, rank={"q": 2, "down": 2}, scale=1.0, targets=("q", "down"), seed=3)
+    for one, other in zip(
+        jax.tree.leaves(same),
+        jax.tree.leaves(new_adapter(config, rank=2, scale=1.0, targets=("q", "down"), seed=3)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match="rank must have a value for each target, got none for down"):
+        new_adapter(config, rank={"q": 2}, scale=1.0, targets=("q", "down"))

@@ -1,5 +1,6 @@
 """What is saved is what jmoe and PEFT load."""
 
+import json
 import math
 from pathlib import Path
 
@@ -133,3 +134,18 @@ def test_peft_loads_it_and_computes_the_same(adapter: gpt_oss.LoraWeights, tmp_p
 def test_an_adapter_that_is_not_there(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter must be in \[0, 1\), got 1"):
         gpt_oss.save_adapter(tmp_path, adapter, adapter=1)
+
+
+def test_dropout_is_written_where_peft_loads_it(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+    """PEFT refuses an adapter with dropout on 3-D expert parameters."""
+
+    def written(path: Path) -> float:
+        return json.loads((path / "adapter_config.json").read_text())["lora_dropout"]
+
+    gpt_oss.save_adapter(tmp_path / "all", adapter, dropout=0.1)
+    attention = gpt_oss.LoraWeights(
+        *({t: factors[t] for t in ("q", "o")} for factors in (adapter.a, adapter.b, adapter.scale))
+    )
+    gpt_oss.save_adapter(tmp_path / "attention", attention, dropout=0.1)
+    assert (written(tmp_path / "all"), written(tmp_path / "attention")) == (0.0, 0.1)
+    assert_same(gpt_oss.load_adapter(tmp_path / "attention", gpt_oss.Config.load(CASE / "model")), attention)

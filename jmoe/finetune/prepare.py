@@ -1,0 +1,95 @@
+"""What a run is before its model is loaded: its data, steps and adapter, and what is said of them."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from jmoe.checkpoint import Checkpoint
+from jmoe.finetune.batches import Batch, Batches, split
+from jmoe.finetune.config import LARGEST, FinetuneConfig
+from jmoe.finetune.examples import Example, read_examples
+from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes
+from jmoe.finetune.packing import pack
+from jmoe.finetune.start_adapter import description, start_adapter
+from jmoe.finetune.start_report import count_steps, say, say_options, say_rows, say_start
+from jmoe.gpt_oss.config import Config, warn_past_positions
+from jmoe.gpt_oss.load import local_directory
+from jmoe.gpt_oss.weights import LoraWeights
+from jmoe.text import check_vocabulary, load_tokenizer
+
+
+class Prepared(NamedTuple):
+    """What a run is, before the model is loaded.
+
+    lora: the adapter that it starts from, if that is not a new one.
+    """
+
+    directory: Path
+    lora: LoraWeights | None
+    batches: Batches
+    held_out: list[Batch]
+    steps: int
+
+
+def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, whole_report: bool = False) -> Prepared:
+    """Reads the data and the adapter to start from, and says what the run will be; errors as in finetune."""
+    say_options(console, config)
+    directory = local_directory(config.model)
+    model = Config.load(directory)
+    lora = None if config.adapter is None else start_adapter(config, model)
+    if lora is not None:
+        say(console, f"starts from {config.adapter}: {description(lora)}")
+    tokenizer = load_tokenizer(directory, day)
+    training, validation = read_data(config, tokenizer, console)
+    largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
+    check_vocabulary(largest, model.vocab_size)
+    longest = max((len(example.tokens) for example in (*training, *validation)), default=0)
+    warn_past_positions(model, longest - 1)  # the last token is a target alone
+    batches = Batches(pack(training, config.length), config.batch_size * config.accumulate, config.seed)
+    steps = count_steps(config, batches, LARGEST)
+    held_out = validation_batches(config, validation)
+    shapes = new_adapter_shapes(config, model) if lora is None else lora
+    memory = estimate(
+        config, model, shapes, mxfp4=config.quantize is not None or experts_in_mxfp4(Checkpoint(directory))
+    )
+    say_start(console, config, tokenizer, training, batches, steps, memory, device_limit(), whole=whole_report)
+    return Prepared(directory, lora, batches, held_out, steps)
+
+
+def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
+    """(training examples, validation examples)."""
+
+    def read(sources: Sequence[str]) -> tuple[Example, ...]:
+        found = read_examples(
+            sources,
+            tokenizer,
+            max_length=config.length + 1,  # the last token is a target alone
+            too_long=config.too_long,
+            bad_rows=config.bad_rows,
+        )
+        say_rows(console, sources, found)
+        return found.examples
+
+    training = read(config.data)
+    if config.validation is not None:
+        return training, read(config.validation)
+    return split(training, config.validation_fraction, config.seed)
+
+
+def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:
+    """Every validation example once, in batches of one shape; what fills the last one has weight 0."""
+    if not len(examples):
+        return []
+    packed = pack(examples, config.length)
+    rows = packed.tokens.shape[0]
+    padding = -rows % config.batch_size
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, padding), (0, 0)]).reshape(-1, config.batch_size, config.length)
+
+    parts = map(padded, (packed.tokens, packed.targets, packed.weights, packed.segment_ids))
+    return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
