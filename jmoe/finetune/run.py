@@ -141,7 +141,7 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
             bad_rows=config.bad_rows,
         )
         console.print(f"{file}: {summary(found)}", markup=False, highlight=False, soft_wrap=True)
-        for notice in found.notices:
+        for notice in (*found.notices, *(f"skipped: {refusal}" for refusal in found.refusals[:3])):
             console.print(notice, markup=False, highlight=False, soft_wrap=True)
         return found
 
