@@ -50,8 +50,8 @@ class Examples(NamedTuple):
     lengths: Int32[np.ndarray, " n"]
 
 
-REFUSALS, SHOWN = 100, 3
-"""How many are kept, and how many of them are among the notices."""
+REFUSALS = 100
+"""How many are kept: those that people read."""
 
 
 def read_examples(
@@ -156,9 +156,6 @@ class _Reading:
         notices = [f"rows read: {read}", *self.notices]
         if self.forgotten:
             notices.append(f"earlier turns whose thinking the chat template leaves out: {self.forgotten:,}")
-        notices += [f"skipped: {refusal}" for refusal in self.refusals[:SHOWN]]
-        if self.bad > SHOWN:
-            notices.append(f"skipped: {self.bad - SHOWN:,} more bad rows")
         return Examples(
             tuple(self.examples),
             self.rows,
