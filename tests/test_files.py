@@ -63,12 +63,21 @@ def test_an_adapter_names_the_file_that_had_no_room(tmp_path: Path) -> None:
         gpt_oss.save_adapter(tmp_path, lora)
 
 
-def test_errors_that_name_a_file_and_those_of_no_system_call_stay(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="elsewhere") as found, files.naming(tmp_path / "file"):
-        (tmp_path / "elsewhere").read_bytes()
-    assert found.value.filename == str(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"^no room for a checkpoint$"), files.naming(tmp_path / "file"):
-        raise OSError("no room for a checkpoint")
-    with pytest.raises(OSError, match="No space") as full, files.naming(tmp_path / "file"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
+def test_a_full_disk_is_said_with_the_files_name() -> None:
+    full = pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: 'dir/adapter'$")
+    with full, files.naming(Path("dir/adapter")), Path("/dev/full").open("w") as file:
+        file.write("more")
+
+
+def test_an_error_that_names_a_file_or_has_no_number_stays() -> None:
+    with pytest.raises(FileNotFoundError, match="'gone'"), files.naming(Path("other")):
+        Path("gone").read_bytes()
+    said = OSError("could not be written")
+    with pytest.raises(OSError, match="could not be written") as caught, files.naming(Path("other")):
+        raise said
+    assert caught.value is said
+
+
+def test_the_class_follows_the_number() -> None:
+    with pytest.raises(PermissionError, match="'file'"), files.naming(Path("file")):
+        raise OSError(errno.EACCES, "Permission denied")

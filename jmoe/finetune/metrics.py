@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jmoe.file_errors import naming
+from jmoe.files import naming
 from jmoe.finetune.trackers import Tracker
 
 FILE = "metrics.jsonl"

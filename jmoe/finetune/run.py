@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jmoe.adapters.settings import AdapterWarning
-from jmoe.file_errors import naming
+from jmoe.files import naming
 from jmoe.finetune.batches import Batch, digest
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
