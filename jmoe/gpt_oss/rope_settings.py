@@ -31,7 +31,8 @@ def read_rope(file: Path, entries: dict[str, Any]) -> Rope:
     """The rotary positions, from rope_scaling and rope_theta (transformers 4) or rope_parameters (5).
 
     A setting that says what follows from the others anyway is accepted: attention_factor, mscale and mscale_all_dim,
-    as transformers reads them, and a partial_rotary_factor of 1.
+    as transformers reads them, and a partial_rotary_factor of 1. Where a file has no settings, or null, they are the
+    released models', as transformers has it; `{"rope_type": "default"}` is what asks for positions without YaRN.
 
     Args:
       file: config.json, for errors.
@@ -41,6 +42,8 @@ def read_rope(file: Path, entries: dict[str, Any]) -> Rope:
       ValueError: the kind of rope or one of its settings is none that this model has.
     """
     given = spelt(file, entries)
+    if not entries.get("rope_parameters") and not entries.get("rope_scaling"):
+        given = dataclasses.asdict(Rope()) | given | {"rope_type": "yarn"}
     kind = given.pop("rope_type", given.pop("type", "default"))
     if kind not in ("yarn", "default"):
         raise ValueError(f'{file}: rope_type must be "yarn" or "default", got {shown(kind)}')

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GptOssConfig
 
 from jmoe import gpt_oss
 from jmoe.gpt_oss import Config, Rope
@@ -44,9 +45,16 @@ def test_rotary_frequencies_of_the_released_models() -> None:
 
 
 def test_rotary_positions_that_are_not_stretched(tmp_path: Path) -> None:
-    config = Config.load(written(tmp_path, rope_scaling=None))
+    config = Config.load(written(tmp_path, rope_scaling={"rope_type": "default"}))
     assert scale(config.rope) == 1
     np.testing.assert_allclose(inverse_frequencies(config.rope, 8), [1, 150000**-0.25, 150000**-0.5, 150000**-0.75])
+
+
+@pytest.mark.parametrize("theta", [150000, 10000])
+def test_without_rope_settings_they_are_those_of_transformers(theta: int, tmp_path: Path) -> None:
+    config = Config.load(written(tmp_path, rope_scaling=None, rope_theta=theta))
+    theirs = GptOssConfig.from_pretrained(tmp_path).rope_parameters
+    assert dataclasses.asdict(config.rope) | {"rope_type": "yarn"} == theirs
 
 
 def test_both_spellings_of_rope(tmp_path: Path) -> None:
