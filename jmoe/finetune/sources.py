@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def open_source(source: str | os.PathLike[str]) -> Source:
-    """A file, a pattern of files, a directory that `datasets` saved, or a data set on the Hub.
+    """A file or pipe, a pattern of files, a directory that `datasets` saved, or a data set on the Hub.
 
     A directory or a data set with several splits is followed by the one to read, as in owner/name:validation, a data
     set with several configurations by both, as in owner/name:main:train. Otherwise the split is train.
@@ -59,7 +59,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     """
     text = os.fspath(source)
     path = Path(text)
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return Source(_file_records(path))
     if path.is_dir():
         return _open_directory(path, None)
@@ -74,15 +74,19 @@ def open_source(source: str | os.PathLike[str]) -> Source:
 
 
 def _file_records(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
+    piped = path.read_bytes() if path.is_fifo() else None  # which can be read once
+    with path.open("rb") if piped is None else io.BytesIO(piped) as file:
         begin = file.read(len(PARQUET))
     if begin == PARQUET:
+        if piped is not None:
+            raise ValueError(f"{path} is a pipe with Parquet, which must be in a file")
         yield from _parquet_records(path)
         return
     packed = begin.startswith(GZIP)
     ending = Path(path.stem).suffix if packed and path.suffix.lower() == ".gz" else path.suffix
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as text:
+        whole: Any = path if piped is None else io.BytesIO(piped)
+        with gzip.open(whole, "rb") if packed else whole if piped is not None else path.open("rb") as text:
             yield from _text_records(path, ending.lower(), text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is no whole gzip file: {error}") from error

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,16 @@ def test_what_a_format_needs_is_named(module: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"needs the packages datasets and pyarrow: pip install \"jmoe\[data\]\""):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path, packed: bool) -> None:
+    """As the shell's --data <(command) gives one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    writer = threading.Thread(target=pipe.write_bytes, args=[gzip.compress(content) if packed else content])
+    writer.start()
+    records = [record.content for record in open_source(pipe).records]
+    writer.join()
+    assert records == content.splitlines()
