@@ -143,7 +143,7 @@ def new_adapter_shapes(options: FinetuneConfig, config: Config) -> LoraWeights:
 
 def experts_in_mxfp4(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's experts are in four bits, by the headers of its files."""
-    return any(checkpoint.spec(name).dtype == "U8" for name in checkpoint.names)
+    return any(checkpoint.stored(name).dtype == "U8" for name in checkpoint.names)
 
 
 def device_limit() -> int | None:

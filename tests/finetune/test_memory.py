@@ -2,15 +2,26 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jmoe.bench.model.case import sizes
+from jmoe.checkpoint import Checkpoint
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.memory import GIB, MemoryEstimate, estimate, new_adapter_shapes, warning, weight_bytes
+from jmoe.finetune.memory import (
+    GIB,
+    MemoryEstimate,
+    estimate,
+    experts_in_mxfp4,
+    new_adapter_shapes,
+    warning,
+    weight_bytes,
+)
 from jmoe.gpt_oss.random_model import random_model
+from tests.checkpoints import TINY, dense, renamed, tensors_of, written
 
 
 def estimated(size: str, **options: object) -> MemoryEstimate:
@@ -59,6 +70,13 @@ def test_dense_experts_take_two_bytes_a_weight() -> None:
     more = weight_bytes(config, mxfp4=False) - weight_bytes(config, mxfp4=True)
     weights = 24 * 32 * 3 * 2880 * 2880
     assert more == weights * (2 - 17 / 32)
+
+
+@pytest.mark.parametrize("router", ["mlp.router.", "mlp.router.linear."])
+def test_the_headers_tell_whether_experts_are_in_four_bits(router: str, tmp_path: Path) -> None:
+    tensors = renamed(tensors_of(TINY), lambda name: name.replace("mlp.router.", router))
+    assert experts_in_mxfp4(Checkpoint(written(tmp_path / "packed", tensors)))
+    assert not experts_in_mxfp4(Checkpoint(written(tmp_path / "dense", dense(tensors))))
 
 
 def test_the_adapter_is_known_by_its_shapes_alone() -> None:
