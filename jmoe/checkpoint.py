@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Integer
 from safetensors import SafetensorError, safe_open
 
 from jmoe.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
-from jmoe.config_file import is_number as is_number
 from jmoe.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, Mxfp4

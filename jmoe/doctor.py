@@ -12,17 +12,18 @@ from pathlib import Path
 import jax
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint import Checkpoint, Spec
+from jmoe.checkpoint import EMBEDDING, Checkpoint
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.adapter import layouts_of
 from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.load import EMBEDDING, HEAD, Quantize, check_layers, local_directory
+from jmoe.gpt_oss.load import HEAD, Quantize, check_layers, local_directory
 from jmoe.ops.launch.installed import INSTALL
 from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
 from jmoe.ops.mxfp4 import BLOCK
 from jmoe.ops.stacked_linear import MOST_ROWS
+from jmoe.tensors import Spec
 
 PACKAGES = (
     "jmoe", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "transformers", "tokenizers",

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jmoe.checkpoint
-from jmoe.checkpoint import Checkpoint, Config, embed, load_moe_layer, router_logits
+from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
+from jmoe.config_file import Config
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.norm import rms_norm
 from tests.trees import tree_equal

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jmoe.files import naming
+from jmoe.files import naming, replace
 from jmoe.finetune.trackers import Tracker
 
 FILE = "metrics.jsonl"
@@ -59,10 +59,7 @@ class Metrics:
         self._track(step, figures)
 
     def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
-        fresh = self.path.with_suffix(".new")
-        with naming(self.path):
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            fresh.replace(self.path)
+        replace(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _track(self, step: int, figures: dict[str, Any]) -> None:
         numbers = {name: value for name, value in figures.items() if isinstance(value, float)}

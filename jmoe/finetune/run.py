@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jmoe.adapters.settings import AdapterWarning
-from jmoe.files import naming
+from jmoe.files import naming, replace
 from jmoe.finetune.batches import Batch, digest
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
@@ -30,7 +30,7 @@ from jmoe.finetune.stopping import stop_signals
 from jmoe.finetune.trackers import check_trackers, make_trackers
 from jmoe.gpt_oss.load import load
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.save import replace, save_adapter
+from jmoe.gpt_oss.save import save_adapter
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.nn.report import trainable_report
 
@@ -177,8 +177,7 @@ def go_on(standing: Standing, steps: int, config: FinetuneConfig) -> tuple[Stand
 
 def write(file: Path, text: str) -> None:
     """A file of this text and a line's end, whole or not at all. Raises OSError, with its name, if it cannot be."""
-    with naming(file):
-        replace(file, f"{text}\n".encode())
+    replace(file, f"{text}\n".encode())
 
 
 def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from jmoe.files import replace
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.gpt_oss.save import replace
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """--log-to's name -> the module that must be installed; extras of jmoe have the same names as --log-to."""

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from jmoe import doctor, gpt_oss
-from jmoe.checkpoint import Spec
 from jmoe.cli import app
 from jmoe.commands.doctor import gigabytes
 from jmoe.device_memory import FRACTION, NAMES
@@ -18,6 +17,7 @@ from jmoe.finetune import memory
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.cache import cache_bytes
+from jmoe.tensors import Spec
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, no_flash="no Hopper", missing=())
