@@ -22,6 +22,7 @@ from jmoe.commands.merge import merge
 from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
 from jmoe.commands.tune import tune
+from jmoe.errors import first_line
 from jmoe.files import naming
 
 python_format = warnings.formatwarning
@@ -93,7 +94,7 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fail(f"memory ran out; ask for fewer or shorter sequences at once: {str(error).splitlines()[0]}", debug)
+        fail(f"memory ran out; ask for fewer or shorter sequences at once: {first_line(error)}", debug)
 
 
 def format_warning(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jmoe.config_file import read_json
+from jmoe.errors import first_line
 from jmoe.gpt_oss.config import token_ids
 from jmoe.text import chat_text, encode, load_tokenizer
 
@@ -34,7 +35,9 @@ def examine_text_files(directory: Path) -> tuple[TextFile, ...]:
         tokenizer = load_tokenizer(directory)
     except (OSError, ValueError, ImportError) as error:
         missing = isinstance(error, FileNotFoundError)
-        found = "missing: prompts and data can be neither read nor printed" if missing else f"broken: {first(error)}"
+        found = (
+            "missing: prompts and data can be neither read nor printed" if missing else f"broken: {first_line(error)}"
+        )
         return (
             TextFile("tokenizer.json", found, wrong=True),
             examine_template_alone(directory),
@@ -47,11 +50,6 @@ def examine_text_files(directory: Path) -> tuple[TextFile, ...]:
     )
 
 
-def first(error: Exception) -> str:
-    """The first line of an error, for one line of print."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def examine_tokenizer(tokenizer: Any, vocabulary: int | None) -> TextFile:
     """Whether it makes tokens of English, and none that the model lacks."""
     name = "tokenizer.json"
@@ -62,7 +60,7 @@ def examine_tokenizer(tokenizer: Any, vocabulary: int | None) -> TextFile:
     try:
         tokens = encode(tokenizer, PROBES[0])
     except Exception as error:  # whatever tokenizers raises
-        return TextFile(name, f"broken: it cannot encode text: {first(error)}", wrong=True)
+        return TextFile(name, f"broken: it cannot encode text: {first_line(error)}", wrong=True)
     if not tokens:
         return TextFile(name, "broken: it makes no tokens of English text", wrong=True)
     return TextFile(name, f"{len(known)} tokens" + ("" if vocabulary is None else f" of the model's {vocabulary}"))
@@ -93,7 +91,7 @@ def examine_chat_template(tokenizer: Any) -> TextFile:
         begun = chat_text(tokenizer, [question], reply=True)
         whole = chat_text(tokenizer, [question, answer], reply=False)
     except ValueError as error:
-        return TextFile(name, f"broken: {first(error)}", wrong=True)
+        return TextFile(name, f"broken: {first_line(error)}", wrong=True)
     for role, probe, text in (("user", PROBES[0], begun), ("assistant", PROBES[1], whole)):
         if probe not in text:
             return TextFile(name, f"broken: it does not write what the {role} says", wrong=True)
@@ -113,7 +111,7 @@ def examine_generation_config(directory: Path, tokenizer: Any | None, vocabulary
     try:
         stop = token_ids(file, "eos_token_id", read_json(file).get("eos_token_id"))
     except (OSError, ValueError) as error:
-        return TextFile(name, f"broken: {first(error)}", wrong=True)
+        return TextFile(name, f"broken: {first_line(error)}", wrong=True)
     if not stop:
         return TextFile(name, "has no eos_token_id: config.json's says what ends a text", wrong=True)
     if vocabulary is not None and (outside := [token for token in stop if token >= vocabulary]):

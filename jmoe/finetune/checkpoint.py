@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from jmoe.errors import first_line
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.same_run import changed_options
 from jmoe.finetune.step import TrainState
@@ -163,8 +164,3 @@ def errors_raised_alone() -> Iterator[None]:
         sys.unraisablehook = hook
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or its name if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint import EMBEDDING, Checkpoint, check_specs, load_moe_layer, moe_specs
+from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.model import GptOss
@@ -120,9 +121,8 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
-            f"{name} is no directory, and could not be fetched from the Hugging Face Hub: {first}"
+            f"{name} is no directory, and could not be fetched from the Hugging Face Hub: {first_line(error)}"
         ) from error
 
 
