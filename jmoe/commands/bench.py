@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.comma_lists import numbers, words
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 console = Console(width=max(150, Console().width))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:
     from jmoe.bench.model.case import Figures

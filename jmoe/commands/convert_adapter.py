@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 
 def convert_adapter(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
-from jmoe.commands.input_path import input_path
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import input_path, output_path
 from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jmoe.commands.adapter_options import LoraBLayoutOption
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:
     from jmoe.gpt_oss import MergeReport

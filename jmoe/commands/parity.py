@@ -15,7 +15,7 @@ from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
 from jmoe.commands.adapter_options import LoraBLayoutOption
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:
     from jmoe.adapters.settings import LoraBLayout

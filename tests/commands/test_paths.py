@@ -1,4 +1,4 @@
-"""Where commands write to: an empty path is no path."""
+"""Where commands read from and write to: an empty path is no path."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from jmoe.cli import app
-from jmoe.commands.output_path import output_path
+from jmoe.commands.paths import output_path
 
 
 @pytest.mark.parametrize(
