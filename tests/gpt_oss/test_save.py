@@ -117,9 +117,10 @@ def test_an_adapter_that_changes_nothing_is_not_written(adapter: gpt_oss.LoraWei
         gpt_oss.save_adapter(tmp_path, nothing)
 
 
-def test_peft_loads_it_and_computes_the_same(adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
+@pytest.mark.parametrize("portable", [False, True])
+def test_peft_loads_it_and_computes_the_same(portable: bool, adapter: gpt_oss.LoraWeights, tmp_path: Path) -> None:
     others = jax.tree.map(lambda leaf: 0.5 * leaf, adapter)
-    gpt_oss.save_adapter(tmp_path, gpt_oss.stack_adapters([others, adapter]), adapter=1)
+    gpt_oss.save_adapter(tmp_path, gpt_oss.stack_adapters([others, adapter]), adapter=1, portable=portable)
     base = GptOssForCausalLM.from_pretrained(
         CASE / "model", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True), device_map="cpu",
         attn_implementation="eager",
