@@ -8,11 +8,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
+from jmoe.adapters.settings import LoraBLayout
+from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS
 
 type Remat = Literal["nothing", "experts", "layers"]
 type Schedule = Literal["cosine", "linear", "constant"]
-type LoraBLayout = Literal["rank_major", "grouped_by_expert"]
 
 RANK, ALPHA = 16, 32.0
 """LoRA's where neither options nor an adapter say."""
@@ -87,7 +88,7 @@ class FinetuneConfig:
     checkpoint_every: int = option(100, help="Steps between checkpoints.")
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order, dropout and split.")
-    quantize: Literal["mxfp4"] | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
+    quantize: Quantize | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
     log_every: int | None = option(None, help="Steps between lines of figures; none: 20 lines, and one each 30 s.")
     quiet: bool = option(False, help="Print the last line and errors alone.")
     log_to: str | None = option(
@@ -180,19 +181,6 @@ class FinetuneConfig:
     def scale_at(self, rank: int) -> float:
         """What LoRA's product of this rank is multiplied by."""
         return (self.alpha or ALPHA) / (rank**0.5 if self.rslora else rank)
-
-    def comparable(self) -> dict[str, Any]:
-        """Values as JSON has them: equal where runs are told the same."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_saved(cls, entries: Mapping[str, Any]) -> Self:
-        """The configuration of a run that was saved, by this version or one before: what it lacks has its default.
-
-        Raises:
-          ValueError: as `create`.
-        """
-        return cls.create(entries)
 
     @classmethod
     def create(cls, entries: Mapping[str, Any]) -> Self:

@@ -31,8 +31,6 @@ def run_folder(config: FinetuneConfig) -> Iterator[Path]:
       FolderInUseError: another run is going on there.
       OSError: the folder or its lock cannot be made.
     """
-    if not config.out.strip():
-        raise ValueError(f"--out must name a folder, got {config.out!r}")
     out = Path(config.out)
     if not (out / LOCK).exists():  # a run that is going on there is the first thing to say
         check_folder(out, config)

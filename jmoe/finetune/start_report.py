@@ -1,5 +1,6 @@
 """What a run says before it begins: the data, one row as it is trained, the steps and the memory."""
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -28,8 +29,8 @@ def say(console: Console, text: str | Text) -> None:
 
 def say_options(console: Console, config: FinetuneConfig) -> None:
     """Every option and its value."""
-    for name, value in config.comparable().items():
-        say(console, f"{name:20} {', '.join(value) if isinstance(value, list) else value}")
+    for name, value in dataclasses.asdict(config).items():
+        say(console, f"{name:20} {', '.join(value) if isinstance(value, tuple) else value}")
 
 
 def say_rows(console: Console, sources: Sequence[str], found: Examples) -> None:

@@ -23,7 +23,7 @@ from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.mxfp4 import BLOCK
 from jmoe.tensors import Spec
 
-type Quantize = Literal["mxfp4"]
+Quantize = Literal["mxfp4"]  # typer resolves no `type` statement
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 FILES = (

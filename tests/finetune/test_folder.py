@@ -80,17 +80,6 @@ def test_a_run_that_can_go_on_or_begin_again_may(files: dict[str, str], tmp_path
         assert out == tmp_path / "run"
 
 
-@pytest.mark.parametrize("name", ["", " "])
-def test_a_folder_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with (
-        pytest.raises(ValueError, match="--out must name a folder, got"),
-        run_folder(dataclasses.replace(options(tmp_path), out=name)),
-    ):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")

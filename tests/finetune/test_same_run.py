@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,11 @@ def test_an_option_that_an_earlier_run_did_not_know_had_its_default() -> None:
     saved = {name: value for name, value in SAVED.items() if name not in ("clip", "model")}
     assert changed_options(saved, dataclasses.replace(CONFIG, model="n")) == ["model was None, is 'n'"]
     assert changed_options(saved, dataclasses.replace(CONFIG, clip=2.0))[0] == "clip was 1.0, is 2.0"
+
+
+def test_a_run_saved_before_there_were_more_options_is_the_same_run() -> None:
+    saved = json.loads((Path(__file__).parents[1] / "data" / "finetune_config_2026_11.json").read_text())
+    now = dataclasses.replace(CONFIG, steps=7, validation="v")
+    assert isinstance(saved["data"], str)
+    assert changed_options(saved, now) == []
+    assert changed_options(json.loads(json.dumps(dataclasses.asdict(now))), now) == []
