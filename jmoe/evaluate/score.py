@@ -9,11 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jmoe.gpt_oss.log_probs import CHUNK, log_probs_of_logits
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import check_vocabulary
-
-CHUNK = 256
-"""Positions whose float32 logits are held at a time: 206 MB of gpt-oss's vocabulary."""
 
 
 class Span(NamedTuple):
@@ -102,8 +100,8 @@ def _score_places(
     def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = chunk
         logits = model.logits(hidden[None])[0]
-        of_targets = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return of_targets - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+        found, _ = log_probs_of_logits(logits, targets)
+        return found, jnp.argmax(logits, axis=-1) == targets
 
     size = min(CHUNK, targets.shape[0])
     chunks = hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size)
