@@ -5,13 +5,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jmoe.config_file import why_no_tokenizer
 from jmoe.control_tokens import MARK, ControlTokens, control_tokens, keep_within, mark_all, mark_within, stretches
 
 type Message = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, and what else the chat template knows."""
+
+ReasoningEffort = Literal["low", "medium", "high"]
+"""What gpt-oss's chat template tells the model of how much to think."""
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 """Where a chat template asks for the time, in a format that is written out."""

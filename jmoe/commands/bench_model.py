@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jmoe.commands.comma_lists import words
 from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def bench_model(
 
     results = start(certificate(), out)
     every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
-    wanted_kinds, wanted_sizes = words("--kinds", kinds, MODULES), words("--sizes", sizes, ("20b", "120b", "tiny"))
+    wanted_kinds = known_words("--kinds", kinds, MODULES)
+    wanted_sizes = known_words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
     if not cases:
         raise typer.BadParameter(f"there are no such cases on this machine, whose device is {results['device']}")
@@ -56,13 +58,13 @@ def bench_model(
         raise typer.Exit(1)
 
 
-def words(option: str, listed: str, known: Any) -> list[str]:
+def known_words(option: str, listed: str, known: Any) -> list[str]:
     """What commas separate; all that is known if there is nothing.
 
     Raises:
       typer.BadParameter: one of them is not known.
     """
-    found = [word.strip() for word in listed.split(",") if word.strip()]
+    found = words(listed)
     if unknown := [word for word in found if word not in known]:
         raise typer.BadParameter(f"{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     return found or list(known)

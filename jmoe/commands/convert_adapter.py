@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.model_options import LoraBLayoutOption
 from jmoe.commands.paths import output_path
 
 

@@ -8,7 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jmoe.commands.adapter_options import LoraBLayoutOption
 from jmoe.commands.adapter_tables import adapter_tables
 from jmoe.commands.doctor_lines import loss_lines, text_lines
 from jmoe.commands.finetune_memory import (
@@ -17,7 +16,7 @@ from jmoe.commands.finetune_memory import (
     FinetuneRankOption,
     finetune_table,
 )
-from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
+from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def doctor(
     lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Tokens of each, the prompt's among them.", min=1)] = 1024,
-    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    quantize: QuantizeOption = None,
     loss: Annotated[
         bool,
         typer.Option("--loss", help="Load the model, and take its loss on an English paragraph: do the weights fit?"),

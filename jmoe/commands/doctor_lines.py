@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jmoe.adapters.settings import LoraBLayout
-    from jmoe.commands.quantize import Quantize
+    from jmoe.gpt_oss.load import Quantize
 
 
 def text_lines(model: str) -> list[str]:

@@ -3,16 +3,16 @@
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.comma_lists import words
+from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption, ReasoningEffortOption
 from jmoe.commands.paths import input_path, output_path
-from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences computed at once.", min=1)] = 8,
     apply_chat_template: Annotated[bool, typer.Option(help="Ask by the checkpoint's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message before each question.")] = None,
-    reasoning_effort: Annotated[
-        Literal["low", "medium", "high"] | None,
-        typer.Option(help="How long the model should think, which the chat template tells it."),
-    ] = None,
+    reasoning_effort: ReasoningEffortOption = None,
     max_gen_toks: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +62,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of context and answer; longer contexts are cut from the left.", min=2)
     ] = None,
-    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    quantize: QuantizeOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -88,7 +85,7 @@ def evaluate(
             model=model,
             adapter=adapter,
             lora_b_layout=lora_b_layout,
-            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            tasks=words(tasks),
             include_path=include_path,
             limit=limit,
             num_fewshot=num_fewshot,

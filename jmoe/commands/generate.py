@@ -3,13 +3,12 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption, ReasoningEffortOption
 from jmoe.commands.paths import input_path, output_path
-from jmoe.commands.quantize import QUANTIZE_HELP, Quantize
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -62,10 +61,7 @@ def generate(
     ] = False,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
     developer: Annotated[str | None, typer.Option(help="A developer's message before each prompt.")] = None,
-    reasoning_effort: Annotated[
-        Literal["low", "medium", "high"] | None,
-        typer.Option(help="How much the model shall think; the chat template's own if not given."),
-    ] = None,
+    reasoning_effort: ReasoningEffortOption = None,
     tools: Annotated[
         Path | None,
         typer.Option(metavar="FILE", parser=input_path, help="A JSON list of the functions that the model may call."),
@@ -86,7 +82,7 @@ def generate(
     ] = 1.0,
     samples: Annotated[int, typer.Option(help="Replies to each prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
-    quantize: Annotated[Quantize | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    quantize: QuantizeOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(

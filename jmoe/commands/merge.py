@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.model_options import LoraBLayoutOption
 from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:

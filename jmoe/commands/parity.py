@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
-from jmoe.commands.adapter_options import LoraBLayoutOption
+from jmoe.commands.model_options import LoraBLayoutOption
 from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -16,8 +16,8 @@ from jmoe.evaluate.generation_options import LIMITS, check, limit, overrides
 from jmoe.evaluate.harness import HarnessModel
 from jmoe.evaluate.metrics import Metric, counts_of, metrics_of
 from jmoe.evaluate.tasks import NO_TASK, TaskError, broken_files, load_tasks, reason, tasks_of, title
-from jmoe.gpt_oss.load import local_directory
-from jmoe.text import load_tokenizer, without_marks
+from jmoe.gpt_oss.load import Quantize, local_directory
+from jmoe.text import ReasoningEffort, load_tokenizer, without_marks
 
 try:
     from lm_eval import simple_evaluate
@@ -28,8 +28,6 @@ try:
     from lm_eval.utils import hash_string
 except ImportError as missing:
     raise ImportError('evaluation needs the lm-evaluation-harness: pip install "jmoe[eval]"') from missing
-
-type ReasoningEffort = Literal["low", "medium", "high"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ class Options:
     reasoning_effort: ReasoningEffort | None = None
     max_gen_toks: int | None = None
     gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    quantize: Literal["mxfp4"] | None = None
+    quantize: Quantize | None = None
     out: Path | None = None
 
 
