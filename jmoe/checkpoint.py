@@ -154,7 +154,7 @@ class Checkpoint:
         elif told_by is None and "down" in shapes and config.hidden_size == config.intermediate_size:
             self.say(
                 "untold",
-                f"nothing tells whether the square {dense['down']} is [experts, in, out]; it is read as if. "
+                f"nothing tells whether the square {dense['down']} is [experts, in, out]; it is read as if it were. "
                 "jmoe doctor --loss says whether the weights fit together",
             )
         return first

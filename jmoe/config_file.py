@@ -68,7 +68,7 @@ def is_number(value: object, kind: type) -> bool:
 
 
 def number(value: object, kind: type) -> Any:
-    """A JSON value as a positive, finite number of the kind int (in int32) or float; None if it is none.
+    """A JSON value as a positive, finite number of the kind int (in int32) or float; None for any other value.
 
     A float that is whole, as some programs write them, is an int too.
     """

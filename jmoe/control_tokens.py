@@ -90,7 +90,7 @@ def _mark_string(tokens: ControlTokens, text: str, *, edges: bool) -> str:
 def _open_edges(tokens: ControlTokens, text: str) -> set[int]:
     """The ends of a text, 0 and its length, at which it could be a part of a control token.
 
-    Words of letters and digits are none: templates compare them, and none writes the rest of a token around them.
+    Words of letters and digits do not count: templates compare them, and none writes the rest of a token around them.
     """
     longest = len(tokens.texts[0]) if tokens.texts else 0
     cuts = range(1, min(longest, len(text) + 1))

@@ -30,7 +30,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      ValueError: it is none.
+      ValueError: transformers cannot read it.
       ImportError: transformers is not installed.
     """
     file = Path(path) / "tokenizer.json"

@@ -96,7 +96,7 @@ def find_pairs(file: Path, keys: Iterable[str], settings: Settings, *, layers: i
       experts: the model's; None: as many as the keys name.
 
     Raises:
-      ValueError: a key that is none of LoRA's on attention or experts, of a layer or expert that the model lacks, or
+      ValueError: a key that is not of LoRA on attention or experts, of a layer or expert that the model lacks, or
         that means the same as another; half a pair; several adapters or ways to name experts in one file; some experts
         without a pair of their own; keys without projections that the targets do not tell.
     """

@@ -12,7 +12,7 @@ def numbers(option: str, listed: str, *, least: int) -> tuple[int, ...]:
     """The integers of an option, increasing.
 
     Raises:
-      typer.BadParameter: one of them is none, or below the least.
+      typer.BadParameter: one of them is not an integer, or below the least.
     """
     for word in words(listed):
         if not (word.isascii() and word.isdigit() and int(word) >= least):

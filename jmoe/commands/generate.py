@@ -93,7 +93,7 @@ def generate(
         bool, typer.Option("--show-special", help="Print all tokens, special ones too, as --raw does.")
     ] = False,
     prefill_chunk: Annotated[
-        int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if none.", min=1)
+        int | None, typer.Option(help="Tokens of each prompt at once, which bounds memory; all if not given.", min=1)
     ] = None,
 ) -> None:
     """Prints what a model writes after each prompt, which by default is a user's message in its chat template.

@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
           template_variables: what the chat template is told beside the messages, such as reasoning_effort.
 
         Raises:
-          ValueError: a number is out of range, or the adapter is none of the model's.
+          ValueError: a number is out of range, or the model has no such adapter.
         """
         super().__init__()
         rope = model.config.rope

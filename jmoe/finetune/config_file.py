@@ -50,7 +50,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON. Raises ValueError where it is none, or an object has a name twice."""
+    """JSON. Raises ValueError where the text is invalid, or an object has a name twice."""
     return json.loads(text, object_pairs_hook=without_repeats)
 
 
@@ -70,7 +70,7 @@ def parse_yaml(text: str) -> Any:
     PyYAML itself reads YAML 1.1, in which `no` is false, 1e-4 a text, 010 is 8 and 2026-11-30 a date.
 
     Raises:
-      ValueError: it is no YAML, has a name twice, or a tag or anything else that JSON does not have.
+      ValueError: the text is not YAML, has a name twice, or a tag or anything else that JSON does not have.
       ImportError: PyYAML is not installed.
     """
     try:

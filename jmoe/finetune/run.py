@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
     on = "; the same command goes on" if result.ending == "interrupted" else ""
     steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
     text = f"{result.ending}{by} after {steps}; {adapter}{on}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(console, text)
     return result
 
 
@@ -91,7 +91,7 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
     with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
         standing, notes = go_on(checkpoints.standing(), steps, config)
         for note in notes:
-            console.print(note, highlight=False, soft_wrap=True)
+            say(console, note)
         trainer = Trainer(
             new_model(config, directory, lora),
             make_optimizer(config, steps),
@@ -99,7 +99,7 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
             dropout=config.lora_dropout,
             seed=config.seed,
         )
-        console.print(str(trainable_report(trainer.model(trainer.start))).splitlines()[-1], highlight=False)
+        say(console, str(trainable_report(trainer.model(trainer.start))).splitlines()[-1])
         state, _ = checkpoints.restore(trainer.start)
         write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
         write(out / BEGUN, day.isoformat())

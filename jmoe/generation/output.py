@@ -85,7 +85,7 @@ def why_none(answer: Answer) -> str:
 
 
 def dimmed(text: str) -> str:
-    """The text in a terminal's dim style, unless standard error is none or NO_COLOR is set."""
+    """The text in a terminal's dim style, unless standard error is not a terminal or NO_COLOR is set."""
     return typer.style(text, dim=True) if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
 
 

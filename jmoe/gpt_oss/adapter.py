@@ -161,9 +161,7 @@ def missing_targets(adapter: AdapterFile, found: dict[str, list[Factors | None]]
         if target in EXPERTS:
             yield from (parameter_name(layer, target) for layer in layers if lists_experts(adapter, layer, target))
         else:
-            yield from filter(
-                settings.lists_module, (f"model.layers.{layer}.self_attn.{target}_proj" for layer in layers)
-            )
+            yield from filter(settings.lists_module, (module_name(layer, target) for layer in layers))
     routers = (f"model.layers.{layer}.mlp.router.weight" for layer in range(len(found["q"])))
     yield from filter(settings.lists_parameter, routers)
 
@@ -209,15 +207,20 @@ def stack_factors(found: dict[str, list[Factors | None]]) -> LoraWeights:
 
 def stack(factors: Sequence[Factors | None]) -> Factors:
     """One target's factors with a leading axis for the layers."""
+    padded = alike(factors)
+    zero = Factors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
+    return Factors(*(jnp.stack([getattr(f or zero, field) for f in padded]) for field in Factors._fields))
+
+
+def alike(factors: Sequence[Factors | None]) -> list[Factors | None]:
+    """The factors padded to the largest rank, in dtypes that hold all."""
     present = [f for f in factors if f is not None]
     rank = max(f.a.shape[-2] for f in present)
     dtype_a, dtype_b = (jnp.result_type(*(getattr(f, part).dtype for f in present)) for part in ("a", "b"))
-    padded = [
+    return [
         None if f is None else Factors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
         for f in factors
     ]
-    zero = Factors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
-    return Factors(*(jnp.stack([getattr(f or zero, field) for f in padded]) for field in Factors._fields))
 
 
 def pad(array: Array, axis: int, size: int) -> Array:
@@ -264,12 +267,7 @@ def join(factors: Sequence[Factors | None], target: str) -> Factors:
         raise ValueError(
             f"adapters must be for models of one size, got (layers, ..., K, N) {sorted(sizes_of)} on {target}"
         )
-    rank = max(f.a.shape[-2] for f in present)
-    dtype_a, dtype_b = (jnp.result_type(*(getattr(f, part).dtype for f in present)) for part in ("a", "b"))
-    padded = [
-        None if f is None else Factors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
-        for f in factors
-    ]
+    padded = alike(factors)
     first = next(f for f in padded if f is not None)
     zero = Factors(*(jnp.zeros_like(leaf[:, :1]) for leaf in first))
     return Factors(*(jnp.concatenate([getattr(f or zero, field) for f in padded], axis=1) for field in Factors._fields))

@@ -80,7 +80,7 @@ class Config(config_file.Config):
 
         Raises:
           FileNotFoundError: there is no config.json.
-          ValueError: a field is missing or none that this model has; an unknown kind of rope, of quantisation or of
+          ValueError: a field is missing or not one that this model has; an unknown kind of rope, of quantisation or of
             layer, each named with its value.
         """
         sizes = config_file.Config.load(path)

@@ -32,7 +32,7 @@ def log_probs(
     Args:
       tokens: [B, T], what the model reads.
       targets: the token to score after each position, in place of the one that follows in `tokens`. NaN follows from a
-        traced one that is none of the vocabulary's.
+        traced one that is outside the vocabulary.
       positions, segment_ids, adapter_ids: as in GptOss.hidden. Without targets a token that begins a segment has
         nothing before it: its entry is 0, and has no gradient.
       chunk: positions at a time; it changes memory and time, and results by no more than float32's rounding.

@@ -39,7 +39,7 @@ def read_rope(file: Path, entries: dict[str, Any]) -> Rope:
       entries: what it holds.
 
     Raises:
-      ValueError: the kind of rope or one of its settings is none that this model has.
+      ValueError: the kind of rope or one of its settings is not one that this model has.
     """
     given = spelt(file, entries)
     if not entries.get("rope_parameters") and not entries.get("rope_scaling"):
