@@ -10,11 +10,11 @@ from rich.console import Console
 
 from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import LARGEST, FinetuneConfig
-from jmoe.finetune.examples import Example, make_example
+from jmoe.finetune.examples import Example, make_example, read_examples
 from jmoe.finetune.memory import GIB, MemoryEstimate
 from jmoe.finetune.packing import pack
 from jmoe.finetune.rows import Conversation, Text
-from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_start
+from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_rows, say_start
 from jmoe.text import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -55,6 +55,19 @@ def test_a_text_is_trained_but_for_its_first_token() -> None:
 
 def test_what_would_move_a_terminals_cursor_is_written_out() -> None:
     assert printable("a\x1b[2J\rb\tc\nä\u202e\x07") == "a\\x1b[2J\\rb\tc\nä\\u202e\\x07"
+
+
+def test_the_first_bad_rows_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "some text"}\n' + '{"words": 3}\n' * 5)
+    found = read_examples(file, load_tokenizer(TINY), max_length=8, too_long="truncate", bad_rows="skip")
+    console = Console(file=io.StringIO(), width=80)
+    say_rows(console, [str(file)], found)
+    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split(": a row")[0] for line in printed if "skipped:" in line] == [
+        *(f"  skipped: {file}, line {number}" for number in (2, 3, 4)),
+        "  skipped: 2 more bad rows",
+    ]
 
 
 def test_lengths_are_percentiles_of_the_rows() -> None:
