@@ -70,7 +70,15 @@ def doctor(
             quantize=quantize,
         )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
-        tables.append(finetune_table(model, length=finetune_length, batch_size=finetune_batch_size, rank=finetune_rank))
+        tables.append(
+            finetune_table(
+                model,
+                length=finetune_length,
+                batch_size=finetune_batch_size,
+                rank=finetune_rank,
+                quantize=quantize,
+            )
+        )
         reports = report.adapters
         lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:

@@ -2,18 +2,21 @@
 
 import dataclasses
 import typing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from jmoe.gpt_oss.load import Quantize
 
 FinetuneLengthOption = Annotated[int, typer.Option(help="Of fine-tuning: tokens of a sequence.", min=2)]
 FinetuneBatchOption = Annotated[int, typer.Option(help="Of fine-tuning: sequences computed at once.", min=1)]
 FinetuneRankOption = Annotated[int, typer.Option(help="Of fine-tuning: LoRA's rank, on experts and attention.", min=1)]
 
 
-def finetune_table(model: str, *, length: int, batch_size: int, rank: int) -> Table:
+def finetune_table(model: str, *, length: int, batch_size: int, rank: int, quantize: "Quantize | None" = None) -> Table:
     """What a step of fine-tuning holds with each --remat, and whether that fits where JAX says how much there is.
 
     Raises:
@@ -26,7 +29,7 @@ def finetune_table(model: str, *, length: int, batch_size: int, rank: int) -> Ta
     from jmoe.gpt_oss.load import local_directory
 
     directory = local_directory(model)
-    config, mxfp4 = Config.load(directory), experts_in_mxfp4(Checkpoint(directory))
+    config, mxfp4 = Config.load(directory), experts_in_mxfp4(Checkpoint(directory), quantize)
     options = FinetuneConfig(model=model, data="-", out="-", length=length, batch_size=batch_size, rank=rank)
     shapes, limit = new_adapter_shapes(options, config), device_limit()
     title = f"memory of fine-tuning, about: {batch_size} x {length} tokens, LoRA r={rank}"

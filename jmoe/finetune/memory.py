@@ -14,6 +14,7 @@ import jax
 from jmoe.checkpoint import Checkpoint
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights, sizes
 
@@ -141,9 +142,9 @@ def new_adapter_shapes(options: FinetuneConfig, config: Config) -> LoraWeights:
     return jax.eval_shape(make)
 
 
-def experts_in_mxfp4(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's experts are in four bits, by the headers of its files."""
-    return any(checkpoint.stored(name).dtype == "U8" for name in checkpoint.names)
+def experts_in_mxfp4(checkpoint: Checkpoint, quantize: Quantize | None) -> bool:
+    """Whether experts are in four bits once they are loaded so, by the headers of the checkpoint's files."""
+    return quantize is not None or any(checkpoint.stored(name).dtype == "U8" for name in checkpoint.names)
 
 
 def device_limit() -> int | None:

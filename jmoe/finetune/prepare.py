@@ -53,9 +53,7 @@ def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, who
     steps = count_steps(config, batches, LARGEST)
     held_out = validation_batches(config, validation)
     shapes = new_adapter_shapes(config, model) if lora is None else lora
-    memory = estimate(
-        config, model, shapes, mxfp4=config.quantize is not None or experts_in_mxfp4(Checkpoint(directory))
-    )
+    memory = estimate(config, model, shapes, mxfp4=experts_in_mxfp4(Checkpoint(directory), config.quantize))
     say_start(console, config, tokenizer, training, batches, steps, memory, device_limit(), whole=whole_report)
     return Prepared(directory, lora, batches, held_out, steps)
 

@@ -75,8 +75,10 @@ def test_dense_experts_take_two_bytes_a_weight() -> None:
 @pytest.mark.parametrize("router", ["mlp.router.", "mlp.router.linear."])
 def test_the_headers_tell_whether_experts_are_in_four_bits(router: str, tmp_path: Path) -> None:
     tensors = renamed(tensors_of(TINY), lambda name: name.replace("mlp.router.", router))
-    assert experts_in_mxfp4(Checkpoint(written(tmp_path / "packed", tensors)))
-    assert not experts_in_mxfp4(Checkpoint(written(tmp_path / "dense", dense(tensors))))
+    assert experts_in_mxfp4(Checkpoint(written(tmp_path / "packed", tensors)), None)
+    dense_experts = Checkpoint(written(tmp_path / "dense", dense(tensors)))
+    assert not experts_in_mxfp4(dense_experts, None)
+    assert experts_in_mxfp4(dense_experts, "mxfp4")
 
 
 def test_the_adapter_is_known_by_its_shapes_alone() -> None:

@@ -153,7 +153,11 @@ def test_the_commands_load_so(command: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore::jmoe.config_file.CheckpointWarning")
 def test_doctor_counts_experts_as_rounded(tmp_path: Path) -> None:
     directory = written(tmp_path, cast(dense(tensors_of(EXAMPLE)), np.float32), EXAMPLE)
+    weights = []
     for flags, said in (([], "experts, bf16"), (["--quantize", "mxfp4"], "experts, packed 4-bit")):
         run = CliRunner().invoke(app, ["doctor", "--model", str(directory), *flags])
         assert run.exit_code == 0, run.output
         assert said in run.stdout
+        (of_finetuning,) = (line.split()[1:3] for line in run.stdout.splitlines() if line.split()[:1] == ["nothing"])
+        weights.append(float(of_finetuning[0]))
+    assert weights[1] < weights[0] / 2
