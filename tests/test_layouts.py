@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import jax
@@ -178,20 +177,16 @@ def test_dense_experts_may_be_swapped(suffix: str, tmp_path: Path, in_bfloat16: 
 
 
 @pytest.mark.parametrize(("hidden", "inner", "told_by"), [(64, 64, "gate_up"), (128, 64, "down")])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_a_square_projection_lies_as_the_other_does(
-    hidden: int, inner: int, told_by: str, swapped: bool, tmp_path: Path
-) -> None:
+def test_a_square_projection_lies_as_the_other_does(hidden: int, inner: int, told_by: str, tmp_path: Path) -> None:
     config = dataclasses.replace(sizes()["tiny"], hidden_size=hidden, intermediate_size=inner)
     (tmp_path / "packed").mkdir()
     write_checkpoint(tmp_path / "packed", config)
     tensors = tensors_of(tmp_path / "packed")
     want = arrays(written(tmp_path / "dense", dense(tensors), tmp_path / "packed"))
-    directory = written(tmp_path / "given", dense(tensors, swapped=swapped), tmp_path / "packed")
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        assert tree_equal(arrays(directory), want)
-    assert [f"as {told_by}'s shape" in str(each.message) for each in told] == [True] * swapped
+    swapped = written(tmp_path / "swapped", dense(tensors, swapped=True), tmp_path / "packed")
+    with pytest.warns(CheckpointWarning, match=f"as {told_by}'s shape") as told:
+        assert tree_equal(arrays(swapped), want)
+    assert len(told) == 1
 
 
 def test_a_square_projection_beside_a_packed_one_is_said_to_be_a_guess(tmp_path: Path) -> None:
