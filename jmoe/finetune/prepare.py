@@ -58,7 +58,7 @@ def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, who
     return Prepared(directory, lora, batches, held_out, steps)
 
 
-def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Any, Any]:
+def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Sequence[Example], Sequence[Example]]:
     """(training examples, validation examples)."""
 
     def read(sources: Sequence[str]) -> tuple[Example, ...]:
@@ -78,7 +78,7 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
     return split(training, config.validation_fraction, config.seed)
 
 
-def validation_batches(config: FinetuneConfig, examples: Any) -> list[Batch]:
+def validation_batches(config: FinetuneConfig, examples: Sequence[Example]) -> list[Batch]:
     """Every validation example once, in batches of one shape; what fills the last one has weight 0."""
     if not len(examples):
         return []

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jmoe.adapters.settings import AdapterWarning
-from jmoe.files import naming, replace
+from jmoe.files import replace
 from jmoe.finetune.batches import Batch, digest
 from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
@@ -109,7 +109,7 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
         def save(state: TrainState) -> None:
             lora = trainer.model(state).lora
             assert lora is not None
-            with naming(adapter), warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", AdapterWarning)
                 save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
             for text in {str(warning.message) for warning in caught} - told:  # each save has the same
