@@ -15,6 +15,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jmoe.finetune.turns import once
+
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with."""
 
@@ -108,8 +110,8 @@ def _text_records(path: Path, ending: str, file: Any) -> Iterator[Record]:
 def _array_records(path: Path, content: bytes) -> Iterator[Record]:
     """The rows of a file that is one JSON array."""
     try:
-        rows = json.loads(content)
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        rows = json.loads(content, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON array of rows, or have one row a line: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield Record(f"{path}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode())
