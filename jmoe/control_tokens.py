@@ -95,9 +95,9 @@ def _open_edges(tokens: ControlTokens, text: str) -> set[int]:
     longest = len(tokens.texts[0]) if tokens.texts else 0
     cuts = range(1, min(longest, len(text) + 1))
     edges = set()
-    if any(_has_sign(text[:cut]) and text[:cut] in tokens.ends for cut in cuts):
+    if any(text[:cut] in tokens.ends and _has_sign(text[:cut]) for cut in cuts):
         edges.add(0)
-    if any(_has_sign(text[-cut:]) and text[-cut:] in tokens.beginnings for cut in cuts):
+    if any(text[-cut:] in tokens.beginnings and _has_sign(text[-cut:]) for cut in cuts):
         edges.add(len(text))
     if _has_sign(text) and len(text) < longest and any(text in token[1:-1] for token in tokens.texts):
         edges |= {0, len(text)}
