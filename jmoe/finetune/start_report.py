@@ -16,6 +16,9 @@ from jmoe.finetune.memory import GIB, MemoryEstimate, warning, words
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
 
+REFUSALS_AT_START, REFUSALS_OF_DRY_RUN = 3, 20
+"""How many bad rows are named."""
+
 TRAINED, CONTROL = "bold green", "cyan"
 OPENS, CLOSES = "[[", "]]"
 """Around what is trained, where there are no colours."""
@@ -32,11 +35,19 @@ def say_options(console: Console, config: FinetuneConfig) -> None:
         say(console, f"{name:20} {', '.join(value) if isinstance(value, list) else value}")
 
 
-def say_rows(console: Console, sources: Sequence[str], found: Examples) -> None:
-    """What was read, what became of the rows, and what there is to say of them."""
+def say_rows(console: Console, sources: Sequence[str], found: Examples, *, whole: bool) -> None:
+    """What was read, what became of the rows, and what there is to say of them; why the first bad ones are bad.
+
+    whole: of more of them.
+    """
     say(console, f"{', '.join(sources)}: {summary(found)}")
     for notice in found.notices:
         say(console, f"  {notice}")
+    shown = found.refusals[: REFUSALS_OF_DRY_RUN if whole else REFUSALS_AT_START]
+    for refusal in shown:
+        say(console, f"  skipped: {printable(refusal)}")
+    if found.skipped_bad > len(shown) > 0:
+        say(console, f"  and {found.skipped_bad - len(shown):,} more")
 
 
 def summary(found: Examples) -> str:

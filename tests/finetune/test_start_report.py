@@ -10,11 +10,11 @@ from rich.console import Console
 
 from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import LARGEST, FinetuneConfig
-from jmoe.finetune.examples import Example, make_example
+from jmoe.finetune.examples import Example, make_example, read_examples
 from jmoe.finetune.memory import GIB, MemoryEstimate
 from jmoe.finetune.packing import pack
 from jmoe.finetune.rows import Conversation, Text
-from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_start
+from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_rows, say_start
 from jmoe.text import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -55,6 +55,19 @@ def test_a_text_is_trained_but_for_its_first_token() -> None:
 
 def test_what_would_move_a_terminals_cursor_is_written_out() -> None:
     assert printable("a\x1b[2J\rb\tc\nä\u202e\x07") == "a\\x1b[2J\\rb\tc\nä\\u202e\\x07"
+
+
+@pytest.mark.parametrize(("whole", "named"), [(False, 3), (True, 20)])
+def test_the_first_bad_rows_are_named_with_what_is_wrong(whole: bool, named: int, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n' + '{"text": 3}\n' * 24)
+    found = read_examples(file, load_tokenizer(TINY), max_length=8, bad_rows="skip")
+    console = Console(file=io.StringIO())
+    say_rows(console, [str(file)], found, whole=whole)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("text must be a string that is not empty, got 3") == named
+    assert f"  skipped: {file}, line 2: text must be" in said
+    assert f"  and {24 - named} more\n" in said
 
 
 def test_lengths_are_percentiles_of_the_rows() -> None:
