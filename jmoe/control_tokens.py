@@ -117,13 +117,13 @@ def _insert(text: str, places: set[int]) -> str:
 def keep_within(tokens: ControlTokens, text: str) -> str:
     """The text without the marks that stand in no control token."""
     bare = text.replace(MARK, "")
-    spans = [found.span(1) for found in tokens.starts.finditer(bare)]
+    within = {place for found in tokens.starts.finditer(bare) for place in range(found.start(1) + 1, found.end(1))}
     parts = text.split(MARK)
     places = set()
     end = 0
     for part in parts[:-1]:
         end += len(part)
-        if any(start < end < stop for start, stop in spans):
+        if end in within:
             places.add(end)
     return _insert(bare, places)
 
