@@ -95,9 +95,9 @@ def _open_edges(tokens: ControlTokens, text: str) -> set[int]:
     longest = len(tokens.texts[0]) if tokens.texts else 0
     cuts = range(1, min(longest, len(text) + 1))
     edges = set()
-    if any(_has_sign(text[:cut]) and text[:cut] in tokens.ends for cut in cuts):
+    if any(text[:cut] in tokens.ends and _has_sign(text[:cut]) for cut in cuts):
         edges.add(0)
-    if any(_has_sign(text[-cut:]) and text[-cut:] in tokens.beginnings for cut in cuts):
+    if any(text[-cut:] in tokens.beginnings and _has_sign(text[-cut:]) for cut in cuts):
         edges.add(len(text))
     if _has_sign(text) and len(text) < longest and any(text in token[1:-1] for token in tokens.texts):
         edges |= {0, len(text)}
@@ -117,13 +117,13 @@ def _insert(text: str, places: set[int]) -> str:
 def keep_within(tokens: ControlTokens, text: str) -> str:
     """The text without the marks that stand in no control token."""
     bare = text.replace(MARK, "")
-    spans = [found.span(1) for found in tokens.starts.finditer(bare)]
+    within = {place for found in tokens.starts.finditer(bare) for place in range(found.start(1) + 1, found.end(1))}
     parts = text.split(MARK)
     places = set()
     end = 0
     for part in parts[:-1]:
         end += len(part)
-        if any(start < end < stop for start, stop in spans):
+        if end in within:
             places.add(end)
     return _insert(bare, places)
 

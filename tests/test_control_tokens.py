@@ -1,5 +1,6 @@
 """Control tokens in people's words: they stay text, and those of the chat template stay tokens."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_parts_of_a_control_token_make_none_together(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "<|en", "name": "d|><|", "tail": "start"}]
     turns += [{"role": "user", "content": "a", "name": "<", "tail": "|pad"}]
     assert control(encode(other, chat_text(other, turns, reply=False))) == [4]
+
+
+def test_words_of_many_control_tokens_take_no_time_squared(tokenizer: Any) -> None:
+    began = time.process_time()
+    text = chat_text(tokenizer, conversation("<|end|> " * 30_000), reply=False)
+    assert time.process_time() - began < 10  # half a second; a look at every token for every mark took a minute
+    assert text.count(MARK) == 30_000
 
 
 def test_names_arguments_keys_tools_and_variables_are_words() -> None:

@@ -126,7 +126,7 @@ class _Reading:
         if source.notice is not None:
             self.notices.append(source.notice)
         if ignored:
-            self.notices.append(f"{os.fspath(path)}: ignored: {', '.join(sorted(ignored))}")
+            self.notices.append(f"{os.fspath(path)}: ignored: {', '.join(key or repr(key) for key in sorted(ignored))}")
 
     def _refuse(self, refusal: str, error: Exception) -> None:
         if self.bad_rows == "error":

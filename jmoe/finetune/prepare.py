@@ -44,7 +44,7 @@ def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, who
     if lora is not None:
         say(console, f"starts from {config.adapter}: {description(lora)}")
     tokenizer = load_tokenizer(directory, day)
-    training, validation = read_data(config, tokenizer, console)
+    training, validation = read_data(config, tokenizer, console, whole_report=whole_report)
     largest = max((int(example.tokens.max()) for example in (*training, *validation)), default=0)
     check_vocabulary(largest, model.vocab_size)
     longest = max((len(example.tokens) for example in (*training, *validation)), default=0)
@@ -58,7 +58,7 @@ def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, who
     return Prepared(directory, lora, batches, held_out, steps)
 
 
-def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Sequence[Example], Sequence[Example]]:
+def read_data(config: FinetuneConfig, tokenizer: Any, console: Console, *, whole_report: bool) -> tuple[Any, Any]:
     """(training examples, validation examples)."""
 
     def read(sources: Sequence[str]) -> tuple[Example, ...]:
@@ -69,7 +69,7 @@ def read_data(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple
             too_long=config.too_long,
             bad_rows=config.bad_rows,
         )
-        say_rows(console, sources, found)
+        say_rows(console, sources, found, whole=whole_report)
         return found.examples
 
     training = read(config.data)

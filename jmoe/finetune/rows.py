@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jmoe.finetune.sources import open_source
-from jmoe.finetune.turns import Turn, check_text, from_json, read_tools, read_turns, shorten, unknown_keys
+from jmoe.finetune.tools import read_tools
+from jmoe.finetune.turns import Turn, check_text, from_json, once, read_turns, shorten, unknown_keys
 from jmoe.text import Message
 
 
@@ -101,12 +102,12 @@ def parse(content: bytes | Mapping[str, Any] | ValueError) -> Parsed:
 
 def _parse_object(content: bytes) -> Mapping[str, Any]:
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.decode(), object_pairs_hook=once)
         if b"\\u" in content:
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
     except UnicodeError as error:
         raise ValueError(f"a row must be Unicode text in UTF-8: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"a row must be JSON ({error}), got {shorten(content.decode())}") from error
     if not isinstance(value, dict):
         raise ValueError(f"a row must be a JSON object, got {shorten(value)}")

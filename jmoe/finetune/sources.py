@@ -10,13 +10,18 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jmoe.finetune.turns import once
+
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with."""
+
+UNREAD = {b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+"""What files begin with that other programs compressed."""
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 """What separates the columns of a text file, by its name's ending."""
@@ -77,6 +82,9 @@ def _file_records(path: Path) -> Iterator[Record]:
     piped = path.read_bytes() if path.is_fifo() else None  # which can be read once
     with path.open("rb") if piped is None else io.BytesIO(piped) as file:
         begin = file.read(len(PARQUET))
+    for magic, program in UNREAD.items():
+        if begin.startswith(magic):
+            raise ValueError(f"{path} is compressed by {program}; of such files gzip's are read")
     if begin == PARQUET:
         if piped is not None:
             raise ValueError(f"{path} is a pipe with Parquet, which must be in a file")
@@ -108,8 +116,8 @@ def _text_records(path: Path, ending: str, file: Any) -> Iterator[Record]:
 def _array_records(path: Path, content: bytes) -> Iterator[Record]:
     """The rows of a file that is one JSON array."""
     try:
-        rows = json.loads(content)
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        rows = json.loads(content, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON array of rows, or have one row a line: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield Record(f"{path}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode())
@@ -156,19 +164,39 @@ def _arrow_records(name: str, batches: Iterable[Any]) -> Iterator[Record]:
     """The rows of batches of Arrow's, in which a value that is missing and a null are the same."""
     number = 0
     for batch in batches:
+        read = _object_reader([(field.name, _reader(field.type)) for field in batch.schema])
         for row in batch.to_pylist():
             number += 1
-            yield Record(f"{name}, row {number}", _without_nulls(row))
+            try:
+                content = read(row)
+            except (ValueError, RecursionError) as error:
+                content = ValueError(f"a row must hold JSON where its columns say so: {error}")
+            yield Record(f"{name}, row {number}", content)
 
 
-def _without_nulls(value: Any) -> Any:
-    """The value without its objects' nulls: objects of a column share their keys, with nulls where one lacks them."""
-    match value:
-        case dict():
-            return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-        case list():
-            return [_without_nulls(part) for part in value]
-    return value
+type Reader = Callable[[Any], Any]
+
+
+def _reader(kind: Any) -> Reader:
+    """What reads a value of an Arrow type: objects without their nulls, JSON as what it holds.
+
+    Objects of a column share their keys, with nulls where one lacks them. `datasets` keeps as JSON what is of another
+    kind in another row: texts among lists of parts, calls with other arguments.
+    """
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return lambda text: json.loads(text, object_pairs_hook=once)
+    if types.is_struct(kind):
+        return _object_reader([(kind.field(i).name, _reader(kind.field(i).type)) for i in range(kind.num_fields)])
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        read = _reader(kind.value_type)
+        return lambda values: [None if value is None else read(value) for value in values]
+    return lambda value: value
+
+
+def _object_reader(fields: list[tuple[str, Reader]]) -> Reader:
+    return lambda value: {name: read(value[name]) for name, read in fields if value[name] is not None}
 
 
 def _open_directory(path: Path, split: str | None) -> Source:

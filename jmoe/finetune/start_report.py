@@ -17,8 +17,8 @@ from jmoe.finetune.memory import GIB, MemoryEstimate, warning, words
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
 
-REFUSALS = 3
-"""How many bad rows every start names."""
+REFUSALS_AT_START, REFUSALS_OF_DRY_RUN = 3, 20
+"""How many bad rows are named."""
 
 TRAINED, CONTROL = "bold green", "cyan"
 OPENS, CLOSES = "[[", "]]"
@@ -36,15 +36,19 @@ def say_options(console: Console, config: FinetuneConfig) -> None:
         say(console, f"{name:20} {', '.join(value) if isinstance(value, tuple) else value}")
 
 
-def say_rows(console: Console, sources: Sequence[str], found: Examples) -> None:
-    """What was read, what became of the rows, and what there is to say of them."""
+def say_rows(console: Console, sources: Sequence[str], found: Examples, *, whole: bool) -> None:
+    """What was read, what became of the rows, and what there is to say of them; why the first bad ones are bad.
+
+    whole: of more of them.
+    """
     say(console, f"{', '.join(sources)}: {summary(found)}")
     for notice in found.notices:
         say(console, f"  {notice}")
-    for refusal in found.refusals[:REFUSALS]:
-        say(console, f"  skipped: {refusal}")
-    if found.skipped_bad > REFUSALS:
-        say(console, f"  skipped: {found.skipped_bad - REFUSALS:,} more bad rows")
+    shown = found.refusals[: REFUSALS_OF_DRY_RUN if whole else REFUSALS_AT_START]
+    for refusal in shown:
+        say(console, f"  skipped: {printable(refusal)}")
+    if found.skipped_bad > len(shown) > 0:
+        say(console, f"  and {found.skipped_bad - len(shown):,} more")
 
 
 def summary(found: Examples) -> str:

@@ -1,4 +1,4 @@
-"""A conversation's turns and tools as people write them, to those that chat templates know."""
+"""A conversation's turns as people write them, to those that chat templates know."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -54,34 +54,6 @@ def read_turns(name: str, value: Any) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of turns that is not empty, got {shorten(value)}")
     return [_read_turn(f"{name}[{i}]", turn) for i, turn in enumerate(value)]
-
-
-def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """The functions that the assistant may call, each as {"type": "function", "function": {...}}.
-
-    Raises:
-      ValueError: it is no list of functions with names.
-    """
-    tools = from_json(value, "[")
-    if not isinstance(tools, list):
-        raise ValueError(f"tools must be a list of functions, got {shorten(value)}")
-    return tuple(_read_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools))
-
-
-def _read_tool(name: str, value: Any) -> Mapping[str, Any]:
-    tool = from_json(value, "{")
-    if not isinstance(tool, dict):
-        raise ValueError(f"{name} must be an object that describes a function, got {shorten(value)}")
-    function = tool.get("function")
-    if function is None:
-        function = {key: part for key, part in tool.items() if key != "type"}
-    if not isinstance(function, dict) or tool.get("type", "function") != "function":
-        raise ValueError(f'{name} must be a function {{"type": "function", "function": ...}}, got {shorten(value)}')
-    check_text(f"{name}.function.name", function.get("name"))
-    # gpt-oss's template has no function without a description.
-    described = function if function.get("description") is not None else {**function, "description": ""}
-    rest = tool if "function" in tool else {}
-    return {**rest, "type": "function", "function": described}
 
 
 def _read_turn(name: str, value: Any) -> Turn:
@@ -167,7 +139,7 @@ def _read_thinking(name: str, fields: Mapping[str, Any]) -> str | None:
 
 
 def _read_calls(name: str, fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    calls = fields.get("tool_calls", [])
+    calls = from_json(fields.get("tool_calls", []), "[")
     if not isinstance(calls, list):
         raise ValueError(f"{name}.tool_calls must be a list of calls, got {shorten(calls)}")
     if "function_call" not in fields:
@@ -180,8 +152,9 @@ def _read_calls(name: str, fields: Mapping[str, Any]) -> list[Mapping[str, Any]]
 
 def _read_call(name: str, value: Any) -> Mapping[str, Any]:
     """The call with its arguments as an object, which is what templates write as JSON."""
-    call = {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else {}
-    function = call.get("function", call)
+    given = from_json(value, "{")
+    call = {key: part for key, part in given.items() if part is not None} if isinstance(given, dict) else {}
+    function = from_json(call.get("function", call), "{")
     if not isinstance(function, dict) or not function:
         raise ValueError(
             f'{name} must be a call {{"function": {{"name": ..., "arguments": ...}}}}, got {shorten(value)}'
@@ -190,7 +163,7 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments, parse_constant=_refuse_constant)
+            arguments = json.loads(arguments, parse_constant=_refuse_constant, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{name}: the arguments of {called} must be JSON ({error}), got {shorten(arguments)}"
@@ -230,12 +203,39 @@ def _read_trained(name: str, role: str, fields: Mapping[str, Any]) -> bool | Non
     return said.pop() if said else None
 
 
+class RepeatedNameError(ValueError):
+    """A JSON object has a name twice."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these names and values, for json.loads, which else keeps the last of a name's values.
+
+    Raises:
+      RepeatedNameError: a name has two values.
+    """
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        for name, value in pairs:
+            if entries[name] != value:
+                raise RepeatedNameError(
+                    f"a JSON object must have each name once, got {shorten(name)} with {shorten(value)} and "
+                    f"{shorten(entries[name])}"
+                )
+    return entries
+
+
 def from_json(value: Any, begin: str) -> Any:
-    """What a text holds as JSON that begins so, as in CSV's columns; any other value as it is."""
+    """What a text holds as JSON that begins so, as in CSV's columns; any other value as it is.
+
+    Raises:
+      RepeatedNameError: an object in it has a name twice.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith(begin):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=once)
+    except RepeatedNameError:
+        raise
     except (ValueError, RecursionError):
         return value
 

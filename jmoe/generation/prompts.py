@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from jmoe.finetune.guard import check_conversation
 from jmoe.finetune.rows import Conversation
 from jmoe.finetune.sources import open_source
-from jmoe.finetune.turns import read_tools, read_turns, shorten
+from jmoe.finetune.tools import read_tools
+from jmoe.finetune.turns import read_turns, shorten
 from jmoe.text import Message, chat_text, encode
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -152,7 +153,7 @@ def _conversation(name: str, value: Any) -> list[Message]:
 
 
 def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a JSON file lists, in the form that chat templates take; see jmoe.finetune.turns.read_tools.
+    """The functions that a JSON file lists, in the form that chat templates take; see jmoe.finetune.tools.read_tools.
 
     Raises:
       FileNotFoundError: there is no such file.

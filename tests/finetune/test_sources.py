@@ -1,8 +1,10 @@
 """Where rows are read from: files in several formats, directories that `datasets` saved, and the Hub."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import sys
 import threading
@@ -146,6 +148,23 @@ def test_nulls_of_columns_that_rows_share_are_nothing(kind: str, tmp_path: Path)
     assert list(read_rows(path)) == list(read_rows(file))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_columns_that_datasets_keeps_as_json_are_read_as_what_they_hold(kind: str, tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1], "b": None}}}]}
+    rows = [
+        {"messages": [USER, {**ASSISTANT, "content": 'say "Ho"'}]},
+        {"messages": [{**USER, "content": [{"type": "text", "text": "Hi"}]}, call]},
+    ]
+    turns = {"role": datasets.Value("string"), "content": datasets.Json(), "tool_calls": datasets.Json()}
+    features = datasets.Features({"messages": datasets.List(turns)})
+    found = datasets.Dataset.from_list(rows, features=features)
+    path = tmp_path / "rows"
+    (found.to_parquet if kind == "parquet" else found.save_to_disk)(str(path))
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(lines(rows))
+    assert list(read_rows(path)) == list(read_rows(file))
+
+
 def test_of_saved_splits_train_is_read_or_the_one_that_is_named(tmp_path: Path) -> None:
     splits = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("test", "train")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
@@ -228,6 +247,10 @@ def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
         ("a.csv", b"text,id\na\n", r"line 2: a row must have 2 columns, .* got 1"),
         ("a.csv", b"text,text\na,b\n", "columns must have different names"),
         ("a.json", b"[3]", r"row 1: a row must be a JSON object, got 3"),
+        ("a.jsonl.bz2", bz2.compress(lines(ROWS)), r"is compressed by bzip2; of such files gzip's are read"),
+        ("a.jsonl.xz", lzma.compress(lines(ROWS)), r"is compressed by xz"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdabc", r"is compressed by zstd"),
+        ("a.zip", b"PK\x03\x04abc", r"is compressed by zip"),
     ],
 )
 def test_broken_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -240,6 +263,12 @@ def test_a_row_with_other_columns_can_be_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
     found = read_examples(tmp_path / "a.csv", load_tokenizer(TINY), max_length=8, bad_rows="skip")
     assert (len(found.examples), found.skipped_bad) == (2, 1)
+
+
+def test_a_column_without_a_name_is_ignored_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",text\n0,a\n")  # as pandas writes its index
+    found = read_examples(tmp_path / "a.csv", load_tokenizer(TINY), max_length=8)
+    assert found.notices[1] == f"{tmp_path / 'a.csv'}: ignored: ''"
 
 
 def test_a_csvs_cells_may_be_long(tmp_path: Path) -> None:

@@ -57,17 +57,17 @@ def test_what_would_move_a_terminals_cursor_is_written_out() -> None:
     assert printable("a\x1b[2J\rb\tc\nä\u202e\x07") == "a\\x1b[2J\\rb\tc\nä\\u202e\\x07"
 
 
-def test_the_first_bad_rows_are_named_and_the_others_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("whole", "named"), [(False, 3), (True, 20)])
+def test_the_first_bad_rows_are_named_with_what_is_wrong(whole: bool, named: int, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "some text"}\n' + '{"words": 3}\n' * 5)
-    found = read_examples(file, load_tokenizer(TINY), max_length=8, too_long="truncate", bad_rows="skip")
-    console = Console(file=io.StringIO(), width=80)
-    say_rows(console, [str(file)], found)
-    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.split(": a row")[0] for line in printed if "skipped:" in line] == [
-        *(f"  skipped: {file}, line {number}" for number in (2, 3, 4)),
-        "  skipped: 2 more bad rows",
-    ]
+    file.write_text('{"text": "a"}\n' + '{"text": 3}\n' * 24)
+    found = read_examples(file, load_tokenizer(TINY), max_length=8, bad_rows="skip")
+    console = Console(file=io.StringIO())
+    say_rows(console, [str(file)], found, whole=whole)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("text must be a string that is not empty, got 3") == named
+    assert f"  skipped: {file}, line 2: text must be" in said
+    assert f"  and {24 - named} more\n" in said
 
 
 def test_lengths_are_percentiles_of_the_rows() -> None:

@@ -60,9 +60,11 @@ def test_a_call_without_arguments_has_none(message: Any) -> None:
     [
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"role": "assistant", "tool_calls": '[{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]'},
+        {"role": "assistant", "tool_calls": ['{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}']},
     ],
 )
-def test_older_forms_of_calls_are_read(message: Any) -> None:
+def test_older_forms_of_calls_and_those_written_as_json_are_read(message: Any) -> None:
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert read(message).message == {"role": "assistant", "tool_calls": calls}
 
@@ -122,6 +124,7 @@ def test_weight_and_train_say_whether_a_turn_is_trained(said: Any, trained: bool
         ({**call({}), "function_call": {"name": "f"}}, r"must have tool_calls or function_call, got both"),
         (call("{city: Oslo}"), r"tool_calls\[0\]: the arguments of f must be JSON .* got '\{city: Oslo\}'"),
         (call(""), r"the arguments of f must be JSON"),
+        (call('{"a": 1, "a": 2}'), r"the arguments of f must be JSON .*each name once, got 'a' with 1 and 2"),
         (call('{"a": NaN}'), r"the arguments of f must be JSON \(NaN is no JSON\)"),
         (call("[1]"), r"the arguments of f must be an object, or one as JSON, got '\[1\]'"),
         (call(json.dumps('{"a": 1}')), r"the arguments of f must be an object"),
