@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from jmoe.adapters import load_lora, stack_loras
-from jmoe.config_file import Config
+from jmoe.checkpoint import Config
 from jmoe.ops.experts import Lora
 from tests.trees import tree_equal
 

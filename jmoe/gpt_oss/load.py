@@ -107,7 +107,7 @@ def load(
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint's directory, fetched from the Hub if the path is not one."""
+    """The checkpoint's directory, fetched from the Hub if the path is none."""
     directory = Path(path)
     if directory.is_dir():
         return directory
