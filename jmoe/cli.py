@@ -91,6 +91,8 @@ def main() -> None:
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
         nameless = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
         fail((str(error) or type(error).__name__) + (": standard output, or a file" if nameless else ""), debug)
+    except MemoryError as error:
+        fail(f"the computer's memory ran out; ask for fewer or shorter sequences at once: {error}", debug)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -89,6 +89,10 @@ def test_memory_that_ran_out_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     ("error", "line"),
     [
         (RecursionError("maximum recursion depth exceeded"), "jmoe: the input is nested too deeply"),
+        (
+            MemoryError("Unable to allocate 48.8 GiB"),
+            "jmoe: the computer's memory ran out; ask for fewer or shorter seq",
+        ),
         (NotImplementedError("no such kernel"), "jmoe: no such kernel\n"),
         (NotImplementedError(), "jmoe: NotImplementedError\n"),
         (ValueError("bad input"), "jmoe: bad input\n"),

@@ -87,7 +87,7 @@ def parse(content: bytes | Mapping[str, Any] | ValueError) -> Parsed:
     """
     if isinstance(content, ValueError):
         raise content
-    columns = _parse_object(content) if isinstance(content, bytes) else content
+    columns = _parse_object(content) if isinstance(content, bytes) else _with_lists(content)
     values = {name: value for name, value in columns.items() if value is not None}
     # Columns that are null count where no form has all of its own: what is wrong with the row is then their values.
     form = next((form for held in (values, columns) for form in FORMS if set(form.needs) <= set(held)), None)
@@ -112,6 +112,16 @@ def _parse_object(content: bytes) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a row must be a JSON object, got {shorten(value)}")
     return value
+
+
+def _with_lists(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A table's row, whose prompt and completion may be lists of messages that are written as JSON, as in CSV."""
+    lists = {name: from_json(columns.get(name), "[") for name in ("prompt", "completion")}
+    are_messages = all(
+        isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+        for turns in lists.values()
+    )
+    return {**columns, **lists} if are_messages else columns
 
 
 type Read = tuple[Row, set[str]]

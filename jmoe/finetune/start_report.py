@@ -48,7 +48,7 @@ def say_rows(console: Console, sources: Sequence[str], found: Examples, *, whole
     for refusal in shown:
         say(console, f"  skipped: {printable(refusal)}")
     if found.skipped_bad > len(shown) > 0:
-        say(console, f"  and {found.skipped_bad - len(shown):,} more")
+        say(console, f"  skipped: {found.skipped_bad - len(shown):,} more bad rows")
 
 
 def summary(found: Examples) -> str:

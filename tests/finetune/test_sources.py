@@ -118,6 +118,12 @@ def test_a_csvs_conversation_is_written_as_json(tmp_path: Path) -> None:
     assert list(read_rows(path)) == [Conversation((USER, ASSISTANT))]
 
 
+def test_a_csvs_prompt_and_completion_are_texts_or_messages_written_as_json(tmp_path: Path) -> None:
+    messages = {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}
+    path = table(tmp_path / "rows.csv", [messages, {**messages, "completion": "[1]"}])
+    assert list(read_rows(path)) == [Conversation((USER, ASSISTANT)), Completion(messages["prompt"], "[1]")]
+
+
 CALL = {"function": {"name": "f", "arguments": {"city": "Oslo", "days": [1, 2]}}}
 OTHER_CALL = {"function": {"name": "g", "arguments": {"zone": {"name": "CET"}}}}
 TOOLS = [

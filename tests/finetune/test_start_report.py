@@ -67,7 +67,7 @@ def test_the_first_bad_rows_are_named_with_what_is_wrong(whole: bool, named: int
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert said.count("text must be a string that is not empty, got 3") == named
     assert f"  skipped: {file}, line 2: text must be" in said
-    assert f"  and {24 - named} more\n" in said
+    assert f"  skipped: {24 - named} more bad rows\n" in said
 
 
 def test_lengths_are_percentiles_of_the_rows() -> None:
