@@ -187,7 +187,10 @@ def merge(
 def settings(directory: Path, format: Format) -> dict[str, Any]:
     """config.json of the merged model, in Hugging Face's names whatever the model's is in."""
     entries = dict(model_entries(directory))
-    quantization = entries.pop("quantization_config", None) or QUANTIZATION
+    given = entries.pop("quantization_config", None)
+    quantization = (
+        given if given and isinstance(given, dict) else QUANTIZATION
+    )  # jmoe reads the method's name alone too
     entries |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in entries}
     return entries | ({"quantization_config": quantization} if format == "mxfp4" else {})
 

@@ -178,6 +178,8 @@ def test_the_config_of_openais_own_layout_is_written_in_hugging_faces_names(tmp_
     assert entries["quantization_config"] == QUANTIZATION
     (tmp_path / "config.json").write_text(json.dumps(entries))
     assert gpt_oss.Config.load(tmp_path).num_local_experts == 4
+    (tmp_path / "config.json").write_text(json.dumps(entries | {"quantization_config": "mxfp4"}))
+    assert settings(tmp_path, "mxfp4")["quantization_config"] == QUANTIZATION
 
 
 def narrow(folder: Path) -> Path:
