@@ -16,6 +16,9 @@ EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 LAYER = re.compile(r"\b(layers|block)\.(\d+)\.")
 """Where a name says which layer it is of."""
 
+EXPERT = re.compile(r"\.experts\.(?:\w+s\.)?(\d+)\.")
+"""Where a name says which expert it is of, in files that have each apart."""
+
 
 class Part(NamedTuple):
     """Where a tensor of the view lies in the files.
@@ -144,15 +147,25 @@ def input_first(layout: Layout, shapes: dict[str, Spec], hidden: int, inner: int
 
 
 def grouped(lines: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of (tensor, what of it), those alike of several layers in one: layers.{0..3,7}.mlp.router.bias: ..."""
-    layers: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    """Lines of (tensor, what of it), those alike of several layers or experts in one: layers.{0..3,7}.norm: ..."""
+    for pattern in (LAYER, EXPERT):
+        lines = alike(lines, pattern)
+    return [f"{name}: {said}" for name, said in lines]
+
+
+def alike(lines: Iterable[tuple[str, str]], pattern: re.Pattern[str]) -> list[tuple[str, str]]:
+    """The lines, those in one that differ in nothing but the number that is the pattern's last group."""
+    numbers: dict[tuple[str, str, str], list[int]] = {}
     for name, said in lines:
-        found = LAYER.search(name)
-        kind = name if found is None else LAYER.sub(rf"{found[1]}.{{}}.", name, count=1)
-        layers.setdefault((kind, said), []).append((name, -1 if found is None else int(found[2])))
+        found = pattern.search(name)
+        if found is None:
+            numbers[name, "", said] = []
+            continue
+        first, end = found.span(found.re.groups)
+        numbers.setdefault((name[:first], name[end:], said), []).append(int(name[first:end]))
     return [
-        f"{of[0][0] if len(of) == 1 else kind.replace('{}', ranges([layer for _, layer in of]))}: {said}"
-        for (kind, said), of in layers.items()
+        (f"{before}{of[0] if len(of) == 1 else ranges(of) if of else ''}{after}", said)
+        for (before, after, said), of in numbers.items()
     ]
 
 

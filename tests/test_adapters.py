@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from jmoe.adapters import load_lora, stack_loras
+from jmoe.adapters.settings import AdapterWarning
 from jmoe.checkpoint import Config
 from jmoe.ops.experts import Lora
 from tests.trees import tree_equal
@@ -189,7 +190,11 @@ def test_swapped_layout_is_told_by_all_pairs_together(tmp_path, inner, targets):
 
 def test_shapes_that_fit_both_layouts_are_read_as_peft_does(tmp_path):
     want = save_with_peft(tmp_path, {"target_parameters": [DOWN]}, inner=32)
-    check_against(tmp_path, want, small_config(inner=32))
+    with pytest.warns(AdapterWarning, match=r"is of PEFT 0\.\d+\.\d+, .*one projection whose shapes fit both ways"):
+        check_against(tmp_path, want, small_config(inner=32))
+    for version in ("0.18.1", None):  # before PEFT wrote the other layout, or not PEFT's at all
+        edit_settings(tmp_path, peft_version=version)
+        check_against(tmp_path, want, small_config(inner=32))
 
 
 @pytest.mark.parametrize("first", ["experts.gate_up_proj", "layers.0.mlp.experts.gate_up_proj"])

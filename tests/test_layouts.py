@@ -251,6 +251,17 @@ def test_layers_are_counted_in_runs() -> None:
     assert grouped([("block.3.norm", "wrong")]) == ["block.3.norm: wrong"]
 
 
+def test_experts_are_counted_in_runs() -> None:
+    names = ("experts.{}.gate_up_proj.lora_A", "experts.down_projs.{}.lora_A")
+    lines = [
+        (f"layers.{layer}.mlp.{name.format(e)}", "wrong") for layer in range(2) for name in names for e in (0, 1, 3)
+    ]
+    assert grouped(lines) == [
+        "layers.{0..1}.mlp.experts.{0..1,3}.gate_up_proj.lora_A: wrong",
+        "layers.{0..1}.mlp.experts.down_projs.{0..1,3}.lora_A: wrong",
+    ]
+
+
 def test_layers_that_config_json_does_not_count(tmp_path: Path) -> None:
     directory = written(tmp_path / "many", tensors_of(TINY), num_hidden_layers=9999, layer_types=None)
     with pytest.raises(ValueError, match=r"has tensors of 2 layers, and num_hidden_layers in its config.json is 9999"):

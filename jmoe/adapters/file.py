@@ -24,6 +24,7 @@ from safetensors import safe_open
 from jmoe.adapters.keys import Form, Pair, find_pairs
 from jmoe.adapters.settings import LORA_B_LAYOUTS, AdapterWarning, LoraBLayout, Settings
 from jmoe.checkpoint import open_safetensors
+from jmoe.layouts import grouped
 from jmoe.tensors import Spec, tensor_spec
 
 _DTYPES = ("F32", "BF16", "F16")
@@ -57,7 +58,7 @@ class AdapterFile:
     pairs: by layer and target; of several, one for each expert.
     specs: the header of every tensor.
     lora_b_layout: by which lora_B of all experts in one matrix is read.
-    is_swapped: whether the experts' pairs have `in` and `out` exchanged.
+    is_swapped: whether the experts' pairs have `in` and `out` exchanged; None: shapes fit both, and it is read as not.
     """
 
     file: Path
@@ -66,7 +67,7 @@ class AdapterFile:
     pairs: Mapping[tuple[int, str], Sequence[Pair]]
     specs: Mapping[str, Spec]
     lora_b_layout: LoraBLayout
-    is_swapped: bool
+    is_swapped: bool | None
     _shard: safe_open
 
     @property
@@ -147,6 +148,8 @@ def open_adapter(
         specs = {key: tensor_spec(shard, key) for pair in pairs for key in (pair.a, pair.b)}
         _check_dtypes(file, specs)
         is_swapped = _is_swapped(file, settings, sizes, pairs, specs)
+        if is_swapped is None and settings.may_be_swapped:
+            _warn_of_axes(Path(path), settings)
         layout = _lora_b_layout(Path(path), settings, lora_b_layout, _orders_differ(settings, sizes, pairs, specs))
         by_target: dict[tuple[int, str], list[Pair]] = {}
         for pair in pairs:
@@ -160,11 +163,9 @@ def _parts(target: str) -> tuple[str, ...]:
 
 
 def _check_dtypes(file: Path, specs: Mapping[str, Spec]) -> None:
-    wrong = [
-        f"  {key}: wanted F32, BF16 or F16, got {spec}" for key, spec in specs.items() if spec.dtype not in _DTYPES
-    ]
+    wrong = [(key, f"wanted F32, BF16 or F16, got {spec}") for key, spec in specs.items() if spec.dtype not in _DTYPES]
     if wrong:
-        raise ValueError("\n".join([f"{file} has factors of unsupported dtypes:", *wrong]))
+        raise ValueError("\n  ".join([f"{file} has factors of unsupported dtypes:", *grouped(wrong)]))
 
 
 def _shapes(pair: Pair, settings: Settings, sizes: Sizes, *, swapped: bool) -> dict[str, tuple[Shape, ...]]:
@@ -184,23 +185,44 @@ def _shapes(pair: Pair, settings: Settings, sizes: Sizes, *, swapped: bool) -> d
     return {pair.a: (*a, flat_a), pair.b: (*b, flat_b)}
 
 
-def _is_swapped(file: Path, settings: Settings, sizes: Sizes, pairs: Sequence[Pair], specs: Mapping[str, Spec]) -> bool:
-    """Decides the layout by the shapes of all pairs together: one projection alone may fit both."""
-    wanted: list[dict[str, tuple[Shape, ...]]] = []
-    for swapped in (False, True):
-        shapes = {key: of for pair in pairs for key, of in _shapes(pair, settings, sizes, swapped=swapped).items()}
-        if all(specs[key].shape in of for key, of in shapes.items()):
-            return swapped
-        wanted.append(shapes)
-    usual, exchanged = wanted
+def _is_swapped(
+    file: Path, settings: Settings, sizes: Sizes, pairs: Sequence[Pair], specs: Mapping[str, Spec]
+) -> bool | None:
+    """Decides the layout by the shapes of all pairs together; None where PEFT wrote them and they fit both."""
+    usual, exchanged = (
+        {key: of for pair in pairs for key, of in _shapes(pair, settings, sizes, swapped=swapped).items()}
+        for swapped in (False, True)
+    )
+    is_usual, is_exchanged = (
+        all(specs[key].shape in of for key, of in shapes.items()) for shapes in (usual, exchanged)
+    )
+    if is_usual:
+        # Only PEFT, on parameters, takes the one for the other.
+        return None if is_exchanged and any(pair.form == "parameters" for pair in pairs) else False
+    if is_exchanged:
+        return True
     wrong = [
-        f"  {key}: wanted {usual[key][0]}"
-        + (f", or {exchanged[key][0]} if all are swapped" if ".experts." in key else "")
-        + f", got {spec.shape}"
+        (
+            key,
+            f"wanted {usual[key][0]}"
+            + (f", or {exchanged[key][0]} if all are swapped" if ".experts." in key else "")
+            + f", got {spec.shape}",
+        )
         for key, spec in specs.items()
         if spec.shape not in usual[key]
     ]
-    raise ValueError("\n".join([f"{file} does not match the model and its adapter_config.json:", *wrong]))
+    raise ValueError("\n  ".join([f"{file} does not match the model and its adapter_config.json:", *grouped(wrong)]))
+
+
+def _warn_of_axes(path: Path, settings: Settings) -> None:
+    """Says that the experts' factors may be swapped."""
+    warnings.warn(
+        f"{path} is of PEFT {settings.peft_version}, which writes the experts' factors with in and out exchanged "
+        "beside some versions of transformers (0.19.0 beside 5, later ones beside 4), and has LoRA on one projection "
+        "whose shapes fit both ways. It is read as not exchanged; whether it helps so, jmoe eval says",
+        AdapterWarning,
+        stacklevel=5,
+    )
 
 
 def _orders_differ(settings: Settings, sizes: Sizes, pairs: Sequence[Pair], specs: Mapping[str, Spec]) -> bool:

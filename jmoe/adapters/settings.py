@@ -64,6 +64,7 @@ class Settings:
     base_model: str | None = None
     lora_b_layout: LoraBLayout | None = None
     unsloth_fixed: bool = False
+    peft_version: str | None = None
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -89,12 +90,19 @@ class Settings:
             target_modules=_modules(file, "target_modules", entries.pop("target_modules", None)),
             exclude_modules=_modules(file, "exclude_modules", entries.pop("exclude_modules", None)),
             layers_to_transform=_layers(file, entries.pop("layers_to_transform", None)),
-            base_model=_base_model(entries.get("base_model_name_or_path")),
+            base_model=_text(entries.get("base_model_name_or_path")),
             lora_b_layout=_lora_b_layout(file, entries.pop("lora_B_layout", None)),
             unsloth_fixed=isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed")),
+            peft_version=_text(entries.get("peft_version")),
         )
         _refuse_unsupported(file, entries)
         return settings
+
+    @property
+    def may_be_swapped(self) -> bool:
+        """Whether it is of a PEFT that exchanges `in` and `out` of experts' factors beside some transformers."""
+        version = re.match(r"(\d+)\.(\d+)", self.peft_version or "")
+        return version is not None and (int(version[1]), int(version[2])) >= (0, 19)
 
     @property
     def targets_all_linear(self) -> bool:
@@ -149,8 +157,8 @@ class Settings:
         return _compiled(self.alpha_pattern)
 
 
-def _base_model(value: Any) -> str | None:
-    """base_model_name_or_path, which is for people."""
+def _text(value: Any) -> str | None:
+    """What is for people, and no error whatever it is."""
     return value if isinstance(value, str) and value else None
 
 

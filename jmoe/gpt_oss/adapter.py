@@ -106,6 +106,8 @@ def read_adapter(adapter: AdapterFile) -> LoraWeights:
     found: dict[str, list[Factors | None]] = {
         target: [one_factors(adapter, layer, target) for layer in range(adapter.sizes.layers)] for target in TARGETS
     }
+    if not adapter.pairs:
+        raise ValueError(f"{adapter.file} has LoRA on nothing that this model has: it would change nothing")
     warn_of_settings(adapter, found)
     return stack_factors(found)
 
@@ -194,14 +196,8 @@ def check_change(file: Path, lora: LoraWeights) -> None:
 
 
 def stack_factors(found: dict[str, list[Factors | None]]) -> LoraWeights:
-    """All layers' factors, one on another.
-
-    Raises:
-      ValueError: there are none at all.
-    """
+    """All layers' factors, one on another, of the targets that have any."""
     stacked = {target: stack(factors) for target, factors in found.items() if any(f is not None for f in factors)}
-    if not stacked:
-        raise ValueError("the adapter has LoRA on nothing that this model has: it would change nothing")
     return LoraWeights(*({target: getattr(f, field) for target, f in stacked.items()} for field in Factors._fields))
 
 

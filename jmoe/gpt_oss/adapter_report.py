@@ -24,6 +24,14 @@ LAYERS, EXPERTS = 3, 4
 """How many of a target's layers, and of their experts, are summed with the weights."""
 
 
+AXES = {
+    False: "as most PEFT have them",
+    True: "in and out exchanged, as some PEFT have them",
+    None: "read as most PEFT have them; shapes fit in and out exchanged as well",
+}
+"""What AdapterFile.is_swapped says."""
+
+
 class TargetReport(NamedTuple):
     """LoRA on one target.
 
@@ -106,7 +114,7 @@ def facts_of(adapter: AdapterFile, asked: LoraBLayout | None) -> dict[str, str]:
     return facts | {
         "experts' keys": FORMS[adapter.form],
         "columns of lora_B": columns(adapter, asked),
-        "axes": "in and out exchanged, as some PEFT have them" if adapter.is_swapped else "as most PEFT have them",
+        "axes": AXES[adapter.is_swapped],
         "shared by all experts": ", ".join(shared) or "nothing",
     }
 

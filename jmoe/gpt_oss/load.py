@@ -154,8 +154,13 @@ def attention_specs(config: Config, layer: int) -> dict[str, Spec]:
     return specs
 
 
-def check_layers(checkpoint: Checkpoint, config: Config, quantize: Quantize | None = None) -> dict[str, Spec]:
+def check_layers(
+    checkpoint: Checkpoint, config: Config, quantize: Quantize | None = None, *, stacked: bool = True
+) -> dict[str, Spec]:
     """The header in the checkpoint's view of every tensor of the model; reads headers only.
+
+    Args:
+      stacked: whether all layers' experts are to be in one array, which those in MXFP4 and dense ones cannot.
 
     Raises:
       ValueError, FileNotFoundError: as load does, unless all tensors have their dtypes and shapes.
@@ -181,7 +186,7 @@ def check_layers(checkpoint: Checkpoint, config: Config, quantize: Quantize | No
         for part in moe_specs(checkpoint, layer):
             specs |= part
     check_specs(checkpoint, specs)
-    for projection in EXPERTS:
+    for projection in EXPERTS if stacked else ():
         check_experts(checkpoint, config, projection, quantize)
     return specs
 

@@ -149,7 +149,7 @@ def merge(
     directory, folder = local_directory(path), Path(out)
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
-    check_layers(checkpoint, config)
+    check_layers(checkpoint, config, stacked=False)
     if isinstance(adapter, LoraWeights):
         if lora_b_layout is not None:
             raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
@@ -178,7 +178,7 @@ def merge(
         size += sum(tensor.nbytes for tensor in tensors.values())
     replace(folder / "config.json", json.dumps(settings(directory, format), indent=2).encode())
     for pattern in COPIED:
-        for source in directory.glob(pattern):
+        for source in filter(Path.is_file, directory.glob(pattern)):
             copy(source, folder / source.name)
     replace(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2).encode())
     return MergeReport(tuple(rows), format)
@@ -187,7 +187,10 @@ def merge(
 def settings(directory: Path, format: Format) -> dict[str, Any]:
     """config.json of the merged model, in Hugging Face's names whatever the model's is in."""
     entries = dict(model_entries(directory))
-    quantization = entries.pop("quantization_config", None) or QUANTIZATION
+    given = entries.pop("quantization_config", None)
+    quantization = (
+        given if given and isinstance(given, dict) else QUANTIZATION
+    )  # jmoe reads the method's name alone too
     entries |= {name: "bfloat16" for name in ("dtype", "torch_dtype") if name in entries}
     return entries | ({"quantization_config": quantization} if format == "mxfp4" else {})
 

@@ -87,8 +87,10 @@ def spelt(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
             if value is not None and found.setdefault(name, value) != value:
                 raise ValueError(f"{file}: {name} of rope must be one, got {shown(found[name])} and {shown(value)}")
-    if entries.get("rope_theta") is not None:
-        found.setdefault("rope_theta", entries["rope_theta"])
+    for name in ("rope_theta", "partial_rotary_factor"):
+        value = entries.get(name)
+        if value is not None and found.setdefault(name, value) != value:
+            raise ValueError(f"{file}: {name} of rope must be one, got {shown(found[name])} and {shown(value)}")
     return found
 
 

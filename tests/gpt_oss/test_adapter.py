@@ -143,7 +143,9 @@ def test_a_layer_without_lora_is_left_as_it_was(tmp_path: Path) -> None:
 def test_an_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
     folder = copy_of_adapter(tmp_path / "adapter", lambda tensors: tensors.clear())
     set_options(folder, target_parameters=None, target_modules=None)
-    with pytest.raises(ValueError, match="it would change nothing"):
+    with pytest.raises(
+        ValueError, match=r"adapter/adapter_model.safetensors has LoRA on nothing .*: it would change nothing"
+    ):
         gpt_oss.load_adapter(folder, gpt_oss.Config.load(CASE / "model"))
 
 

@@ -185,6 +185,16 @@ def without(tensors: Tensors, *parts: str) -> Tensors:
     return {key: value for key, value in tensors.items() if not all(part in key for part in parts)}
 
 
+def test_a_rank_that_is_wrong_everywhere_is_one_line_a_kind(tmp_path: Path) -> None:
+    folder = layouts.write(tmp_path, PAIRS, SETTINGS | MODULES | {"r": 5})
+    with pytest.raises(ValueError, match="does not match the model") as raised:
+        gpt_oss.load_adapter(folder, CONFIG)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 1 + 2 * 6
+    kind = f"  {PREFIX}{{0..1}}.mlp.experts.{{0..3}}.down_proj.lora_A.weight: wanted (5, 96), or "
+    assert any(line.startswith(kind) for line in lines)
+
+
 E3 = "0.mlp.experts.3.down_proj"
 Q_A = f"{PREFIX}0.self_attn.q_proj.lora_A"
 

@@ -127,6 +127,18 @@ def test_forms_of_keys_shared_factors_and_swapped_axes_are_said(tmp_path: Path) 
     assert facts["axes"].startswith("in and out exchanged")
 
 
+def test_axes_that_nothing_tells_are_said(tmp_path: Path) -> None:
+    """Both projections' shapes fit one of the ways only; a square one's fit both."""
+    square = {
+        f"{layouts.PREFIX}0.mlp.experts.lora_A.weight": np.ones((8, 64), np.float32),
+        f"{layouts.PREFIX}0.mlp.experts.lora_B.weight": np.ones((64, 8), np.float32),
+    }
+    entries = SETTINGS | {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.warns(gpt_oss.AdapterWarning):
+        facts = examine_adapter(layouts.write(tmp_path / "square", square, entries)).facts
+    assert facts["axes"] == "read as most PEFT have them; shapes fit in and out exchanged as well"
+
+
 def test_samples_are_first_last_and_between() -> None:
     assert [spread(range(24), 3), spread(range(32), 4)] == [[0, 12, 23], [0, 10, 21, 31]]
     assert [spread([5], 3), spread([], 3), spread([2, 7], 4)] == [[5], [], [2, 7]]

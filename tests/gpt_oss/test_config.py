@@ -105,6 +105,8 @@ FULL = YARN | {"original_max_position_embeddings": 4096, "truncate": False}
         ({"rope_scaling": FULL | {"attention_factor": "1"}}, r"got also \['attention_factor'\]"),
         ({"rope_scaling": FULL | {"partial_rotary_factor": 0.5}}, r"got also \['partial_rotary_factor'\]"),
         ({"rope_parameters": FULL | {"factor": 8.0}}, "factor of rope must be one, got 8.0 and 32.0"),
+        ({"rope_parameters": FULL | {"rope_theta": 10000.0}}, "rope_theta of rope must be one, got 10000.0 and 150000"),
+        ({"partial_rotary_factor": 0.5}, r"got also \['partial_rotary_factor'\]"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, got 1000000000"),
         ({"num_hidden_layers": 10**400}, "num_hidden_layers must be a positive int, got 1000"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive float, got 1000"),

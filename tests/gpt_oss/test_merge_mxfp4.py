@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from jmoe import Mxfp4, dequantize, gpt_oss, quantize
 from jmoe.checkpoint import Checkpoint, load_moe_layer
 from jmoe.cli import app
-from jmoe.gpt_oss.merge import QUANTIZATION, settings
+from jmoe.gpt_oss.merge import QUANTIZATION, Format, settings
+from tests.checkpoints import dense, tensors_of
+from tests.checkpoints import written as written_checkpoint
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -148,6 +150,24 @@ def test_a_dense_checkpoint_in_float32_becomes_mxfp4(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.scales, want.scales)
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "bfloat16"])
+def test_layers_may_be_packed_and_dense(format: Format, tmp_path: Path) -> None:
+    """Each layer is merged by itself, so that nothing asks for one form; loading what was merged does not either."""
+    packed = tensors_of(CASE / "model")
+    experts = {name: tensor for name, tensor in dense(packed).items() if name.endswith("s.gate_up_proj")}
+    mixed = {name: tensor for name, tensor in packed.items() if "layers.1.mlp.experts.gate_up_proj_" not in name}
+    mixed["model.layers.1.mlp.experts.gate_up_proj"] = experts["model.layers.1.mlp.experts.gate_up_proj"]
+    mixed["model.layers.1.mlp.experts.gate_up_proj_bias"] = packed["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    model = written_checkpoint(tmp_path / "mixed", mixed)
+    (model / "tokenizer-notes").mkdir()  # what is no file of a tokenizer is none to copy
+    gpt_oss.merge(model, CASE / "adapter", tmp_path / "out", format=format, progress=False)
+    gpt_oss.merge(CASE / "model", CASE / "adapter", tmp_path / "want", format=format, progress=False)
+    got, want = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "want")
+    assert got.names == want.names
+    for name in want.names:
+        np.testing.assert_array_equal(got.tensor(name), want.tensor(name))
+
+
 def test_the_config_of_openais_own_layout_is_written_in_hugging_faces_names(tmp_path: Path) -> None:
     own = {"num_hidden_layers": 2, "num_experts": 4, "experts_per_token": 2, "vocab_size": 128, "hidden_size": 64}
     own |= {"intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -158,6 +178,8 @@ def test_the_config_of_openais_own_layout_is_written_in_hugging_faces_names(tmp_
     assert entries["quantization_config"] == QUANTIZATION
     (tmp_path / "config.json").write_text(json.dumps(entries))
     assert gpt_oss.Config.load(tmp_path).num_local_experts == 4
+    (tmp_path / "config.json").write_text(json.dumps(entries | {"quantization_config": "mxfp4"}))
+    assert settings(tmp_path, "mxfp4")["quantization_config"] == QUANTIZATION
 
 
 def narrow(folder: Path) -> Path:
