@@ -52,7 +52,7 @@ class Tuning:
         self.config = FinetuneConfig(
             model="of this experiment",
             data="Unicode's names",
-            out="",
+            out="none",
             rank=size.rank,
             alpha=2.0 * size.rank,
             length=size.length,

@@ -16,6 +16,9 @@ from jmoe.finetune.memory import GIB, MemoryEstimate, warning, words
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
 
+REFUSALS = 3
+"""Bad rows that are shown with what is bad about them."""
+
 TRAINED, CONTROL = "bold green", "cyan"
 OPENS, CLOSES = "[[", "]]"
 """Around what is trained, where there are no colours."""
@@ -37,6 +40,10 @@ def say_rows(console: Console, sources: Sequence[str], found: Examples) -> None:
     say(console, f"{', '.join(sources)}: {summary(found)}")
     for notice in found.notices:
         say(console, f"  {notice}")
+    for refusal in found.refusals[:REFUSALS]:
+        say(console, f"  skipped: {refusal}")
+    if found.skipped_bad > REFUSALS:
+        say(console, f"  skipped: {found.skipped_bad - REFUSALS:,} more bad rows")
 
 
 def summary(found: Examples) -> str:

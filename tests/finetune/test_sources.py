@@ -159,6 +159,16 @@ def test_of_saved_splits_train_is_read_or_the_one_that_is_named(tmp_path: Path) 
         open_source(f"{tmp_path}/saved:dev")
 
 
+def test_a_date_that_datasets_made_of_a_string_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "When?", "completion": "2024-05-01"}\n')
+    read = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    read.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"completion must be a string .*got datetime.datetime\(2024, 5, 1"):
+        list(read_rows(tmp_path / "saved"))
+    assert list(read_rows(file)) == [Completion("When?", "2024-05-01")]
+
+
 def test_the_only_split_is_read_whatever_its_name(tmp_path: Path) -> None:
     datasets.DatasetDict({"dev": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(tmp_path / "saved")
     assert list(read_rows(tmp_path / "saved")) == [Text("a")]
