@@ -1,21 +1,22 @@
 """MXFP4 mixture-of-experts with LoRA for JAX."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from jmoe.ops.experts import Experts as Experts
-from jmoe.ops.experts import Lora as Lora
-from jmoe.ops.export import allow_triton_call as allow_triton_call
-from jmoe.ops.moe import moe as moe
-from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
-from jmoe.ops.mxfp4 import PackedMxfp4 as PackedMxfp4
-from jmoe.ops.mxfp4 import dequantize as dequantize
-from jmoe.ops.mxfp4 import quantize as quantize
-from jmoe.ops.packed import pack as pack
-from jmoe.ops.packed import unpack as unpack
-from jmoe.ops.routing import Routing as Routing
-from jmoe.ops.routing import route as route
-from jmoe.ops.target import Target as Target
+if TYPE_CHECKING:
+    from jmoe.ops.experts import Experts as Experts
+    from jmoe.ops.experts import Lora as Lora
+    from jmoe.ops.export import allow_triton_call as allow_triton_call
+    from jmoe.ops.moe import moe as moe
+    from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
+    from jmoe.ops.mxfp4 import PackedMxfp4 as PackedMxfp4
+    from jmoe.ops.mxfp4 import dequantize as dequantize
+    from jmoe.ops.mxfp4 import quantize as quantize
+    from jmoe.ops.packed import pack as pack
+    from jmoe.ops.packed import unpack as unpack
+    from jmoe.ops.routing import Routing as Routing
+    from jmoe.ops.routing import route as route
+    from jmoe.ops.target import Target as Target
 
 __all__ = [
     "Experts",
@@ -33,9 +34,37 @@ __all__ = [
     "unpack",
 ]
 
+HOME = {
+    "Experts": "jmoe.ops.experts",
+    "Lora": "jmoe.ops.experts",
+    "allow_triton_call": "jmoe.ops.export",
+    "moe": "jmoe.ops.moe",
+    "Mxfp4": "jmoe.ops.mxfp4",
+    "PackedMxfp4": "jmoe.ops.mxfp4",
+    "dequantize": "jmoe.ops.mxfp4",
+    "quantize": "jmoe.ops.mxfp4",
+    "pack": "jmoe.ops.packed",
+    "unpack": "jmoe.ops.packed",
+    "Routing": "jmoe.ops.routing",
+    "route": "jmoe.ops.routing",
+    "Target": "jmoe.ops.target",
+}
+"""The module that each public name is of."""
 
-def __getattr__(name: str) -> ModuleType:
-    """jmoe.nn and jmoe.gpt_oss, imported when first asked for: Flax takes a while."""
-    if name in ("nn", "gpt_oss"):
+ROOMS = ("gpt_oss", "nn", "ops")
+"""Parts that may be named after `import jmoe` alone."""
+
+
+def __getattr__(name: str) -> Any:
+    """What the package has, imported when first asked for: JAX and Flax take a while, which the command needs first to
+    say what Ctrl-C does."""
+    if name in ROOMS:
         return importlib.import_module(f"jmoe.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(HOME[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *ROOMS})

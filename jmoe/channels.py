@@ -75,6 +75,7 @@ class ChannelReader:
         added = tokenizer.get_added_vocab()
         self._control = {added[name]: name for name in CONTROL if name in added} if has_channels(tokenizer) else {}
         self._texts: dict[str, list[str]] = {}
+        self._calls: list[ChannelText] = []
         self._reached_final = self._final_ended = False
         self._header: list[int] | None = None
         self._begin(FINAL)
@@ -94,6 +95,11 @@ class ChannelReader:
     def text(self, channel: str) -> str:
         """All text of the channel so far."""
         return "".join(self._texts.get(channel, []))
+
+    @property
+    def calls(self) -> list[ChannelText]:
+        """The messages to tools so far, each whole and as it was written, that may be nothing."""
+        return list(self._calls)
 
     def push(self, tokens: Sequence[int]) -> list[ChannelText]:
         """What these tokens add to the text; a character whose bytes are not all there waits for the rest."""
@@ -146,6 +152,8 @@ class ChannelReader:
         self._stream = TextStream(self._tokenizer)
         self._apart = channel in self._texts
         self._reached_final |= channel == FINAL
+        if recipient is not None:
+            self._calls.append(ChannelText(channel, "", recipient))
 
     def _end(self) -> list[ChannelText]:
         """Ends the message, or the header that came to none; what follows is outside."""
@@ -163,6 +171,8 @@ class ChannelReader:
         """Adds the text to the message's channel."""
         if not text:
             return []
+        if self._recipient is not None:
+            self._calls[-1] = self._calls[-1]._replace(text=self._calls[-1].text + text)
         if self._apart:
             text, self._apart = "\n" + text, False
         self._texts.setdefault(self._channel, []).append(text)

@@ -11,6 +11,7 @@ from typing import Annotated
 import jax
 import typer
 
+from jmoe.__main__ import INTERRUPTED
 from jmoe.commands.bench import bench
 from jmoe.commands.bench_model import bench_model
 from jmoe.commands.convert_adapter import convert_adapter
@@ -26,9 +27,6 @@ from jmoe.errors import first_line
 from jmoe.files import naming
 
 python_format = warnings.formatwarning
-
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +68,7 @@ app.command()(profile)
 
 
 def main() -> None:
-    """Entry point of the `jmoe` command: what is wrong with the input is one line, not a traceback."""
+    """Runs the `jmoe` command: what is wrong with the input is one line, not a traceback."""
     debug = take_debug()
     warnings.formatwarning = format_warning
     for stream in (sys.stdout, sys.stderr):
@@ -135,4 +133,6 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from jmoe.__main__ import main as entry_point
+
+    entry_point()

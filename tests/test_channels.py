@@ -68,6 +68,16 @@ def test_a_tool_call_has_its_recipient_wherever_the_header_says_it(tokenizer: An
     assert not reader.reached_final
 
 
+@pytest.mark.parametrize("size", [1, None])
+def test_each_call_is_one_as_it_was_written(tokenizer: Any, size: int | None) -> None:
+    call = CALL.removesuffix("<|call|>") + "<|end|><|start|>assistant"
+    said = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+    nothing = "<|channel|>commentary to=functions.now<|message|><|call|>"
+    reader, _ = read(tokenizer, said + call + call + nothing, size)
+    zone = ChannelText(COMMENTARY, '{"zone": "UTC"}', "functions.get_time")
+    assert reader.calls == [zone, zone, ChannelText(COMMENTARY, "", "functions.now")]
+
+
 @pytest.mark.parametrize("size", [1, 3, None])
 @pytest.mark.parametrize(
     ("reply", "texts"),

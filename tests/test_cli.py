@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -132,6 +133,25 @@ def test_who_stops_reading_or_presses_ctrl_c_needs_no_message(
         cli.main()
     assert ended.value.code == status
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", ["numpy", "typer", "transformers.utils.versions"])
+def test_ctrl_c_while_modules_are_imported_is_a_line(module: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "jmoe", "generate", "--model", str(TINY), "Hi"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.split("|")[-1].strip() == module for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert [line for line in rest.splitlines() if not line.startswith("import time:")] == ["jmoe: interrupted"]
+
+
+def test_ctrl_c_stays_ignored_where_the_command_was_started_so() -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from jmoe import __main__; __main__.main()"
+    show = f"import atexit, signal; atexit.register(lambda: print(signal.getsignal(signal.SIGINT).name)); {program}"
+    run = subprocess.run([sys.executable, "-c", show, "--version"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.split()[-1]) == (0, "SIG_IGN"), run.stderr
 
 
 def test_a_terminal_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:

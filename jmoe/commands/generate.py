@@ -48,7 +48,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a row of JSON a reply.")] = False,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="A PEFT adapter directory. One is for all prompts; of several, prompt i has the i-th."),
+        typer.Option(
+            metavar="<path>",
+            parser=input_path,
+            help="A PEFT adapter directory. One is for all prompts; of several, prompt i has the i-th.",
+        ),
     ] = None,
     lora_b_layout: LoraBLayoutOption = None,
     raw: Annotated[
@@ -128,7 +132,10 @@ def generate(
     from jmoe.generation.batches import Generation, Request, answers
     from jmoe.generation.output import Printer, as_row, echo, json_line
     from jmoe.gpt_oss.load import local_directory
+    from jmoe.gpt_oss.sample import Sampling
     from jmoe.text import load_tokenizer
+
+    Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)  # an error now, not once weights are loaded
 
     directory = local_directory(model)
     tokenizer = load_tokenizer(directory)

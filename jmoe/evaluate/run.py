@@ -1,7 +1,10 @@
 """Tasks of the lm-evaluation-harness on a checkpoint, without and with an adapter, and the two side by side."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
@@ -170,6 +173,8 @@ def set_generation(tasks: Sequence[Task], wanted: Mapping[str, Any]) -> None:
     generating = [task for task in tasks if task.get_config("output_type") == "generate_until"]
     for task in generating:
         own = task.get_config("generation_kwargs")
+        if not isinstance(own, dict):
+            raise TaskError(f"{title(task)}: generation_kwargs must be names and values, got {own!r}")
         if "max_gen_toks" in wanted:
             for name in LIMITS:
                 own.pop(name, None)
@@ -215,21 +220,23 @@ def run(
     sources = {"pretrained": str(options.model)}
     if model.adapter == 0:
         sources["peft"] = str(options.adapter)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork, which a process with JAX may not
     try:
-        results = simple_evaluate(
-            model,
-            model_args=sources,
-            tasks=list(tasks),
-            num_fewshot=options.num_fewshot,
-            batch_size=options.batch_size,
-            limit=options.limit,
-            apply_chat_template=options.apply_chat_template,
-            fewshot_as_multiturn=options.apply_chat_template,
-            system_instruction=options.system,
-            evaluation_tracker=tracker,
-            task_manager=manager,
-            log_samples=options.out is not None,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # the harness's own notices
+            results = simple_evaluate(
+                model,
+                model_args=sources,
+                tasks=list(tasks),
+                num_fewshot=options.num_fewshot,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                apply_chat_template=options.apply_chat_template,
+                fewshot_as_multiturn=options.apply_chat_template,
+                system_instruction=options.system,
+                evaluation_tracker=tracker,
+                task_manager=manager,
+                log_samples=options.out is not None,
+            )
     except TaskError:
         raise
     except Exception as error:  # whatever a task's metric raises over all documents

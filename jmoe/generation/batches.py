@@ -10,6 +10,7 @@ from jmoe.channels import ChannelText
 from jmoe.generation.reply import Reply
 from jmoe.gpt_oss.generate import Generated, NotFiniteError, generate
 from jmoe.gpt_oss.model import GptOss
+from jmoe.text import check_vocabulary
 
 CHUNK = 8
 """Steps between two pieces of streamed text."""
@@ -82,6 +83,7 @@ def answers(
     Raises:
       ValueError: as jmoe.gpt_oss.generate.
     """
+    check_vocabulary(max(max(request.tokens) for request in requests), model.config.vocab_size)
     seeds = [own_seed(how.seed, i) for i in range(len(requests))]
     ends = stop_tokens(model, tokenizer, how.stop_strings)
     for start in range(0, len(requests), how.batch_size):

@@ -62,6 +62,7 @@ class Printer:
             to = "" if recipient is None else f" to={recipient}"
             echo(dimmed(f"{self._label}[{channel or 'no channel'}{to}] "), err=True, nl=False)
             self._place = (channel, recipient)
+            text = text.removeprefix("\n")  # which keeps it apart from the channel's message before
         echo(dimmed(text), err=True, nl=False)
         self._at_line_begin = text.endswith("\n")
 
@@ -92,7 +93,7 @@ def dimmed(text: str) -> str:
 def as_row(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """The row of JSON: what came with the prompt, and REPLY_KEYS."""
     reply = answer.reply
-    calls = [{"recipient": each.recipient, "arguments": each.text} for each in reply.messages if each.recipient]
+    calls = [{"recipient": each.recipient, "arguments": each.text} for each in reply.calls]
     return {
         **prompt.row,
         "sample": answer.request.sample,

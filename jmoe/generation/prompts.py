@@ -101,7 +101,7 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
 
 
 def _of_lines(file: Path, reserved: Sequence[str]) -> Iterator[Prompt]:
-    if not file.is_file():
+    if not file.exists() or file.is_dir():
         raise FileNotFoundError(f"{file} does not exist, or is no file")
     if file.suffix.lower() in ROWS:
         for record in open_source(file).records:
@@ -185,13 +185,15 @@ def tokens_of(tokenizer: Any, prompt: Prompt, frame: Frame) -> list[int]:
 
     Raises:
       ValueError: the chat template refuses it, knows no tools or no reasoning effort though they are given, or drops
-        something of it; or with `frame.raw` the prompt is a conversation.
+        something of it; or with `frame.raw` the prompt is a conversation or empty.
     """
     try:
         if not frame.raw:
             return encode(tokenizer, as_chat(tokenizer, prompt, frame))
         if not isinstance(prompt.words, str):
             raise ValueError("messages need the chat template, which --raw leaves out")
+        if not prompt.words:
+            raise ValueError("--raw needs a text to continue, got an empty one")
         return encode(tokenizer, prompt.words)
     except ValueError as error:
         raise ValueError(f"{prompt.place}: {error}") from error

@@ -37,6 +37,11 @@ class Reply:
         return self._stop.found
 
     @property
+    def calls(self) -> Sequence[ChannelText]:
+        """Its messages to tools, each whole."""
+        return self._reader.calls
+
+    @property
     def answered(self) -> bool:
         """Whether it came to its final channel; True without channels."""
         return self._reader.reached_final
@@ -87,6 +92,7 @@ class _Whole:
     """A reader of tokens that are all text."""
 
     reached_final = True
+    calls: Sequence[ChannelText] = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self._stream = TextStream(tokenizer, show_special=True)

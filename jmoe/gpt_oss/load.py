@@ -108,10 +108,12 @@ def load(
 
 def local_directory(path: str | os.PathLike[str]) -> Path:
     """The checkpoint's directory, fetched from the Hub if the path is none."""
+    name = os.fspath(path)
+    if not name.strip():
+        raise FileNotFoundError("the checkpoint must be a directory or a repository on the Hub, got an empty path")
     directory = Path(path)
     if directory.is_dir():
         return directory
-    name = os.fspath(path)
     if name.count("/") == 2 and name.endswith("/original") and not name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name} is no directory; of the Hub give {name.removesuffix('/original')}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

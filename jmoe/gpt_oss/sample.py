@@ -12,6 +12,10 @@ LEAST_TEMPERATURE = 1e-30
 """Below it float32 would divide by zero, or nearly so."""
 
 
+LARGEST_TOP_K = 2**31 - 1
+"""What int32 holds; no vocabulary is as large, so that more tokens than this are all."""
+
+
 class Sampling(NamedTuple):
     """How tokens are chosen; a pytree whose numbers may be traced, and what is None is no part of the program.
 
@@ -46,7 +50,7 @@ class Sampling(NamedTuple):
         penalty = None if repetition_penalty == 1 else repetition_penalty
         if temperature == 0:
             return cls(repetition_penalty=penalty)
-        return cls(temperature, top_p, top_k or None, min_p or None, penalty)
+        return cls(temperature, top_p, min(top_k, LARGEST_TOP_K) or None, min_p or None, penalty)
 
 
 def choose(

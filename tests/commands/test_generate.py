@@ -1,6 +1,7 @@
 """`jmoe generate` on the tiny checkpoint, and on replies that are written here."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -60,12 +61,39 @@ def test_several_prompts_have_each_its_adapter() -> None:
         (["--adapter", "a", "--adapter", "b", "Hi"], "several --adapter need"),
         (["--samples", "2", "Hi"], "--samples above 1 needs --temperature above 0"),
         (["--prompts", "x", "Hi"], "from the command line or from --prompts, got both"),
+        (["--adapter", "", "Hi"], "must name a file or directory to read, got an empty path"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["generate", *SHORT, *options])
     assert run.exit_code == 2
     assert message in " ".join(run.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "0", "--temperature", "1", "Hi"], r"top_p must be in \(0, 1\], got 0.0"),
+        (["--raw", "Hi", ""], "prompt 1: --raw needs a text to continue, got an empty one"),
+        (["--model", "", "Hi"], "the checkpoint must be a directory or a repository on the Hub, got an empty path"),
+    ],
+)
+def test_what_cannot_be_generated_is_said_before_weights_are_loaded(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jmoe.gpt_oss.load", lambda *_, **__: pytest.fail("weights are loaded"))
+    run = CliRunner().invoke(app, ["generate", *SHORT, *options])
+    assert isinstance(run.exception, ValueError | FileNotFoundError)
+    assert re.search(message, str(run.exception))
+
+
+def test_a_prompt_past_the_vocabulary_is_found_before_the_first_reply(written: Callable[..., list[dict]]) -> None:
+    calls = written(ANSWERS, ANSWERS)
+    arguments = ["--model", str(TINY), "--raw", "--batch-size", "1", "Hi", "<|call|>"]
+    written.model.config.vocab_size -= 1  # type: ignore[attr-defined]
+    run = CliRunner().invoke(app, ["generate", *arguments])
+    assert "token ids must be in" in str(run.exception)
+    assert calls == []
 
 
 def test_samples_differ_by_seed() -> None:
@@ -125,7 +153,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
     tokenizer: Any = channel_tokenizer()
     monkeypatch.setattr("jmoe.text.load_tokenizer", lambda directory: tokenizer)
     stop = tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])
-    model = SimpleNamespace(config=SimpleNamespace(stop_tokens=tuple(stop)))
+    model = SimpleNamespace(config=SimpleNamespace(stop_tokens=tuple(stop), vocab_size=len(tokenizer)))
     monkeypatch.setattr("jmoe.gpt_oss.load", lambda directory, **options: model)
 
     def write(*replies: str) -> list[dict]:
@@ -146,6 +174,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
         monkeypatch.setattr("jmoe.generation.batches.generate", generate)
         return calls
 
+    write.model = model  # type: ignore[attr-defined]
     return write
 
 

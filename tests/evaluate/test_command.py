@@ -49,6 +49,21 @@ def test_results_that_could_not_be_written_are_an_error(tmp_path: Path, monkeypa
         evaluate(options)
 
 
+def test_standard_errors_are_resampled_without_a_fork_and_standard_output_is_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("a process with JAX forks"))
+    write_tasks(tmp_path)
+    task = tmp_path / "tiny_perplexity.yaml"
+    text = task.read_text().replace("loglikelihood_rolling", "loglikelihood").replace("word_", "")
+    task.write_text(text.replace("  - metric: bits_per_byte\n", ""))
+    ((perplexity,),) = evaluate(Options(model=TINY, tasks=["tiny_perplexity"], include_path=tmp_path))
+    assert perplexity.name == "perplexity"
+    assert perplexity.error
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("name", "text", "whole"),
     [

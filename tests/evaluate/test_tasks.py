@@ -51,6 +51,11 @@ def error_of(folder: Path, name: str, **options: object) -> str:
         ("tiny_choice", ("output_type: multiple_choice", "output_type: multiple"), "multiple"),
         ("tiny_choice", ('"{{question}}"', "!function gone.question"), "gone"),
         ("tiny_generation", ("  do_sample: false", "  typical_p: 0.9"), r"got ['typical_p'] too"),
+        (
+            "tiny_generation",
+            ('  until: ["License"]\n  max_gen_toks: 16\n  do_sample: false', "  [until]"),
+            "generation_kwargs must be names and values, got ['until']",
+        ),
         ("tiny_generation", ("max_gen_toks: 16", "max_gen_toks: many"), "max_gen_toks must be a number, got 'many'"),
     ],
 )

@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,15 @@ def test_tables_and_packed_files_are_read_too(tmp_path: Path) -> None:
     assert [prompt.words for prompt in from_file(packed)] == ["Ho"]
     with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
         from_file(tmp_path)
+
+
+def test_lines_may_come_from_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("Hi\nHo\n"))
+    writer.start()
+    assert [prompt.words for prompt in from_file(pipe)] == ["Hi", "Ho"]
+    writer.join()
 
 
 def test_other_files_have_a_prompt_a_line(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_samples_follow_temperature_and_top_p() -> None:
     assert largest_last.tolist() == [3]
 
 
+def test_more_likeliest_tokens_than_int32_counts_are_all() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    draw = jax.jit(lambda sampling, key: choose(logits, key, sampling, None))
+    drawn = [draw(Sampling.create(1.0, 1.0, top_k, 0.0, 1.0), jax.random.key(3)) for top_k in (0, 4, 10**30)]
+    assert len({int(token[0]) for token in drawn}) == 1
+
+
 def transformers_probabilities(logits: np.ndarray, seen: list[int], **options: float) -> np.ndarray:
     """What transformers would sample from, by its own processors in its own order."""
     import torch
