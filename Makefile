@@ -26,7 +26,7 @@ example: $(READY)
 test: $(READY)
 	@echo "== kernels in Triton's interpreter (about 2 minutes on 2 cores)"
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m interpret
-	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 13 minutes)"
+	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 17 minutes)"
 	@$(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m "not interpret"
 
 lint: $(READY)

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import pytest
 from tests import harmony
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+# A shell's background jobs inherit a Ctrl-C that is ignored, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compilation makes the first example slow and no later one. The examples are the same each time, so that CI fails for a
 # reason and not by chance.
