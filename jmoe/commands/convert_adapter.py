@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from jmoe.commands.model_options import LoraBLayoutOption
-from jmoe.commands.paths import output_path
+from jmoe.commands.paths import input_path, output_path
 
 
 def convert_adapter(
     model: Annotated[Path, typer.Option(help="The gpt-oss directory that the adapter is for; config.json is read.")],
-    adapter: Annotated[Path, typer.Option(help="An adapter directory in any layout that jmoe reads.")],
+    adapter: Annotated[
+        Path,
+        typer.Option(help="An adapter directory in any layout that jmoe reads.", parser=input_path, metavar="<path>"),
+    ],
     out: Annotated[
         Path,
         typer.Option(

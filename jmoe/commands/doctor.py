@@ -17,6 +17,7 @@ from jmoe.commands.finetune_memory import (
     finetune_table,
 )
 from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption
+from jmoe.commands.paths import input_path
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def doctor(
         str | None, typer.Option(help="A gpt-oss directory or Hub repository: say what it will run by.")
     ] = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="A PEFT adapter directory: say what is in it. More may follow.")
+        list[Path] | None,
+        typer.Option(
+            help="A PEFT adapter directory: say what is in it. More may follow.", parser=input_path, metavar="<path>"
+        ),
     ] = None,
     lora_b_layout: LoraBLayoutOption = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 16,

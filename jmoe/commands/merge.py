@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jmoe.commands.model_options import LoraBLayoutOption
-from jmoe.commands.paths import output_path
+from jmoe.commands.paths import input_path, output_path
 
 if TYPE_CHECKING:
     from jmoe.gpt_oss import MergeReport
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def merge(
     model: Annotated[str, typer.Option(help="A gpt-oss directory, or a repository on the Hub.")],
-    adapter: Annotated[Path, typer.Option(help="A PEFT adapter directory.")],
+    adapter: Annotated[Path, typer.Option(help="A PEFT adapter directory.", parser=input_path, metavar="<path>")],
     out: Annotated[
         Path, typer.Option(help="A new or empty directory for the merged model.", parser=output_path, metavar="<path>")
     ],

@@ -85,7 +85,7 @@ def test_options_that_differ_are_an_error_that_says_what_it_has(
 
 
 @pytest.mark.parametrize("more", [{"rank": 2, "ranks": "gate_up=4"}, {"targets": "down,q,gate_up"}])
-def test_options_that_agree_are_none(adapter: Path, more: dict[str, object]) -> None:
+def test_options_that_agree_with_the_adapter_are_accepted(adapter: Path, more: dict[str, object]) -> None:
     start_adapter(options(adapter, **more), CONFIG)
 
 
