@@ -5,9 +5,11 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
+from jmoe.ops.exportable import exportable
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -25,6 +27,7 @@ class Experts:
     down_bias: Float[Array, "E H"] | None
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lora:

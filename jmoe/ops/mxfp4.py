@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
+from jmoe.ops.exportable import exportable
+
 BLOCK = 32
 """Consecutive values along K that share one scale byte."""
 
@@ -24,6 +26,7 @@ _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1 magnitudes 
 _E2M1_LARGEST_EXPONENT = 2  # 6 = 1.5 * 2**2
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mxfp4:
@@ -43,6 +46,7 @@ class Mxfp4:
         return *leading, n, groups * BLOCK
 
 
+@exportable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("words", "scales"), meta_fields=("n", "k"))
 @dataclasses.dataclass(frozen=True)
 class PackedMxfp4:

@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -206,6 +208,24 @@ def test_export_without_a_gpu() -> None:
     again = jax.export.deserialize(exported.serialize())
     assert again.platforms == ("cuda",)
     assert again.in_tree == jax.tree.structure((arguments, {}))
+
+
+LOAD = """
+import sys, jax.export
+import jmoe
+experts = jmoe.Experts
+print(jax.export.deserialize(open(sys.argv[1], "rb").read()).in_avals)
+"""
+
+
+def test_an_exported_layer_is_read_by_a_process_that_has_named_the_containers_alone(tmp_path: Path) -> None:
+    layer = random_layer(LayerShape(4, hidden=64, intermediate=64, experts=4, top_k=2))
+    call = jax.jit(lambda x, logits, experts: jmoe.moe(x, logits, experts, top_k=2, backend="xla"))
+    file = tmp_path / "layer.bin"
+    exported = jax.export.export(call)(layer.x, layer.router_logits, layer.experts)
+    file.write_bytes(exported.serialize())
+    read = subprocess.run([sys.executable, "-c", LOAD, file], capture_output=True, text=True, check=True).stdout
+    assert read.strip() == str(exported.in_avals)
 
 
 def test_sharded_experts_lower_for_cuda() -> None:
