@@ -7,9 +7,9 @@ import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import capability_of, launch, tables_of
-from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
+from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 
 type Buffers = dict[str, torch.Tensor]
 

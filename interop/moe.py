@@ -7,7 +7,7 @@ import torch
 from jmoe.interop.check import check_buffers
 from jmoe.interop.gradient import DifferentiableMoe, Options, check_gradient, run
 from jmoe.interop.launch import capability_of
-from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
+from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 
 
 class Mxfp4Like(Protocol):

@@ -19,10 +19,10 @@ from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, Quantize, check_layers, local_directory
+from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.launch.installed import INSTALL
 from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
 from jmoe.ops.mxfp4 import BLOCK
-from jmoe.ops.stacked_linear import MOST_ROWS
 from jmoe.tensors import Spec
 
 PACKAGES = (
@@ -198,7 +198,7 @@ def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *,
         return by(kernel_of_experts_here(tokens, config.num_local_experts, config.num_experts_per_tok))
 
     def linear(tokens: int) -> str:
-        return by("few_rows_linear") if tokens <= MOST_ROWS else "XLA"
+        return by("decode_linear") if tokens <= MOST_ROWS else "XLA"
 
     flash = machine.no_flash is None and config.head_dim <= flash_attention.WIDEST
     attention = [

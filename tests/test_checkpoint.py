@@ -264,7 +264,7 @@ def test_every_mismatch_is_listed(directory):
         load_moe_layer(Checkpoint(directory), 0)
 
 
-def test_packed_experts_need_whole_blocks(directory):
+def test_packed_decode_need_whole_blocks(directory):
     edit_json(directory / "config.json", intermediate_size=100)
     message = "model.layers.0.mlp.experts.down_proj_blocks packs blocks of 32 values, so its input size cannot be 100"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

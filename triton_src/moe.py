@@ -4,20 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Self
 
-from jmoe.triton_src.combine import plan_combine
-from jmoe.triton_src.fetch import Fetch
-from jmoe.triton_src.grouped_matmul import plan_grouped_matmul
-from jmoe.triton_src.lora import plan_shrink
-from jmoe.triton_src.packed_experts import plan_packed_experts
-from jmoe.triton_src.packed_many_rows import plan_packed_many_rows
+from jmoe.triton_src.packed.decode import plan_packed_decode
+from jmoe.triton_src.packed.grouped_matmul import plan_packed_grouped_matmul
 from jmoe.triton_src.plan import Plan, cdiv
-from jmoe.triton_src.route_problem import RouteProblem, spread_slots, tile_slots
-from jmoe.triton_src.routing import plan_routing
+from jmoe.triton_src.portable.grouped_matmul import plan_grouped_matmul
+from jmoe.triton_src.portable.shrink import plan_shrink
+from jmoe.triton_src.routing.combine import plan_combine
+from jmoe.triton_src.routing.l2_prefetch import Fetch
+from jmoe.triton_src.routing.plan import plan_routing
+from jmoe.triton_src.routing.problem import RouteProblem, spread_slots, tile_slots
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 from jmoe.triton_src.tiles import (
     PACKED_TILES,
-    FewRowsTile,
-    ManyRowsTile,
+    DecodeTile,
+    GroupedTile,
     Tile,
     TileTables,
     choose_packed_tile,
@@ -117,7 +117,7 @@ class MoeProblem:
             fetch=fetch,
         )
 
-    def fetch(self, tile: FewRowsTile) -> Fetch:
+    def fetch(self, tile: DecodeTile) -> Fetch:
         """What routing fetches of packed weights for the launch after it."""
         return Fetch(
             experts=self.experts,
@@ -143,10 +143,10 @@ def plan_moe(
     p = problem
     tile = choose_layer_tile(problem, capability, tables, keep)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
-    if isinstance(tile, FewRowsTile):
+    if isinstance(tile, DecodeTile):
         return [
             *plan_routing(problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile))),
-            plan_packed_experts(
+            plan_packed_decode(
                 hidden=p.hidden,
                 intermediate=p.intermediate,
                 slots=slots,
@@ -167,7 +167,7 @@ def plan_moe(
             ),
             plan_sum("pair_out", "y", problem),
         ]
-    if isinstance(tile, ManyRowsTile) and p.down_rank is None:
+    if isinstance(tile, GroupedTile) and p.down_rank is None:
         return [
             *plan_routing(problem.routing(tile.block_m, counters=True)),
             *plan_projections(("gate_up", "down"), problem, tile, slots, keep),
@@ -183,8 +183,8 @@ def plan_moe(
 
 def choose_layer_tile(
     problem: MoeProblem, capability: int, tables: TileTables | None, gradient: bool
-) -> Tile | FewRowsTile | ManyRowsTile:
-    """The tile of a layer's launches. For a gradient, packed weights go through packed_many_rows alone."""
+) -> Tile | DecodeTile | GroupedTile:
+    """The tile of a layer's launches. For a gradient, packed weights go through packed_grouped_matmul alone."""
     p = problem
     if not p.packed:
         return choose_tile(capability, p.pairs, p.experts, tables)
@@ -193,17 +193,17 @@ def choose_layer_tile(
             f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
         )
     tile = choose_packed_tile(capability, p.pairs, p.experts, tables)
-    if gradient and isinstance(tile, FewRowsTile):
-        return next(tile for tile in PACKED_TILES[capability] if isinstance(tile, ManyRowsTile))
+    if gradient and isinstance(tile, DecodeTile):
+        return next(tile for tile in PACKED_TILES[capability] if isinstance(tile, GroupedTile))
     return tile
 
 
 def plan_projection(
-    projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int, keep: bool = False
+    projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int, keep: bool = False
 ) -> list[Plan]:
     """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
     p = problem
-    if isinstance(tile, ManyRowsTile):
+    if isinstance(tile, GroupedTile):
         return plan_projections((projection,), problem, tile, slots, keep)
     gate_up = projection == "gate_up"
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
@@ -230,11 +230,11 @@ def plan_projection(
 
 
 def plan_projections(
-    projections: tuple[str, ...], problem: MoeProblem, tile: ManyRowsTile, slots: int, keep: bool
+    projections: tuple[str, ...], problem: MoeProblem, tile: GroupedTile, slots: int, keep: bool
 ) -> list[Plan]:
     """LoRA's shrink for the first of the projections, if that has LoRA, and their products from packed weights."""
     p = problem
-    products = plan_packed_many_rows(
+    products = plan_packed_grouped_matmul(
         projections,
         hidden=p.hidden,
         intermediate=p.intermediate,
@@ -255,7 +255,7 @@ def plan_projections(
     return [*plan_shrink_before(projections[0], problem, tile, slots), products]
 
 
-def plan_shrink_before(projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int) -> list[Plan]:
+def plan_shrink_before(projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int) -> list[Plan]:
     """The shrink of what goes into a product, if that has LoRA."""
     if problem.rank(projection) is None:
         return []
@@ -268,7 +268,7 @@ def plan_shrink_of(
     matrix: str,
     out: str,
     problem: MoeProblem,
-    tile: Tile | ManyRowsTile,
+    tile: Tile | GroupedTile,
     slots: int,
 ) -> Plan:
     """plan_shrink of a layer's rows through one of its LoRA matrices, "gate_up_a" for example."""

@@ -7,16 +7,16 @@ Names: dy is the gradient of y; a gradient of buffer B is B_grad. Kept from the 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jmoe.triton_src.dgrad import plan_dgrad
 from jmoe.triton_src.moe import MoeProblem, choose_layer_tile, plan_projection, plan_shrink_of, plan_sum
-from jmoe.triton_src.packed_dgrad import plan_packed_dgrad
+from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.route_backward import plan_route_backward
-from jmoe.triton_src.route_problem import tile_slots
-from jmoe.triton_src.routing import plan_routing
-from jmoe.triton_src.swiglu_backward import plan_swiglu_backward
-from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, FewRowsTile, ManyRowsTile, Tile, TileTables
-from jmoe.triton_src.weight_grad import plan_bias_grad, plan_lora_grad
+from jmoe.triton_src.portable.dgrad import plan_dgrad
+from jmoe.triton_src.portable.swiglu_backward import plan_swiglu_backward
+from jmoe.triton_src.portable.weight_grad import plan_bias_grad, plan_lora_grad
+from jmoe.triton_src.routing.backward import plan_route_backward
+from jmoe.triton_src.routing.plan import plan_routing
+from jmoe.triton_src.routing.problem import tile_slots
+from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, DecodeTile, GroupedTile, Tile, TileTables
 
 
 def plan_moe_backward(
@@ -41,7 +41,7 @@ def plan_moe_backward(
     """
     p = problem
     tile = choose_layer_tile(p, capability, tables, gradient=True)
-    assert not isinstance(tile, FewRowsTile)
+    assert not isinstance(tile, DecodeTile)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     # A dtype is asked for what is wanted; what is not is left out below.
     dtype = {f"{projection}_{part}": "float32" for projection in ("gate_up", "down") for part in ("a", "b", "bias")}
@@ -117,7 +117,7 @@ def plan_moe_backward(
 
 
 def plan_input_gradient(
-    projection: str, problem: MoeProblem, tile: Tile | ManyRowsTile, slots: int, capability: int
+    projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int, capability: int
 ) -> list[Plan]:
     """LoRA's shrink of the gradient through B, if there is LoRA, and the product with the weights."""
     p = problem
@@ -140,7 +140,7 @@ def plan_input_gradient(
         "adapter_ids": p.adapter_ids,
         "stacked": p.stacked,
     }
-    if isinstance(tile, ManyRowsTile):
+    if isinstance(tile, GroupedTile):
         dgrad_tile = PACKED_DGRAD_TILES[capability][tile.block_m]
         return [*plans, plan_packed_dgrad(projection, routed=tile, tile=dgrad_tile, **shared)]
     mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4

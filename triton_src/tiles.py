@@ -38,8 +38,8 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class FewRowsTile:
-    """packed_experts_kernel's parameters, for experts with up to `rows` rows on average."""
+class DecodeTile:
+    """packed_decode_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
     block_m: int
@@ -56,8 +56,8 @@ class FewRowsTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class ManyRowsTile:
-    """packed_many_rows_kernel's parameters, for experts with up to `rows` rows on average."""
+class GroupedTile:
+    """packed_grouped_matmul_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
     block_m: int
@@ -78,7 +78,7 @@ class DgradTile:
     max_registers: int
 
 
-type PackedTile = FewRowsTile | ManyRowsTile
+type PackedTile = DecodeTile | GroupedTile
 
 # Beside each: microseconds on an H100 of this tile and of the next best tried: the whole layer's at 256 tokens,
 # launched from torch, and gate_up's and down's for more. Below 256 the layer's in jax.lax.scan, of this tile alone:
@@ -86,7 +86,7 @@ type PackedTile = FewRowsTile | ManyRowsTile
 PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
     90: (
         # 1 token: 29.5
-        FewRowsTile(
+        DecodeTile(
             0.25,
             block_m=8,
             ahead=4,
@@ -100,7 +100,7 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             fetched_blocks=1,
         ),
         # 4 tokens: 67.1
-        FewRowsTile(
+        DecodeTile(
             1,
             block_m=8,
             ahead=4,
@@ -114,7 +114,7 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             fetched_blocks=2,
         ),
         # 16 tokens: 130.6
-        FewRowsTile(
+        DecodeTile(
             4,
             block_m=8,
             ahead=4,
@@ -128,7 +128,7 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             fetched_blocks=5,
         ),
         # 64 tokens: 158.2
-        FewRowsTile(
+        DecodeTile(
             8,
             block_m=16,
             ahead=4,
@@ -142,9 +142,9 @@ PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
             fetched_blocks=5,
         ),
         # 256 tokens: 220, 224
-        ManyRowsTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
+        GroupedTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
         # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
-        ManyRowsTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
+        GroupedTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
     ),
 }
 """Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.rope import Heads
-from jmoe.ops.cached_attention import cached_attention
+from jmoe.ops.decode.cached_attention import cached_attention
 
 type Cache = tuple[Float[Array, "L B M S 2D"], ...]
 """For each layer of a group the entries of all groups, a key, rotated, and its value behind it.

@@ -13,9 +13,9 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import Attention, delta, through_experts
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
+from jmoe.ops.decode.linear import Expand, decode_linear
+from jmoe.ops.decode.norm_linear import Narrow, norm_linear
 from jmoe.ops.experts import Lora
-from jmoe.ops.norm_linear import Narrow, norm_linear
-from jmoe.ops.stacked_linear import Expand, stacked_linear
 
 
 def through_layers_of_few[S](
@@ -88,7 +88,7 @@ def layer_of_few[S](
         expand = None
         if factors is not None and shrunk is not None:
             expand = Expand(shrunk, factors.b.reshape(factors.b.shape[0], -1, factors.b.shape[-1]))
-        y = stacked_linear(x, linears.weight, linears.bias, index, expand)
+        y = decode_linear(x, linears.weight, linears.bias, index, expand)
         if factors is None or expand is not None:
             return y
         own = jax.tree.map(lambda leaf: take(leaf, index), factors)

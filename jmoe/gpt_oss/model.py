@@ -23,8 +23,8 @@ from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
 from jmoe.nn.variables import Frozen
+from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.norm import rms_norm
-from jmoe.ops.stacked_linear import MOST_ROWS
 
 type CarriedAttention = Callable[..., tuple[Array, Any]]
 """(heads, sinks, state, group) -> (attended, state)."""

@@ -106,7 +106,7 @@ def test_a_gpu_without_triton_is_an_error_and_not_xla() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "tokens", "want"),
-    [(90, 1, "packed_experts"), (90, 100000, "packed_many_rows"), (80, 1, "grouped_matmul")],
+    [(90, 1, "packed_decode"), (90, 100000, "packed_grouped_matmul"), (80, 1, "grouped_matmul")],
 )
 def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_capability", lambda: capability)

@@ -102,7 +102,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     np.testing.assert_allclose(together, jnp.concatenate(alone, axis=1), rtol=1e-4, atol=1e-4)
 
 
-def test_packed_experts_are_the_same_model() -> None:
+def test_packed_decode_are_the_same_model() -> None:
     tokens = random_tokens(ours(jnp.float32), 9)
     packed = gpt_oss.load(CASE / "model", packed=True, progress=False)
     plain = gpt_oss.load(CASE / "model", packed=False, progress=False)

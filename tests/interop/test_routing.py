@@ -10,12 +10,12 @@ from jmoe.interop import launch as launches
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
 from jmoe.interop.reference import route
-from jmoe.triton_src.interleave import interleaved_width
 from jmoe.triton_src.plan import Buffer
-from jmoe.triton_src.route_few import plan_route_few
-from jmoe.triton_src.route_many import plan_route_many
-from jmoe.triton_src.route_problem import RouteProblem
-from jmoe.triton_src.routing import plan_routing
+from jmoe.triton_src.routing.few import plan_route_few
+from jmoe.triton_src.routing.many import plan_route_many
+from jmoe.triton_src.routing.mma_k_order import interleaved_width
+from jmoe.triton_src.routing.plan import plan_routing
+from jmoe.triton_src.routing.problem import RouteProblem
 
 pytestmark = pytest.mark.interpret
 

@@ -55,7 +55,7 @@ def test_new_adapters_change_nothing() -> None:
     assert jnp.array_equal(layer(x), new_layer(lora=None)(x))
 
 
-def test_packed_experts_are_those_unpacked() -> None:
+def test_packed_decode_are_those_unpacked() -> None:
     layer, x = new_layer(), tokens()
     packed = MoE.from_weights(
         jmoe.pack(layer.experts), layer.router_kernel[...], layer.router_bias[...], top_k=2, lora=layer.lora

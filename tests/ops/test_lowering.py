@@ -245,7 +245,7 @@ def test_sharded_experts_lower_for_cuda() -> None:
 
 def test_widths_and_sizes_are_compiled_in_but_the_number_of_tokens_is_not() -> None:
     def kernels(tokens: int) -> set[str]:
-        from jmoe.triton_src.grouped_matmul import grouped_matmul_kernel
+        from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 
         lower(LayerShape(tokens, hidden=64, intermediate=64, experts=4, top_k=2), "sm_90")
         return set(map(str, grouped_matmul_kernel._jT_kernel_cache))

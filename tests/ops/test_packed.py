@@ -89,7 +89,7 @@ def test_numpy_weights_are_packed_alike() -> None:
 
 
 @pytest.mark.parametrize("part", ["both", "gate_up", "down"])
-def test_the_layer_on_packed_experts_has_the_same_bits(part: str) -> None:
+def test_the_layer_on_packed_decode_has_the_same_bits(part: str) -> None:
     layer = random_layer(LayerShape(9, hidden=96, intermediate=160, experts=3, top_k=2, adapters=2, rank=3, mixed=True))
     packed = jmoe.pack(layer.experts)
     if part != "both":

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 
-from jmoe.triton_src.lora import rank_blocks
 from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 from jmoe.triton_src.plan import Plan, cdiv
-from jmoe.triton_src.route_many import plan_route_many
-from jmoe.triton_src.route_problem import RouteProblem, tile_slots
-from jmoe.triton_src.routing import plan_routing
+from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.routing.many import plan_route_many
+from jmoe.triton_src.routing.plan import plan_routing
+from jmoe.triton_src.routing.problem import RouteProblem, tile_slots
 from jmoe.triton_src.tiles import TILES, choose_packed_tile, choose_tile
 
 PROBLEM = MoeProblem(
@@ -161,7 +161,7 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "product", "shrinks"),
-    [(1, "packed_experts", 0), (16, "packed_experts", 0), (1024, "packed_many_rows", 2)],
+    [(1, "packed_decode", 0), (16, "packed_decode", 0), (1024, "packed_grouped_matmul", 2)],
 )
 def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: int, lora: bool) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)

@@ -68,8 +68,8 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
 
 
 def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
-    """Of one of jmoe.triton_src.decoding's operations; for the sizes see its plan."""
+    """Of one of jmoe.triton_src.decode.plans's operations; for the sizes see its plan."""
     check_installed()
-    from jmoe.triton_src.decoding import PLANS
+    from jmoe.triton_src.decode.plans import PLANS
 
     return PLANS[operation](**sizes)

@@ -169,8 +169,8 @@ def route_and_sort(
     calls run one after another, which as nodes of one CUDA graph would run side by side.
     """
     from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.route_problem import RouteProblem
-    from jmoe.triton_src.routing import plan_routing
+    from jmoe.triton_src.routing.plan import plan_routing
+    from jmoe.triton_src.routing.problem import RouteProblem
     from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
 
     check_installed()

@@ -83,10 +83,10 @@ def tiles_here() -> str:
 def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
     from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.tiles import FewRowsTile, choose_packed_tile
+    from jmoe.triton_src.tiles import DecodeTile, choose_packed_tile
 
     capability = local_capability()
     if not reads_packed(capability):
         return "grouped_matmul"
     tile = choose_packed_tile(capability, tokens * top_k, experts, local_tables())
-    return "packed_experts" if isinstance(tile, FewRowsTile) else "packed_many_rows"
+    return "packed_decode" if isinstance(tile, DecodeTile) else "packed_grouped_matmul"

@@ -1,0 +1,34 @@
+"""The dense product of few rows, in Triton's interpreter, beside torch in float64."""
+
+import pytest
+import torch
+
+from jmoe.interop.interpreter import bfloat16_arithmetic
+from jmoe.interop.launch import launch
+from jmoe.triton_src.decode.linear import plan_decode_linear
+
+pytestmark = pytest.mark.interpret
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "rank"),
+    [(1, 40, 300, None), (1, 71, 1100, 100), (2, 40, 300, 3), (16, 64, 256, 5), (33, 72, 136, 100), (64, 32, 64, 16)],
+)
+def test_one_layer_of_a_stack(rows: int, n: int, k: int, rank: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    buffers = {"x": normal(rows, k), "weight": normal(3, n, k), "bias": normal(3, n)}
+    buffers["weight"][[0, 2]] = float("nan")
+    buffers["layer"] = torch.tensor([1], dtype=torch.int32)
+    if rank is not None:
+        buffers |= {"shrunk": normal(rows, rank), "lora_b": normal(3, 2 * n, rank)}
+        buffers["lora_b"][[0, 2]] = buffers["lora_b"][:, n:] = float("nan")
+    plans = plan_decode_linear(rows=rows, n=n, k=k, rank=rank, lora_rows=2 * n)
+    plans[0].check_names()
+    with bfloat16_arithmetic():
+        got = launch(plans, buffers)["linear"].double()
+    exact = {name: buffer.double() for name, buffer in buffers.items()}
+    want = exact["x"] @ exact["weight"][1].T + exact["bias"][1]
+    if rank is not None:
+        want += exact["shrunk"] @ exact["lora_b"][1, :n].T
+    assert float((got - want).norm() / want.norm()) <= 4e-3

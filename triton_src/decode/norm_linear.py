@@ -1,0 +1,127 @@
+"""A norm and a narrow product of what it makes, for few rows, in one launch: both are bound by starting it.
+
+The weights are read in place from stacks of layers. Each program makes the norm of its rows anew.
+"""
+
+import triton
+import triton.language as tl
+
+from jmoe.triton_src.decode.tiles import norm_linear_tile
+from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_linear_kernel(
+    x_ptr,  # (T, K) bf16
+    addend_ptr,  # (T, K) bf16, or None
+    norm_ptr,  # (L, K) bf16, or None: no norm
+    weight_ptr,  # (L, P, K) bf16, of which the first N rows count, or None: no product
+    scale_ptr,  # (L, P) float32, or None
+    bias_ptr,  # (L, P) bf16, or None
+    layer_ptr,  # (1,) int32
+    sum_ptr,  # (T, K) bf16: x + addend, or None without
+    normal_ptr,  # (T, K) bf16, or None
+    product_ptr,  # (T, N) bf16, or None
+    rows,
+    EPS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum = x + addend; normal = norm[layer] * sum / sqrt(mean(sum²) + EPS); product = scale * normal W^T + bias.
+
+    Each is rounded once. Grid: (cdiv(T, ROWS), cdiv(N, BLOCK_N)).
+    """
+    layer = tl.load(layer_ptr)
+    k = tl.arange(0, BLOCK_K)
+    k_ok = k < K
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < N
+    # Loaded before the norm, so that they are there when it is.
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + layer * K + k, mask=k_ok, other=0.0)
+    if weight_ptr is not None:
+        at = (layer * P + column).to(tl.int64)[:, None] * K
+        weight = tl.load(weight_ptr + at + k[None, :], mask=column_ok[:, None] & k_ok[None, :], other=0.0)
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        ok = k_ok & (row < rows)
+        x = tl.load(x_ptr + row * K + k, mask=ok, other=0.0)
+        if addend_ptr is not None:
+            addend = tl.load(addend_ptr + row * K + k, mask=ok, other=0.0)
+            x = (x.to(tl.float32) + addend.to(tl.float32)).to(x.dtype)
+            if tl.program_id(1) == 0:
+                tl.store(sum_ptr + row * K + k, x, mask=ok)
+        if norm_ptr is not None:
+            wide = x.to(tl.float32)
+            wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / K + EPS)
+            x = (gain.to(tl.float32) * wide).to(x.dtype)
+            if tl.program_id(1) == 0:
+                tl.store(normal_ptr + row * K + k, x, mask=ok)
+        if weight_ptr is not None:
+            product = tl.sum(weight.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+            if scale_ptr is not None:
+                product *= tl.load(scale_ptr + layer * P + column, mask=column_ok, other=0.0)
+            if bias_ptr is not None:
+                product += tl.load(bias_ptr + layer * P + column, mask=column_ok, other=0.0).to(tl.float32)
+            tl.store(
+                product_ptr + row * N + column,
+                product.to(product_ptr.dtype.element_ty),
+                mask=column_ok & (row < rows),
+            )
+
+
+def plan_norm_linear(
+    *,
+    rows: int,
+    k: int,
+    n: int = 0,
+    weight_rows: int = 0,
+    eps: float = 0.0,
+    addend: bool = False,
+    norm: bool = False,
+    scale: bool = False,
+    bias: bool = False,
+) -> list[Plan]:
+    """Some of sum, normal and product, from x, layer [1] and what is there of addend, norm, weight, scale and bias.
+
+    n: columns of the product, 0 for none; weight_rows: of the weight in each layer, of which the first n count.
+    """
+    tile = norm_linear_tile(rows)
+    there = {"addend": addend, "norm": norm, "weight": n > 0, "scale": scale, "bias": bias}
+    results = {
+        "sum_ptr": Buffer("sum", (rows, k), "bfloat16") if addend else None,
+        "normal_ptr": Buffer("normal", (rows, k), "bfloat16") if norm else None,
+        "product_ptr": Buffer("product", (rows, n), "bfloat16") if n else None,
+    }
+    columns = cdiv(max(n, 1), tile.columns)
+    return [
+        Plan(
+            kernel=norm_linear_kernel,
+            grid=(cdiv(rows, tile.rows), columns),
+            operands={
+                "x_ptr": "x",
+                "layer_ptr": "layer",
+                **{f"{name}_ptr": name if given else None for name, given in there.items()},
+                **{parameter: None for parameter, buffer in results.items() if buffer is None},
+            },
+            scalars={"rows": rows},
+            outputs={parameter: buffer for parameter, buffer in results.items() if buffer is not None},
+            constexprs={
+                "EPS": eps,
+                "N": n,
+                "P": weight_rows,
+                "K": k,
+                "ROWS": tile.rows,
+                "BLOCK_N": tile.columns,
+                "BLOCK_K": next_power_of_2(k),
+            },
+            num_warps=tile.num_warps,
+            num_stages=1,
+            flops=2 * rows * k * (n + 2),
+            bytes_accessed=2 * (n * k + rows * (4 * k + n)),
+        )
+    ]

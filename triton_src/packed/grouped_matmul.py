@@ -1,0 +1,219 @@
+"""The experts' products from packed MXFP4, for many rows an expert: one of them a launch, or both.
+
+Both in one launch have one end at which multiprocessors run out of work instead of two.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from jmoe.triton_src.packed.grouped_product import packed_tile
+from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
+from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.portable.grouped_matmul import pre_activations
+from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.stacked import Stacked
+from jmoe.triton_src.tiles import GroupedTile
+
+
+@gluon.jit
+def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, PROGRAMS: gl.constexpr):
+    """A tile's columns that `work` numbers, of PROGRAMS a tile.
+
+    By a product of fewer rows where that is enough, down to SMALLEST_M.
+    """
+    BLOCK_M: gl.constexpr = rows.BLOCK_M
+    index = work // PROGRAMS
+    program = work % PROGRAMS
+    expert = gl.load(rows.tiles_ptr + index * 3)
+    if expert >= 0:
+        first = gl.load(rows.tiles_ptr + index * 3 + 1)
+        end = gl.load(rows.tiles_ptr + index * 3 + 2)
+        counter = rows.finished_ptr
+        if rows.finished_ptr is not None:
+            counter = rows.finished_ptr + index
+        tile = Tile(expert, first, end, counter)
+        if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
+            packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 4, SMALLEST_M))
+        elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
+            packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 2, SMALLEST_M))
+        else:
+            packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M)
+
+
+@gluon.jit(do_not_specialize=["pairs", "slots"])
+def packed_grouped_matmul_kernel(
+    x_ptr,  # (T, H) bf16, or None without gate_up
+    gate_up_words_ptr,  # (E, 2 I / 64, H / 64, 512) int32; this and what follows of gate_up None without it
+    gate_up_scales_ptr,  # (E, 2 I / 64, H / 64, 32) int32
+    gate_up_bias_ptr,  # (E, 2 I) bf16 or float32, or None
+    gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None without LoRA
+    gate_up_b_ptr,  # (A, E, 2 I, R) bf16 or float32, or None without LoRA
+    down_words_ptr,  # (E, H / 64, I / 64, 512) int32; this and what follows of down None without it
+    down_scales_ptr,  # (E, H / 64, I / 64, 32) int32
+    down_bias_ptr,  # (E, H) bf16 or float32, or None
+    down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None without LoRA
+    down_b_ptr,  # (A, E, H, R) bf16 or float32, or None without LoRA
+    gates_ptr,  # (P,) float32, routing weight by pair, or None without down
+    adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
+    order_ptr,  # (P,) int32, position -> pair
+    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
+    finished_ptr,  # (slots,) int32, zero at first: a tile's programs of gate_up that have finished; None unless both
+    activations_ptr,  # (P, I) bf16 by position
+    pre_activations_ptr,  # (P, 2 I) bf16 by position, or None unless they are kept for gradients
+    pair_out_ptr,  # (P, H) bf16 by pair, or None without down
+    pairs,
+    slots,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    EXPERTS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ADAPTERS: gl.constexpr,
+    GATE_UP_RANK: gl.constexpr,
+    GATE_UP_BLOCK_R: gl.constexpr,
+    DOWN_RANK: gl.constexpr,
+    DOWN_BLOCK_R: gl.constexpr,
+    SPLITS: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    SMALLEST_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    DOWN: gl.constexpr,
+):
+    """gate_up, down, or both of grouped_matmul_kernel; a program has 128 columns of a tile. Eight warps.
+
+    Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows. GATE_UP and
+    DOWN are programs a tile, 0 of what is not computed. Grid: (slots * (GATE_UP + DOWN),).
+    """
+    pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
+    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
+    program = gl.program_id(0)
+    if GATE_UP > 0:
+        gate_up = Product(
+            x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
+            Lora(
+                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
+            ),
+            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            X_READY=0, SHRUNK_READY=0,
+        )  # fmt: skip
+        if program < slots * GATE_UP:
+            tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
+        program -= slots * GATE_UP
+    if DOWN > 0:
+        down = Product(
+            activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
+            Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
+            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            X_READY=GATE_UP, SHRUNK_READY=0,
+        )  # fmt: skip
+        if program >= 0:
+            tile_of_rows(down, rows, None, program, SMALLEST_M, DOWN)
+
+
+def plan_packed_grouped_matmul(
+    projections: Sequence[str],
+    *,
+    hidden: int,
+    intermediate: int,
+    slots: int,
+    pairs: int,
+    top_k: int,
+    experts: int,
+    biases: Sequence[str],
+    adapters: int,
+    ranks: dict[str, int | None],
+    adapter_ids: bool,
+    stacked: Stacked,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    tile: GroupedTile,
+    keep: bool = False,
+) -> Plan:
+    """Of "gate_up": activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
+
+    Of "down": pair_out [P, H] from activations.
+
+    biases: the projections that have one.
+    """
+    both = len(projections) == 2
+    lora = any(ranks[projection] is not None for projection in projections)
+    operands: dict[str, str | None] = {
+        "x_ptr": "x" if "gate_up" in projections else None,
+        "gates_ptr": "weights" if "down" in projections else None,
+        "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+        "order_ptr": "order",
+        "tiles_ptr": "tiles",
+        "finished_ptr": "finished" if both else None,
+        **stacked.weights_operand,
+        **stacked.lora_operand,
+    }
+    outputs: dict[str, Buffer] = {}
+    constexprs: dict[str, Any] = {}
+    flops = bytes_accessed = 0
+    for projection, n, k in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
+        here = projection in projections
+        rank = ranks[projection] if here else None
+        block_r, _ = rank_blocks(rank or 1)
+        # Of mixed adapters more ranks at once spill, and ptxas then serialises the main loop's products too.
+        constexprs |= {
+            f"{projection}_RANK".upper(): rank or 0,
+            f"{projection}_BLOCK_R".upper(): 16 if adapter_ids else block_r,
+        }
+        constexprs[projection.upper()] = cdiv(n, 128) if here else 0
+        for part, name in (("words", projection), ("scales", f"{projection}_scales")):
+            operands[f"{projection}_{part}_ptr"] = name if here else None
+        operands[f"{projection}_bias_ptr"] = f"{projection}_bias" if here and projection in biases else None
+        for part in ("shrunk", "b"):
+            operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank is not None else None
+        if here:
+            flops += 2 * pairs * n * (k + (rank or 0))
+            bytes_accessed += min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + n)
+    if "gate_up" in projections:
+        outputs["activations_ptr"] = Buffer("activations", (pairs, intermediate), "bfloat16")
+    else:
+        operands["activations_ptr"] = "activations"
+    if keep:
+        outputs |= pre_activations(pairs, 2 * intermediate)
+    else:
+        operands["pre_activations_ptr"] = None
+    if "down" in projections:
+        outputs["pair_out_ptr"] = Buffer("pair_out", (pairs, hidden), "bfloat16")
+    else:
+        operands["pair_out_ptr"] = None
+    return Plan(
+        kernel=packed_grouped_matmul_kernel,
+        grid=(slots * (constexprs["GATE_UP"] + constexprs["DOWN"]),),
+        operands=operands,
+        updates=("finished_ptr",) if both else (),
+        scalars={"pairs": pairs, "slots": slots},
+        outputs=outputs,
+        constexprs={
+            **constexprs,
+            "H": hidden,
+            "I": intermediate,
+            "EXPERTS": experts,
+            "TOP_K": top_k,
+            "ADAPTERS": adapters,
+            "SPLITS": tile.shrink_splits,
+            "ALPHA": swiglu_alpha,
+            "LIMIT": swiglu_limit,
+            "BLOCK_M": tile.block_m,
+            "SMALLEST_M": tile.smallest_m,
+            "STAGES": tile.stages,
+            "AHEAD": tile.ahead,
+        },
+        num_warps=8,
+        num_stages=1,
+        # Mixed adapters hold a second accumulator while they are expanded.
+        max_registers=max(128, tile.max_registers) if lora and adapter_ids else tile.max_registers,
+        flops=flops,
+        bytes_accessed=bytes_accessed,
+    )

@@ -1,0 +1,88 @@
+"""The router's gradient: of the softmax over a token's chosen logits."""
+
+import triton
+import triton.language as tl
+
+from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.routing.problem import padded_experts
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def route_backward_kernel(
+    experts_ptr,  # (T, k) int32
+    weights_ptr,  # (T, k) float32
+    pair_gates_grad_ptr,  # (P,) float32 by pair; not read for pairs not held here
+    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    weights_grad_ptr,  # (T, k) float32, or None
+    logits_grad_ptr,  # (T, COLUMNS), or None
+    tokens,
+    COLUMNS: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """logits_grad = weight * (gate's gradient - the sum of weight * gate's gradient) at chosen experts, zero elsewhere.
+
+    Pairs of experts that are not held here have no gradient from here. Grid: (cdiv(T, BLOCK_T),).
+    """
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ok = token < tokens
+    offset = 0 if expert_offset_ptr is None else tl.load(expert_offset_ptr)
+    sum_ = tl.zeros((BLOCK_T,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(experts_ptr + pair, mask=ok, other=0) - offset
+        held = ok & (expert >= 0) & (expert < EXPERTS)
+        grad = tl.load(pair_gates_grad_ptr + pair, mask=held, other=0.0)
+        if weights_grad_ptr is not None:
+            tl.store(weights_grad_ptr + pair, grad, mask=ok)
+        sum_ += grad * tl.load(weights_ptr + pair, mask=ok, other=0.0)
+    if logits_grad_ptr is not None:
+        column = tl.arange(0, COLUMNS_PADDED)
+        out = tl.zeros((BLOCK_T, COLUMNS_PADDED), tl.float32)
+        for j in tl.static_range(TOP_K):
+            pair = token * TOP_K + j
+            known = tl.load(experts_ptr + pair, mask=ok, other=0)
+            held = ok & (known - offset >= 0) & (known - offset < EXPERTS)
+            grad = tl.load(pair_gates_grad_ptr + pair, mask=held, other=0.0)
+            grad = tl.load(weights_ptr + pair, mask=ok, other=0.0) * (grad - sum_)
+            out = tl.where(column[None, :] == known[:, None], grad[:, None], out)
+        at = logits_grad_ptr + token.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        tl.store(at, out.to(logits_grad_ptr.dtype.element_ty), mask=ok[:, None] & (column < COLUMNS)[None, :])
+
+
+def plan_route_backward(
+    *, tokens: int, top_k: int, experts: int, router_experts: int | None, dtype: str, expert_offset: bool
+) -> Plan:
+    """router_logits_grad [T, E] in dtype, or weights_grad [T, k] where experts and weights were given."""
+    columns = router_experts or 1
+    block_t = max(1, min(32, 2048 // padded_experts(columns)))
+    outputs = {"logits_grad_ptr": Buffer("router_logits_grad", (tokens, columns), dtype)}
+    if router_experts is None:
+        outputs = {"weights_grad_ptr": Buffer("weights_grad", (tokens, top_k), "float32")}
+    absent = {"weights_grad_ptr": None, "logits_grad_ptr": None}
+    return Plan(
+        kernel=route_backward_kernel,
+        grid=(cdiv(tokens, block_t),),
+        operands={
+            "experts_ptr": "experts",
+            "weights_ptr": "weights",
+            "pair_gates_grad_ptr": "pair_gates_grad",
+            "expert_offset_ptr": "expert_offset" if expert_offset else None,
+            **{name: None for name in absent if name not in outputs},
+        },
+        scalars={"tokens": tokens},
+        outputs=outputs,
+        constexprs={
+            "COLUMNS": columns,
+            "COLUMNS_PADDED": padded_experts(columns),
+            "EXPERTS": experts,
+            "TOP_K": top_k,
+            "BLOCK_T": block_t,
+        },
+        num_warps=4,
+        num_stages=1,
+        flops=4 * tokens * top_k,
+        bytes_accessed=tokens * (2 * columns + 12 * top_k),
+    )
