@@ -1,4 +1,4 @@
-"""Tables for README."""
+"""Tables in Markdown."""
 
 from collections.abc import Sequence
 

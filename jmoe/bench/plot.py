@@ -1,4 +1,4 @@
-"""The plot in README: a layer's time against tokens, beside the least that the GPU allows."""
+"""The plot of speed: a layer's time against tokens, beside the least that the GPU allows."""
 
 import hashlib
 import json

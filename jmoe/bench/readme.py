@@ -1,6 +1,7 @@
-"""README's tables and plot, generated from committed results.
+"""Tables and plot of README and the docs, generated from committed results.
 
-python -m jmoe.bench.readme draws the plot and rewrites README.md in place.
+python -m jmoe.bench.readme draws the plot and fills each document's sections, which stand between comments of their
+names, in place.
 """
 
 import json
@@ -17,9 +18,20 @@ from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
 from jmoe.bench.torch_peers import TRITON_KERNELS
 
 RESULTS = Path(__file__).parent / "results"
-BENCH, PLOT = RESULTS / "bench_h100.json", RESULTS / "bench_h100.svg"
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PARITY, BENCH, MODEL = (RESULTS / f"{name}_h100.json" for name in ("parity", "bench", "model"))
+PLOT = ROOT / "docs/images/bench_h100.svg"
+
+DOCUMENTS = {
+    "README.md": ("correctness", "speed"),
+    "docs/correctness.md": ("parity",),
+    "docs/speed.md": ("bench",),
+    "docs/model.md": ("model",),
+}
+"""The sections of each document."""
+
+SPEED_TOKENS = (1, 16, 64, 256, 1024, 4096)
+"""Of the sizes that are measured, README's."""
 
 PARITY_COLUMNS = {
     "xla": "XLA",
@@ -36,9 +48,21 @@ def source(results: dict[str, Any], command: str) -> str:
     return f"`{command}` on {results['device']}, {results['date']}, commit {results['commit']}; {versions}."
 
 
+def correctness() -> str:
+    """One row for all layers of the H100's parity table: the largest error of each implementation."""
+    results = json.loads(PARITY.read_text())
+    rows = results["rows"]
+    errors = [[row[name] for row in rows if isinstance(row[name], float)] for name in PARITY_COLUMNS]
+    same = sum(row["same_bits"] is True for row in rows)
+    cells = [f"{max(column):.1e}" if column else "" for column in errors]
+    header = [f"of {len(rows)} layers", *PARITY_COLUMNS.values(), "same bits"]
+    shown = table(header, [["largest error", *cells, f"{same} of {len(rows)}"]])
+    return shown + "\n\n" + source(results, "jmoe parity")
+
+
 def parity() -> str:
     """The parity table of the H100."""
-    results = json.loads((RESULTS / "parity_h100.json").read_text())
+    results = json.loads(PARITY.read_text())
     rows = []
     for row in results["rows"]:
         errors = [f"{v:.1e}" if isinstance(v := row[name], float) else v for name in PARITY_COLUMNS]
@@ -112,6 +136,13 @@ def token_counts(rows: Sequence[Row], experts: int) -> list[int]:
     return sorted({row["tokens"] for row in rows if row["experts"] == experts})
 
 
+def speed() -> str:
+    """The times of a few sizes, without LoRA and with."""
+    results = json.loads(BENCH.read_text())
+    rows = [row for row in results["rows"] if row["tokens"] in SPEED_TOKENS]
+    return with_ranks(rows, 32, (0, 16)) + "\n\n" + source(results, "jmoe bench")
+
+
 def bench() -> str:
     """The plot and the time tables of the H100."""
     return bench_section(json.loads(BENCH.read_text()))
@@ -125,7 +156,7 @@ def bench_section(results: dict[str, Any]) -> str:
         "32 experts, one LoRA adapter": with_ranks(rows, 32, (16, 64)),
         "128 experts": with_ranks(rows, 128, (0, 16, 64)),
     }
-    image = f"![Time of a layer against tokens]({PLOT.relative_to(ROOT).as_posix()})"
+    image = f"![Time of a layer against tokens]({PLOT.relative_to(ROOT / 'docs').as_posix()})"
     parts = [image, *(f"{title}:\n\n{text}" for title, text in tables.items() if text)]
     return "\n\n".join([*parts, *filter(None, [mixed(rows), unmeasured(rows)]), source(results, "jmoe bench")])
 
@@ -139,22 +170,26 @@ def unmeasured(rows: Sequence[Row]) -> str:
 
 def model() -> str:
     """The tables of a whole model on the H100."""
-    results = json.loads((RESULTS / "model_h100.json").read_text())
+    results = json.loads(MODEL.read_text())
     return model_section(results) + "\n\n" + source(results, "jmoe bench-model")
 
 
-SECTIONS = {"parity": parity, "bench": bench, "model": model}
+SECTIONS = {"correctness": correctness, "speed": speed, "parity": parity, "bench": bench, "model": model}
 
 
-def render(text: str) -> str:
-    """The text with each generated section filled anew."""
-    for name, section in SECTIONS.items():
+def render(text: str, sections: Sequence[str]) -> str:
+    """The text with these generated sections filled anew.
+
+    Raises:
+      ValueError: one of them is missing, or there twice.
+    """
+    for name in sections:
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have one section between {begin.strip()} and {end.strip()}")
+            raise ValueError(f"there must be one section between {begin.strip()} and {end.strip()}")
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        text = before + begin + section() + end + after
+        text = before + begin + SECTIONS[name]() + end + after
     return text
 
 
@@ -162,4 +197,5 @@ if __name__ == "__main__":
     from jmoe.bench.plot import draw
 
     draw(json.loads(BENCH.read_text()), PLOT)
-    README.write_text(render(README.read_text()))
+    for document, sections in DOCUMENTS.items():
+        (ROOT / document).write_text(render((ROOT / document).read_text(), sections))

@@ -1,4 +1,4 @@
-"""README's generated part: tables, roofline and plot."""
+"""The generated parts of README and the docs: tables, roofline and plot."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_the_whole_matrix_makes_three_tables() -> None:
     assert len(first) == 3
     # jmoe 327 + 1/8, triton_kernels + 2/8, Marlin + 4/8 and routing + 3/8; no ragged_dot of 16384 tokens
     assert first[0] == f"| 16384 | 327 | 327 | 327 | 655 |  | {327 / 327.25:.2f} |"
-    assert text.startswith("![Time of a layer against tokens](jmoe/bench/results/bench_h100.svg)\n\n")
+    assert text.startswith("![Time of a layer against tokens](images/bench_h100.svg)\n\n")
     assert "8 adapters of rank 16 mixed in 64 tokens, 32 experts: 344." in text
     assert "Not measured" not in text
     assert text.endswith(f"`jmoe bench` on {H100}, 2000-01-01, commit abc; jax 1.")
@@ -118,3 +118,19 @@ def test_the_committed_plot_is_of_the_committed_figures(tmp_path: Path) -> None:
 def fingerprint(file: Path) -> str:
     """Of a file's bytes: short where a comparison fails."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("text", ["", "<!-- speed -->\nx\n<!-- /speed -->\n<!-- speed -->\ny\n<!-- /speed -->"])
+def test_a_section_that_is_missing_or_there_twice_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="one section between <!-- speed --> and <!-- /speed -->"):
+        readme.render(text, ["speed"])
+
+
+def test_readme_sums_up_what_the_docs_list() -> None:
+    listed = readme.parity()
+    first, *cells = readme.correctness().splitlines()[2].strip("| ").split(" | ")
+    assert first == "largest error"
+    for column, cell in enumerate(cells[:-1], start=1):
+        rows = [line.strip("| ").split(" | ") for line in listed.splitlines()[2:] if line.startswith("|")]
+        assert max(float(row[column]) for row in rows if row[column][0].isdigit()) == float(cell)
+    assert readme.speed().count("\n| ") == 1 + len(readme.SPEED_TOKENS)

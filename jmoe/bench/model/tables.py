@@ -1,4 +1,4 @@
-"""README's tables of a whole model, from committed results of `jmoe bench-model`."""
+"""The tables of a whole model, from committed results of `jmoe bench-model`."""
 
 from collections.abc import Sequence
 from typing import Any
