@@ -34,6 +34,8 @@ __all__ = [
     "unpack",
 ]
 
+__version__ = "0.1.0"
+
 HOME = {
     "Experts": "jmoe.ops.experts",
     "Lora": "jmoe.ops.experts",
@@ -51,7 +53,7 @@ HOME = {
 }
 """The module that each public name is of."""
 
-ROOMS = ("gpt_oss", "nn", "ops")
+ROOMS = ("adapters", "checkpoint", "gpt_oss", "interop", "nn", "ops", "text")
 """Parts that may be named after `import jmoe` alone."""
 
 

@@ -12,6 +12,12 @@ def main() -> None:
     """Entry point: as jmoe.cli.main, but that Ctrl-C ends the process at any time, also while modules are imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else who started the command wants it ignored
         end_when_interrupted()
+    from jmoe.extras import require
+
+    try:
+        require("the command jmoe", "cli", "typer", "rich", "flax", "safetensors")
+    except ImportError as error:
+        raise SystemExit(f"jmoe: {error}") from None
     from jmoe.cli import main as run
 
     run()

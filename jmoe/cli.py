@@ -1,7 +1,6 @@
 """The `jmoe` command."""
 
 import errno
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from typing import Annotated
 import jax
 import typer
 
+from jmoe import __version__
 from jmoe.__main__ import INTERRUPTED
 from jmoe.commands.bench import bench
 from jmoe.commands.bench_model import bench_model
@@ -38,7 +38,7 @@ app = typer.Typer(
 def print_version(wanted: bool) -> None:
     """Prints jmoe's version and ends, if that is wanted."""
     if wanted:
-        typer.echo(f"jmoe {importlib.metadata.version('jmoe')}")
+        typer.echo(f"jmoe {__version__}")
         raise typer.Exit
 
 

@@ -1,7 +1,6 @@
 """The `jmoe` command, run as a user runs it."""
 
 import errno
-import importlib.metadata
 import io
 import json
 import os
@@ -164,7 +163,7 @@ def test_a_terminal_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch
 
 def test_python_m_jmoe_is_the_command_and_survives_a_closed_pipe() -> None:
     run = subprocess.run([sys.executable, "-m", "jmoe", "--version"], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, f"jmoe {importlib.metadata.version('jmoe')}\n"), run.stderr
+    assert (run.returncode, run.stdout) == (0, f"jmoe {jmoe.__version__}\n"), run.stderr
     reader, writer = os.pipe()
     os.close(reader)
     run = subprocess.run([sys.executable, "-m", "jmoe", "-h"], stdout=writer, stderr=subprocess.PIPE, check=False)

@@ -11,20 +11,23 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
-from safetensors import SafetensorError, safe_open
 
 from jmoe.checkpoint.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
 from jmoe.checkpoint.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
 from jmoe.checkpoint.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
+from jmoe.extras import require
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, Mxfp4
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,14 +35,18 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @contextlib.contextmanager
-def open_safetensors(file: Path) -> Iterator[safe_open]:
+def open_safetensors(file: Path) -> "Iterator[safe_open]":
     """Opens a safetensors file for numpy; its header is read, its data is not.
 
     Raises:
       FileNotFoundError: the file does not exist.
       PermissionError: it may not be read.
       ValueError: it is truncated or corrupt.
+      ImportError: safetensors is not installed.
     """
+    require("reading checkpoints", "model", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     file.open("rb").close()  # safetensors' own error would be that it does not exist
@@ -173,7 +180,7 @@ class Checkpoint:
         return self._layout.locate(name).name not in self._file_of
 
     @contextlib.contextmanager
-    def _shard_of(self, name: str) -> Iterator[safe_open]:
+    def _shard_of(self, name: str) -> "Iterator[safe_open]":
         """The file that holds a tensor, by the files' own name for it."""
         if name not in self._file_of:
             raise ValueError(f"{self.path} has no tensor {name}")

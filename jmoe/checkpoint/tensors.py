@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 # safetensors asks numpy for a dtype called "bfloat16", which exists once ml_dtypes is imported.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -34,13 +36,13 @@ class Spec(NamedTuple):
         return self._replace(shape=(*self.shape[:-2], *self.shape[:-3:-1]))
 
 
-def tensor_spec(shard: safe_open, name: str) -> Spec:
+def tensor_spec(shard: "safe_open", name: str) -> Spec:
     """The header of one tensor of an open safetensors file."""
     header = shard.get_slice(name)
     return Spec(header.get_dtype(), tuple(header.get_shape()))
 
 
-def read_tensor(file: Path, shard: safe_open, name: str, rows: slice = slice(None)) -> np.ndarray:
+def read_tensor(file: Path, shard: "safe_open", name: str, rows: slice = slice(None)) -> np.ndarray:
     """Rows of a tensor of an open safetensors file: float32 and float16 as bfloat16, E8M0 scales as their bytes."""
     spec = tensor_spec(shard, name)
     if spec.dtype == "F8_E8M0":

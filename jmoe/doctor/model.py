@@ -102,7 +102,7 @@ def examine_machine() -> Machine:
     if "9.0" in flash_attention.capabilities() and no_flash is not None:
         missing.append(f"FlashAttention, for prompts and fine-tuning: {no_flash}")
     if versions["transformers"] is None:
-        missing.append("text and chat templates need transformers: pip install transformers")
+        missing.append('text and chat templates need transformers: pip install "jmoe[model]"')
     devices = tuple(
         Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
         for device in jax.local_devices()

@@ -1,5 +1,9 @@
 """The gpt-oss models."""
 
+from jmoe.extras import require
+
+require("jmoe.gpt_oss", "model", "flax", "safetensors")
+
 from jmoe.adapters.settings import AdapterWarning as AdapterWarning
 from jmoe.adapters.settings import LoraBLayout as LoraBLayout
 from jmoe.gpt_oss.adapter import load_adapter as load_adapter

@@ -1,5 +1,9 @@
 """Flax layers."""
 
+from jmoe.extras import require
+
+require("jmoe.nn", "nn", "flax")
+
 from jmoe.nn.linen import linen_moe as linen_moe
 from jmoe.nn.lora import LoraConfig as LoraConfig
 from jmoe.nn.moe import MoE as MoE

@@ -19,7 +19,7 @@ ReasoningEffort = Literal["low", "medium", "high"]
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 """Where a chat template asks for the time, in a format that is written out."""
 
-MISSING = "text needs the package transformers: pip install transformers"
+MISSING = 'text needs the package transformers: pip install "jmoe[model]"'
 
 
 def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = None) -> Any:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 
 from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
-from jmoe.checkpoint import directory as reading
 from jmoe.checkpoint.config_file import Config
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.norm import rms_norm
@@ -53,7 +53,7 @@ def expected():
 def reads(monkeypatch):
     """What is read while a test runs: file names opened, tensors read whole, rows read of a table."""
     log = {"files": set(), "tensors": [], "rows": []}
-    real = reading.safe_open
+    real = safetensors.safe_open
 
     class Rows:
         def __init__(self, table):
@@ -82,7 +82,7 @@ def reads(monkeypatch):
         def get_slice(self, name):
             return Rows(self.shard.get_slice(name))
 
-    monkeypatch.setattr(reading, "safe_open", Recorder)
+    monkeypatch.setattr(safetensors, "safe_open", Recorder)
     return log
 
 
