@@ -15,7 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jmoe import cli
+from jmoe import __version__, cli
 from jmoe.checkpoint.config_file import CheckpointWarning
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +163,7 @@ def test_a_terminal_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch
 
 def test_python_m_jmoe_is_the_command_and_survives_a_closed_pipe() -> None:
     run = subprocess.run([sys.executable, "-m", "jmoe", "--version"], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, f"jmoe {jmoe.__version__}\n"), run.stderr
+    assert (run.returncode, run.stdout) == (0, f"jmoe {__version__}\n"), run.stderr
     reader, writer = os.pipe()
     os.close(reader)
     run = subprocess.run([sys.executable, "-m", "jmoe", "-h"], stdout=writer, stderr=subprocess.PIPE, check=False)

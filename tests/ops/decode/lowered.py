@@ -1,0 +1,20 @@
+"""Operations lowered for CUDA where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+
+ARCHITECTURES = (80, 90, 100)
+
+INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def lowered(function: object, *arguments: object) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(function: object, *arguments: object) -> int:
+    return lowered(function, *arguments).count("@triton_kernel_call_ffi")
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)

@@ -1,0 +1,29 @@
+"""The dense product of few rows: compiled for the architectures it declares, and by XLA where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.ops.decode.linear import MOST_ROWS, Expand, decode_linear
+from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, launches
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("rank", [None, 48])
+@pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
+def test_a_product_of_few_rows_compiles(capability: int, rank: int | None, rows: int) -> None:
+    lora = None if rank is None else Expand(bf16(rows, rank), bf16(24, 5120, rank))
+    call = lambda *arrays: decode_linear(*arrays, capability=capability)  # noqa: E731
+    assert launches(call, bf16(rows, 2880), bf16(24, 5120, 2880), bf16(24, 5120), INDEX, lora) == 1
+
+
+def test_elsewhere_xla_takes_the_layer_out_of_the_stack() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, weight, bias, shrunk, b = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, [(3, 32), (2, 8, 32), (2, 8), (3, 4), (2, 16, 4)], strict=True)
+    )
+    got = jax.jit(decode_linear)(x, weight, bias, jnp.int32(1), Expand(shrunk, b)).astype(jnp.float32)
+    wide = [array.astype(jnp.float32) for array in (x, weight, bias, shrunk, b)]
+    want = wide[0] @ wide[1][1].T + wide[2][1] + wide[3] @ wide[4][1, :8].T
+    assert jnp.allclose(got, want, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,44 @@
+"""Sum, norm and narrow product: compiled for the architectures they declare, and by XLA where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.ops.decode.linear import MOST_ROWS
+from jmoe.ops.decode.norm_linear import Narrow, norm_linear
+from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, launches
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
+def test_a_norm_and_what_is_made_of_it_compile(capability: int, rows: int) -> None:
+    x, norm, weight, bias = bf16(rows, 2880), bf16(24, 2880), bf16(24, 2 * 48, 2880), bf16(24, 2 * 48)
+    scale = jax.ShapeDtypeStruct(bias.shape, jnp.float32)
+
+    def route(x: jax.Array, addend: jax.Array, *stacks: jax.Array) -> tuple:
+        norm, weight, bias, index = stacks
+        narrow = Narrow(weight, 96, bias=bias)
+        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, capability=capability)
+
+    def shrink(x: jax.Array, weight: jax.Array, scale: jax.Array, index: jax.Array) -> tuple:
+        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), capability=capability)
+
+    def alone(x: jax.Array, norm: jax.Array, index: jax.Array) -> tuple:
+        return norm_linear(x, index, norm=norm, eps=1e-5, capability=capability)
+
+    assert launches(route, x, x, norm, weight, bias, INDEX) == 1
+    assert launches(shrink, x, weight, scale, INDEX) == 1
+    assert launches(alone, x, norm, INDEX) == 1
+
+
+def test_elsewhere_xla_makes_the_norm_and_its_product() -> None:
+    keys = jax.random.split(jax.random.key(1), 6)
+    shapes = [(3, 32), (3, 32), (2, 32), (2, 10, 32), (2, 10), (2, 10)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    x, addend, norm, weight, scale, bias = arrays
+    got = norm_linear(x, jnp.int32(1), addend=addend, norm=norm, eps=1e-5, narrow=Narrow(weight, 4, scale, bias))
+    want = x + addend
+    assert jnp.allclose(got.sum, want)
+    want = norm[1] * want / jnp.sqrt(jnp.mean(want**2, axis=1, keepdims=True) + 1e-5)
+    assert jnp.allclose(got.normal, want, atol=1e-5)
+    assert jnp.allclose(got.product, want @ weight[1, :4].T * scale[1, :4] + bias[1, :4], atol=1e-4)
