@@ -12,7 +12,7 @@ from jmoe.triton_src.packed.transposed import transposed_column
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.stacked import ONE_LAYER
 from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, PACKED_TILES, GroupedTile
-from tests.triton_src.packed.test_registers import assemble
+from tests.triton_src.packed.assembled import assemble
 
 SIZES = {"gate_up": (5760, 2880), "down": (2880, 2880)}
 
