@@ -14,7 +14,7 @@ $(shell echo "jmoe needs Python 3.12 or later, and found none as python3.12, pyt
 MAKEFLAGS += --question
 endif
 
-.PHONY: demo example test lint bench clean
+.PHONY: demo example test lint docs bench clean
 
 demo: $(READY)
 	@$(BIN)/jmoe parity --checkpoint examples/tiny_gpt_oss --layer 0 --adapter examples/tiny_gpt_oss/adapter --text LICENSE
@@ -33,6 +33,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== build/site/index.html"
 
 bench: $(READY)
 	@$(BIN)/jmoe bench

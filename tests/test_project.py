@@ -246,10 +246,18 @@ def test_files_can_be_read_whole() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-def test_readme_names_real_targets() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^    |`)make ([a-z]+)\b", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert {"demo", "test"} <= named <= targets
+def test_documents_and_workflows_name_real_targets() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        document: set(re.findall(r"(?:^    |`|- run: )make ([a-z-]+)\b", text.read_text(), re.MULTILINE))
+        for document in ("README.md", "CONTRIBUTING.md", *(f".github/workflows/{name}.yml" for name in WORKFLOWS))
+        for text in [ROOT / document]
+    }
+    assert {"demo", "test"} <= named["README.md"]
+    assert all(names and names <= targets for names in named.values()), named
+
+
+WORKFLOWS = ("lint", "tests", "docs")
 
 
 def test_make_without_python_says_so_in_one_line(tmp_path: Path) -> None:
@@ -270,12 +278,23 @@ def test_make_without_python_says_so_in_one_line(tmp_path: Path) -> None:
         assert re.fullmatch(r"jmoe needs Python 3\.12 or later.*\n", run.stderr)
 
 
-def test_readme_example_runs() -> None:
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert examples
-    for example in examples:
-        run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
-        assert run.returncode == 0, run.stderr
+EXAMPLES = [
+    (path.name, example)
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for example in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("document", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_the_documents_examples_run(document: str, example: str) -> None:
+    run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+def test_readme_has_an_example_of_the_layer_and_of_the_model() -> None:
+    layer, model = (example for document, example in EXAMPLES if document == "README.md")
+    assert "jmoe.moe(" in layer
+    assert "gpt_oss.load(" in model
 
 
 def test_readme_commands_run(tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ class GptOss(nnx.Module):
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
             from a traced one that there is not.
-          attention, most_segments: jmoe.gpt_oss.attend's implementation, and how many segments a row it may have.
+          attention: the implementation of jmoe.gpt_oss.attend.
+          most_segments: how many segments a row may have in it.
           dropout: of the inputs of LoRA on attention, in training; without adapter_ids.
 
         Raises:

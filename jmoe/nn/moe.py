@@ -52,12 +52,14 @@ class MoE(nnx.Module):
         """A layer with these weights, or with random ones.
 
         Args:
-          hidden, intermediate, num_experts: H, I and E. For MXFP4 both sizes are multiples of 32.
+          hidden: H; for MXFP4 a multiple of 32.
+          intermediate: I; for MXFP4 a multiple of 32.
+          num_experts: E.
           top_k: experts a token.
           rngs: the stream "params" draws what is random.
           experts: the weights; None draws them with variance 1 / inputs, and biases of zero.
-          router_kernel, router_bias: the router; None draws the kernel likewise, and a bias of zero. Where only the
-            kernel is given the router has no bias.
+          router_kernel: the router's; None draws it likewise, and a bias of zero.
+          router_bias: beside router_kernel; None: the router has no bias.
           mxfp4: whether random experts are rounded to MXFP4, or stay bfloat16.
           lora: new adapters, or loaded ones; None: without.
           train_router: the router's variables are nnx.Param.
