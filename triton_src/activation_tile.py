@@ -36,10 +36,11 @@ def activate_backward(gate, up, dh, ACTIVATION: tl.constexpr):
     sigmoid = tl.sigmoid(ACTIVATION.alpha * clamped_gate)
     swish = clamped_gate * sigmoid
     dgate = dh * add_offset(clamped_up, ACTIVATION) * (sigmoid + ACTIVATION.alpha * swish * (1 - sigmoid))
-    dup = dh * swish
-    if ACTIVATION.limit is not None:
+    if ACTIVATION.limit is None:
+        dup = dh * swish
+    else:
         dgate = tl.where(gate <= ACTIVATION.limit, dgate, 0.0)
-        dup = tl.where((up >= -ACTIVATION.limit) & (up <= ACTIVATION.limit), dup, 0.0)
+        dup = tl.where((up >= -ACTIVATION.limit) & (up <= ACTIVATION.limit), dh * swish, 0.0)
     return dgate, dup
 
 

@@ -47,9 +47,9 @@ def swiglu_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         ok = column < I
         both = 2 * start + tl.arange(0, 2 * BLOCK)
-        wide = wide_row * (2 * I) + gate_up_row(both, 2 * I, ACTIVATION)
-        z = tl.load(pre_activations_ptr + wide, mask=both < 2 * I, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(z, (BLOCK, 2)))
+        rows_of_both = gate_up_row(both, 2 * I, ACTIVATION)
+        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + rows_of_both, mask=both < 2 * I, other=0.0)
+        gate, up = tl.split(tl.reshape(z.to(tl.float32), (BLOCK, 2)))
         dh = tl.load(down_dgrad_ptr + wide_row * I + column, mask=ok, other=0.0).to(tl.float32)
         activation = activate(gate, up, ACTIVATION)
         total += activation * dh
@@ -61,7 +61,7 @@ def swiglu_backward_kernel(
         dgate, dup = activate_backward(gate, up, weight * dh, ACTIVATION)
         dz = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
         tl.store(
-            pre_activations_grad_ptr + wide,
+            pre_activations_grad_ptr + wide_row * (2 * I) + rows_of_both,
             dz.to(pre_activations_grad_ptr.dtype.element_ty),
             mask=both < 2 * I,
         )
