@@ -1,4 +1,4 @@
-"""How much of a GPU's memory JAX may take."""
+"""How much of a GPU's memory JAX may take, and sizes of memory in words."""
 
 import os
 
@@ -15,3 +15,8 @@ def allow_whole_gpu() -> None:
     """
     if not any(name in os.environ for name in NAMES):
         os.environ[NAMES[0]] = FRACTION
+
+
+def byte_size(size: int) -> str:
+    """Bytes for people: GiB, or of little MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

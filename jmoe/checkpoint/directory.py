@@ -1,4 +1,4 @@
-"""gpt-oss checkpoints: read tensor by tensor, and one mixture-of-experts layer at a time.
+"""gpt-oss checkpoints, read tensor by tensor.
 
 A checkpoint is a directory with config.json and either one model.safetensors or several shards listed by
 model.safetensors.index.json, in Hugging Face's layout or in OpenAI's own (the folder `original/` of the released
@@ -6,25 +6,20 @@ models). Packed experts stay in MXFP4; only the tensors asked for are read.
 """
 
 import contextlib
-import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jmoe.checkpoint.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
 from jmoe.checkpoint.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
 from jmoe.checkpoint.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
 from jmoe.extras import require
-from jmoe.ops.experts import Experts
-from jmoe.ops.mxfp4 import BLOCK, Mxfp4
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -252,105 +247,6 @@ def names_in(file: Path) -> dict[str, Path]:
         return dict.fromkeys(shard.keys(), file)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MoeLayer:
-    """One layer's mixture of experts with the norm before it; a pytree with a static config.
-
-    norm_weight: bf16 [H]; router_weight: bf16 [E, H]; router_bias: bf16 [E].
-    experts: MXFP4 as in the file, or bf16 where the checkpoint is not quantised; biases bf16.
-    """
-
-    config: Config = dataclasses.field(metadata={"static": True})
-    norm_weight: Float[Array, " H"]
-    router_weight: Float[Array, "E H"]
-    router_bias: Float[Array, " E"]
-    experts: Experts
-
-
-def load_moe_layer(
-    checkpoint: Checkpoint,
-    layer: int,
-    *,
-    on_host: bool = False,
-    read_dense: Callable[[Checkpoint, str], Any] | None = None,
-) -> MoeLayer:
-    """Reads layer `layer`, 0 <= layer < num_hidden_layers; its arrays are numpy's if they are to stay on the host.
-
-    Experts may be packed (`*_blocks`, `*_scales`) or dense: under their plain name, or under the name `*_blocks`, where
-    transformers 5 up to 5.23 writes them when it saves a model that it has dequantised. A dense matrix is [in, out], as
-    Hugging Face has it, or [out, in]: its shape tells, and if it is square the other projection's.
-
-    Args:
-      read_dense: what stands in the layer for dense experts of this name; None: their values.
-
-    Raises:
-      ValueError: the layer is out of range; or tensors are missing or do not have the dtype and shape that config.json
-        calls for (all are listed: name, wanted, got).
-      FileNotFoundError: a shard that holds one of the layer's tensors does not exist.
-    """
-    config = checkpoint.config
-    if not 0 <= layer < config.num_hidden_layers:
-        raise ValueError(f"layer must be in [0, {config.num_hidden_layers}) for {checkpoint.path}, got {layer}")
-    prefix = f"model.layers.{layer}."
-    norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
-    gate_up, down, others = moe_specs(checkpoint, layer)
-    check_specs(checkpoint, others | gate_up | down)
-
-    def read(name: str) -> Any:
-        return checkpoint.tensor(name)
-
-    def read_weight(names: dict[str, Spec]) -> Any:
-        if len(names) == 2:
-            return Mxfp4(*map(read, names))
-        (name,) = names
-        return read(name).swapaxes(1, 2) if read_dense is None else read_dense(checkpoint, name)
-
-    moe = MoeLayer(
-        config=config,
-        norm_weight=read(norm),
-        router_weight=read(f"{router}weight"),
-        router_bias=read(f"{router}bias"),
-        experts=Experts(
-            gate_up=read_weight(gate_up),
-            gate_up_bias=read(f"{mlp}gate_up_proj_bias"),
-            down=read_weight(down),
-            down_bias=read(f"{mlp}down_proj_bias"),
-        ),
-    )
-    return moe if on_host else jax.tree.map(jnp.asarray, moe)
-
-
-def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
-    """The headers that a layer's gate_up, its down, and its norm, router and biases must have in the view."""
-    config = checkpoint.config
-    experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
-    prefix = f"model.layers.{layer}."
-    norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
-    gate_up = _weight_specs(checkpoint, f"{mlp}gate_up_proj", rows=2 * inner, columns=hidden)
-    down = _weight_specs(checkpoint, f"{mlp}down_proj", rows=hidden, columns=inner)
-    others = {
-        norm: Spec("BF16", (hidden,)),
-        f"{router}weight": Spec("BF16", (experts, hidden)),
-        f"{router}bias": Spec("BF16", (experts,)),
-        f"{mlp}gate_up_proj_bias": Spec("BF16", (experts, 2 * inner)),
-        f"{mlp}down_proj_bias": Spec("BF16", (experts, hidden)),
-    }
-    return gate_up, down, others
-
-
-def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int) -> dict[str, Spec]:
-    """The tensors that must hold one projection, given which of the forms the checkpoint uses."""
-    experts = checkpoint.config.num_local_experts
-    if not checkpoint.is_packed(name):
-        return {name: Spec("BF16", (experts, columns, rows))}
-    blocks, scales = f"{name}_blocks", f"{name}_scales"
-    if columns % BLOCK:
-        raise ValueError(f"{blocks} packs blocks of {BLOCK} values, so its input size cannot be {columns}")
-    groups = columns // BLOCK
-    return {blocks: Spec("U8", (experts, rows, groups, BLOCK // 2)), scales: Spec("U8", (experts, rows, groups))}
-
-
 def check_specs(checkpoint: Checkpoint, wanted: dict[str, Spec]) -> None:
     """Compares headers, so that nothing is read of a layer that does not fit; warns of dtypes that are rounded.
 
@@ -384,15 +280,3 @@ def embed(checkpoint: Checkpoint, token_ids: Integer[np.ndarray, " T"]) -> Float
     """
     check_specs(checkpoint, {EMBEDDING: Spec("BF16", (checkpoint.config.vocab_size, checkpoint.config.hidden_size))})
     return jnp.asarray(checkpoint.rows(EMBEDDING, token_ids))
-
-
-def router_logits(layer: MoeLayer, x: Float[Array, "... H"]) -> Float[Array, "... E"]:
-    """x @ router_weight.T + router_bias for normalised x: summed in float32, rounded once to x's dtype."""
-    logits = jnp.einsum(
-        "...h,eh->...e",
-        x,
-        layer.router_weight.astype(x.dtype),
-        precision=lax.Precision.HIGHEST,  # float32 x: a GPU would round to TF32
-        preferred_element_type=jnp.float32,
-    )
-    return (logits + jnp.broadcast_to(layer.router_bias.astype(jnp.float32), logits.shape)).astype(x.dtype)

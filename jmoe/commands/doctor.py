@@ -18,10 +18,11 @@ from jmoe.commands.finetune_memory import (
 )
 from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption
 from jmoe.commands.paths import input_path
-from jmoe.device_memory import allow_whole_gpu
+from jmoe.device_memory import allow_whole_gpu, byte_size
 
 if TYPE_CHECKING:
-    from jmoe.doctor.model import Machine, ModelReport
+    from jmoe.doctor.machine import Machine
+    from jmoe.doctor.model import ModelReport
 
 
 def doctor(
@@ -55,7 +56,8 @@ def doctor(
     if loss and model is None:
         raise typer.BadParameter("--loss needs --model")
     allow_whole_gpu()
-    from jmoe.doctor.model import examine_machine, examine_model
+    from jmoe.doctor.machine import examine_machine
+    from jmoe.doctor.model import examine_model
     from jmoe.gpt_oss.adapter import layouts_of
     from jmoe.gpt_oss.adapter_report import examine_adapter
 
@@ -104,7 +106,7 @@ def machine_table(machine: "Machine") -> Table:
     for package, version in machine.versions.items():
         table.add_row(package, version or "not installed")
     for device in machine.devices:
-        memory = "" if device.memory is None else f", {gigabytes(device.memory)}"
+        memory = "" if device.memory is None else f", {byte_size(device.memory)}"
         table.add_row("device", f"{device.name}{memory}")
     table.add_row("GPU", "yes" if machine.gpu else "none that JAX sees: everything runs by XLA")
     table.add_row("Triton backend", "runs" if machine.no_triton is None else f"does not run: {machine.no_triton}")
@@ -127,15 +129,10 @@ def memory_table(report: "ModelReport") -> Table:
     table = Table(title="memory", box=box.SIMPLE_HEAD, show_header=False)
     total = sum(report.resident.values())
     for kind, size in report.resident.items():
-        table.add_row(kind, gigabytes(size))
-    table.add_row("in all, without activations", gigabytes(total))
+        table.add_row(kind, byte_size(size))
+    table.add_row("in all, without activations", byte_size(total))
     if report.limit is not None:
         left = report.limit - total
-        fit = f"fits, with {gigabytes(left)} left" if left >= 0 else f"does not fit: {gigabytes(-left)} too much"
-        table.add_row(f"of {gigabytes(report.limit)} that JAX may take of the device", fit)
+        fit = f"fits, with {byte_size(left)} left" if left >= 0 else f"does not fit: {byte_size(-left)} too much"
+        table.add_row(f"of {byte_size(report.limit)} that JAX may take of the device", fit)
     return table
-
-
-def gigabytes(size: int) -> str:
-    """Bytes for people; of little the megabytes."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -23,8 +23,9 @@ def finetune_table(model: str, *, length: int, batch_size: int, rank: int, quant
       FileNotFoundError, ValueError: the model cannot be read.
     """
     from jmoe.checkpoint import Checkpoint
+    from jmoe.device_memory import byte_size
     from jmoe.finetune.config import FinetuneConfig, Remat
-    from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes, words
+    from jmoe.finetune.memory import device_limit, estimate, experts_in_mxfp4, new_adapter_shapes
     from jmoe.gpt_oss.config import Config
     from jmoe.gpt_oss.load import local_directory
 
@@ -41,6 +42,8 @@ def finetune_table(model: str, *, length: int, batch_size: int, rank: int, quant
     for column in ("jmoe finetune --remat", *next(iter(estimates.values())).parts, "in all"):
         table.add_column(column)
     for remat, estimated in estimates.items():
-        fits = "" if limit is None else ", fits" if estimated.total <= limit else f", of {words(limit)} that there are"
-        table.add_row(remat, *map(words, estimated.parts.values()), f"{words(estimated.total)}{fits}")
+        fits = (
+            "" if limit is None else ", fits" if estimated.total <= limit else f", of {byte_size(limit)} that there are"
+        )
+        table.add_row(remat, *map(byte_size, estimated.parts.values()), f"{byte_size(estimated.total)}{fits}")
     return table

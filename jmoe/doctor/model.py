@@ -1,19 +1,16 @@
-"""What is installed, what will run where, and what a model takes: facts alone, for `jmoe doctor` to print."""
+"""What a model runs by on this machine, and what it takes: facts alone, for `jmoe doctor` to print."""
 
 import dataclasses
-import importlib.metadata
 import math
 import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint.directory import EMBEDDING, Checkpoint
 from jmoe.checkpoint.tensors import Spec
+from jmoe.doctor.machine import Machine
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.adapter import layouts_of
 from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
@@ -21,48 +18,14 @@ from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, Quantize, check_layers, local_directory
 from jmoe.ops.decode.linear import MOST_ROWS
-from jmoe.ops.launch.installed import INSTALL
-from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
+from jmoe.ops.launch.local_gpu import kernel_of_experts_here
 from jmoe.ops.mxfp4 import BLOCK
-
-PACKAGES = (
-    "jmoe", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "transformers", "tokenizers",
-    "safetensors", "torch", "dew-flash-attn-cu13",
-)  # fmt: skip
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 """Of the dtypes that checkpoints and adapters have, as safetensors spells them."""
 
 PACKED, DENSE = "experts, packed 4-bit", "experts, bf16"
 """What experts' bytes are counted as."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A device that JAX sees; the bytes that JAX may take of its memory, None where JAX does not say."""
-
-    name: str
-    memory: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What is here.
-
-    versions: by package, None for one that is not installed.
-    no_triton: why the Triton backend cannot run, None if it can.
-    tiles: whose launch parameters it uses, None without it.
-    no_flash: why attention to whole prompts cannot be FlashAttention's, None if it can.
-    missing: what is not there and how to mend it.
-    """
-
-    versions: dict[str, str | None]
-    devices: tuple[Device, ...]
-    gpu: bool
-    no_triton: str | None
-    tiles: str | None
-    no_flash: str | None
-    missing: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,36 +50,6 @@ class ModelReport:
     resident: dict[str, int]
     limit: int | None
     adapters: tuple[AdapterReport, ...] = ()
-
-
-def examine_machine() -> Machine:
-    """The facts of this machine."""
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-    gpu = jax.default_backend() == "gpu"
-    no_triton, no_flash = why_no_triton(), flash_attention.available()
-    missing = []
-    if gpu and no_triton is not None:
-        missing.append(f"{no_triton} (until then jmoe's layers raise an error on this GPU)")
-    if not gpu and Path("/dev/nvidia0").exists():
-        missing.append(f"there is an NVIDIA GPU, /dev/nvidia0, that JAX does not see: {INSTALL}")
-    if "9.0" in flash_attention.capabilities() and no_flash is not None:
-        missing.append(f"FlashAttention, for prompts and fine-tuning: {no_flash}")
-    if versions["transformers"] is None:
-        missing.append('text and chat templates need transformers: pip install "jmoe[model]"')
-    devices = tuple(
-        Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
-        for device in jax.local_devices()
-    )
-    tiles = tiles_here() if no_triton is None else None
-    return Machine(versions, devices, gpu, no_triton, tiles, no_flash, tuple(missing))
-
-
-def version(package: str) -> str | None:
-    """An installed package's version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def examine_model(

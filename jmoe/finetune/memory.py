@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jmoe.checkpoint import Checkpoint
+from jmoe.device_memory import byte_size
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import Quantize
@@ -51,12 +52,8 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return f"about {words(self.total)} ({', '.join(f'{name} {words(size)}' for name, size in self.parts.items())})"
-
-
-def words(size: int) -> str:
-    """Bytes for people, in GiB, or of little in MiB."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+        parts = ", ".join(f"{name} {byte_size(size)}" for name, size in self.parts.items())
+        return f"about {byte_size(self.total)} ({parts})"
 
 
 def estimate(options: FinetuneConfig, config: Config, lora: LoraWeights, *, mxfp4: bool = True) -> MemoryEstimate:

@@ -9,10 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from jmoe.device_memory import byte_size
 from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.examples import Example, Examples
-from jmoe.finetune.memory import GIB, MemoryEstimate, warning, words
+from jmoe.finetune.memory import MemoryEstimate, warning
 
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
@@ -89,14 +90,14 @@ def say_start(
     cut = len(row) > SHORTLY and not whole
     say(console, f"the first row ({how}{', cut here' if cut else ''}):")
     say(console, row[:SHORTLY] if cut else row)
-    say(console, f"memory of a step: {memory if whole else f'about {words(memory.total)}'}{of_device(limit)}")
+    say(console, f"memory of a step: {memory if whole else f'about {byte_size(memory.total)}'}{of_device(limit)}")
     if (warned := warning(memory.total, limit)) is not None:
         say(console, warned)
 
 
 def of_device(limit: int | None) -> str:
     """What the device has, in words."""
-    return "" if limit is None else f", of {limit / GIB:.1f} GiB that JAX may take of the device"
+    return "" if limit is None else f", of {byte_size(limit)} that JAX may take of the device"
 
 
 def lengths(examples: Sequence[Example]) -> str:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint.directory import EMBEDDING, Checkpoint, check_specs, load_moe_layer, moe_specs
+from jmoe.checkpoint.directory import EMBEDDING, Checkpoint, check_specs
+from jmoe.checkpoint.moe_layer import load_moe_layer, moe_specs
 from jmoe.checkpoint.tensors import Spec
 from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint.config_file import model_entries
-from jmoe.checkpoint.directory import EMBEDDING, INDEX, Checkpoint, load_moe_layer
+from jmoe.checkpoint.directory import EMBEDDING, INDEX, Checkpoint
+from jmoe.checkpoint.moe_layer import load_moe_layer
 from jmoe.files import copy, replace, write_tensors
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config

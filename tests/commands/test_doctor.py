@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from jmoe import gpt_oss
 from jmoe.checkpoint.tensors import Spec
 from jmoe.cli import app
-from jmoe.commands.doctor import gigabytes
-from jmoe.device_memory import FRACTION, NAMES
+from jmoe.device_memory import FRACTION, NAMES, byte_size
+from jmoe.doctor import machine as here
 from jmoe.doctor import model as doctor
 from jmoe.finetune import memory
 from jmoe.finetune.config import FinetuneConfig
@@ -21,7 +21,7 @@ from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.cache import cache_bytes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
-MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, no_flash="no Hopper", missing=())
+MACHINE = here.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, no_flash="no Hopper", missing=())
 
 
 @pytest.fixture(autouse=True)
@@ -74,26 +74,26 @@ def test_dense_experts_under_the_name_of_packed_ones_are_counted_as_dense() -> N
 
 @pytest.mark.parametrize(
     ("spare", "said"),
-    [(0, "fits, with 0.00 MB left"), (2_000_000, "fits, with 2.00 MB left"), (-1, "does not fit: 0.00 MB too much")],
+    [(0, "fits, with 0.0 MiB left"), (1 << 21, "fits, with 2.0 MiB left"), (-1, "does not fit: 0.0 MiB too much")],
 )
 def test_a_model_is_held_against_what_jax_may_take(spare: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = sum(doctor.examine_model(TINY, [TINY / "adapter"], MACHINE, batch=16, context=1024).resident.values())
-    machine = dataclasses.replace(MACHINE, devices=(doctor.Device("a GPU", taken + spare),))
-    monkeypatch.setattr(doctor, "examine_machine", lambda: machine)
+    machine = dataclasses.replace(MACHINE, devices=(here.Device("a GPU", taken + spare),))
+    monkeypatch.setattr(here, "examine_machine", lambda: machine)
     run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--adapter", str(TINY / "adapter")])
     assert run.exit_code == 0, run.output
-    assert f"of {gigabytes(taken + spare)} that JAX may take of the device" in run.stdout
+    assert f"of {byte_size(taken + spare)} that JAX may take of the device" in run.stdout
     assert said in run.stdout
 
 
 def test_the_limit_is_the_one_that_models_are_run_under(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def examine() -> doctor.Machine:
+    def examine() -> here.Machine:
         seen.append(os.environ.get(NAMES[0]))
         return MACHINE
 
-    monkeypatch.setattr(doctor, "examine_machine", examine)
+    monkeypatch.setattr(here, "examine_machine", examine)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
     assert seen == [FRACTION]
 
@@ -129,7 +129,7 @@ def test_flash_attention_is_missed_on_hopper_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(flash_attention, "available", lambda: "it needs the package dew-flash-attn-cu13")
     for capability, said in (("8.0", 0), ("9.0", 1)):
         monkeypatch.setattr(flash_attention, "capabilities", lambda capability=capability: [capability])
-        assert sum("FlashAttention" in problem for problem in doctor.examine_machine().missing) == said
+        assert sum("FlashAttention" in problem for problem in here.examine_machine().missing) == said
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
@@ -155,5 +155,5 @@ def test_what_fine_tuning_takes_is_estimated(monkeypatch: pytest.MonkeyPatch) ->
         config = gpt_oss.Config.load(TINY)
         total = memory.estimate(options, config, memory.new_adapter_shapes(options, config)).total
         fits = ", fits" if total <= memory.WORKSPACE + 2**28 else ", of 0.5 GiB that there are"
-        assert f"{memory.words(total)}{fits}" in lines[remat]
+        assert f"{byte_size(total)}{fits}" in lines[remat]
     assert "fits" in lines["layers"]
