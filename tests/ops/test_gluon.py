@@ -1,8 +1,6 @@
 """Gluon kernels under jax-triton: the code that Triton's own compiler makes of them."""
 
 import importlib.util
-import zlib
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from jmoe.ops.gluon import compile_gluon_as_gluon
 from jmoe.ops.launch.installed import import_jax_triton
+from tests.cuda_launches import launches
 
 N = 1024
 
@@ -75,18 +74,8 @@ def launch_lowered(library: Any, kernel: Any) -> bytes:
     call = lambda x: library.triton_call(  # noqa: E731
         x, kernel=kernel, out_type=of_x, grid=(1,), name="add", num_warps=4, compute_capability=90, N=N
     )
-    module = jax.jit(call).trace(of_x).lower(lowering_platforms=("cuda",)).compiler_ir()
-    (launch,) = (o for o in operations(module.operation) if o.operation.name == "stablehlo.custom_call")
-    return zlib.decompress(launch.attributes["mhlo.backend_config"]["opaque"].value_bytes)
-
-
-def operations(operation: Any) -> Iterator[Any]:
-    """What an operation of MLIR holds."""
-    for region in operation.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                yield inner
-                yield from operations(inner.operation)
+    (launch,) = launches(jax.jit(call).trace(of_x).lower(lowering_platforms=("cuda",)))
+    return launch
 
 
 def test_a_gluon_kernel_is_what_triton_itself_compiles() -> None:
