@@ -8,8 +8,8 @@ import pytest
 from jmoe.bench.case import Case, Size
 from jmoe.bench.figures import Row, marlin_layer, peer_layer, ratio
 from jmoe.bench.record import birth_certificate, write
-from jmoe.bench.source_hash import LAYER
 from jmoe.bench.results import add, start
+from jmoe.bench.source_hash import LAYER
 
 CERTIFICATE = {"date": "2000-01-01", "commit": "abc", "source_hash": "abc", "device": "GPU", "versions": {"jax": "1"}}
 
