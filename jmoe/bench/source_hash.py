@@ -4,6 +4,7 @@ A result whose hash is another than today's is stale: README says so beside it, 
 """
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -42,14 +43,21 @@ def source_hash(places: Iterable[str], root: Path = ROOT) -> str:
 
 def hash_of(files: Mapping[str, str]) -> str:
     """The hash of files' texts by name."""
-    meanings = {name: meaning(name, text) for name, text in files.items()}
-    known = {name: value for name, value in meanings.items() if value}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    digests = {name: digest(name.endswith(".json"), text) for name, text in files.items()}
+    named = {name: one for name, one in digests.items() if one}
+    return sha256(json.dumps(named, sort_keys=True))[:16]
 
 
-def meaning(name: str, text: str) -> Any:
-    """What a file says to the machine, as JSON; nothing of a module that is a docstring alone."""
-    return json.loads(text) if name.endswith(".json") else syntax(ast.parse(text).body)
+@functools.cache
+def digest(is_json: bool, text: str) -> str:
+    """Of what a file says to the machine; empty for a module that is a docstring alone."""
+    meaning = json.loads(text) if is_json else syntax(ast.parse(text).body)
+    return sha256(json.dumps(meaning, sort_keys=True)) if meaning else ""
+
+
+def sha256(text: str) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def syntax(node: Any) -> Any:

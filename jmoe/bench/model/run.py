@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jmoe.bench.model.case import Figures, ModelCase
-from jmoe.bench.source_hash import MODEL
 from jmoe.device_memory import allow_whole_gpu
 
 MODULES = {
@@ -59,12 +58,6 @@ def add(results: dict[str, Any], case: ModelCase, figures: Figures) -> None:
             results["rows"][index] = row
             return
     results["rows"].append(row)
-
-
-def certificate() -> Figures:
-    """When, where and of what these figures are, from a process of its own: this one leaves the GPU to the cases."""
-    command = [sys.executable, "-m", "jmoe.bench.record", *MODEL]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)  # type: ignore[no-any-return]
 
 
 def measure(case: ModelCase) -> Figures:
