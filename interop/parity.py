@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import torch
 
-from jmoe.interop import reference, triton_kernels_peer
+from jmoe.bench.peers import triton_kernels
+from jmoe.interop import reference
 from jmoe.interop.dlpack import to_torch
 from jmoe.interop.launch import INTERPRETER_CAPABILITY
 from jmoe.interop.moe import moe as moe_torch
@@ -121,14 +122,14 @@ def compare(label: str, layer: Layer, top_k: int, layouts: Sequence[Layout] | No
 
 def peer_error(t: Any, routing: Any, exact: torch.Tensor) -> float | str:
     """The error of OpenAI's triton_kernels on a layer's tensors, or why there is none."""
-    if (reason := triton_kernels_peer.missing()) is not None:
+    if (reason := triton_kernels.missing()) is not None:
         return reason
     if t.lora is not None:
         return "no LoRA"
     if not hasattr(t.experts.gate_up, "blocks"):
         return "no bf16"
-    block = triton_kernels_peer.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
-    return relative_error(block(t.x, triton_kernels_peer.route_as(routing, t.router_logits)), exact)
+    block = triton_kernels.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
+    return relative_error(block(t.x, triton_kernels.route_as(routing, t.router_logits)), exact)
 
 
 def layouts_read_here(layer: Layer) -> tuple[Layout, ...]:

@@ -15,9 +15,9 @@ from jmoe.bench.gpu_tests import RECORD as GPU_TESTS_RECORD
 from jmoe.bench.markdown import table
 from jmoe.bench.model.tables import section as model_section
 from jmoe.bench.ours import CHECKPOINT, PACKED
-from jmoe.bench.peers import TRITON_KERNELS
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
 from jmoe.bench.source_hash import LAYER, MODEL, PARITY, source_hash
+from jmoe.bench.torch_peers import TRITON_KERNELS
 
 RESULTS = Path(__file__).parent / "results"
 BENCH, PLOT = RESULTS / "bench_h100.json", RESULTS / "bench_h100.svg"

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jmoe.bench.source_hash import source_hash
-from jmoe.config_file import read_json
+from jmoe.checkpoint.config_file import read_json
 from jmoe.files import replace
 
 PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")

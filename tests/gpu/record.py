@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jmoe.bench.gpu_tests import GPU_TESTS, RECORD
 from jmoe.bench.record import certificate_elsewhere, write
-from jmoe.config_file import read_json
+from jmoe.checkpoint.config_file import read_json
 
 TESTS = Path(__file__).parents[1]
 
