@@ -14,7 +14,7 @@ $(shell echo "jmoe needs Python 3.12 or later, and found none as python3.12, pyt
 MAKEFLAGS += --question
 endif
 
-.PHONY: demo example test lint docs bench clean
+.PHONY: demo example test gpu-test lint docs bench clean
 
 demo: $(READY)
 	@$(BIN)/jmoe parity --checkpoint examples/tiny_gpt_oss --layer 0 --adapter examples/tiny_gpt_oss/adapter --text LICENSE
@@ -28,6 +28,12 @@ test: $(READY)
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m interpret
 	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 17 minutes)"
 	@$(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m "not interpret"
+
+# On a machine with an NVIDIA GPU, some ten minutes on 16 cores; PHASES="small large alone" are all there are.
+PHASES ?=
+gpu-test: $(READY)
+	@$(BIN)/python -m tests.gpu.record $(PHASES)
+	@$(BIN)/python -m jmoe.bench.readme
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ from learning.tune import Tuning, model_of, source_batches
 from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, version, write
+from jmoe.bench.source_hash import MODEL
 from jmoe.finetune.loop import validation_loss
 
 BEGAN = time.perf_counter()
@@ -68,7 +69,7 @@ def main(
     dtype = jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
     text, held_text = source_code()
     train_questions, held_out = questions(chosen.per_category)
-    results: dict[str, Any] = birth_certificate() | {
+    results: dict[str, Any] = birth_certificate(MODEL) | {
         "size": size,
         "settings": dataclasses.asdict(chosen) | {"dtype": dtype.name},
         "rows": {"train": len(train_questions), "held_out": len(held_out)},

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import torch
@@ -17,7 +17,10 @@ from jmoe.interop import reference
 from jmoe.interop.dlpack import to_torch
 from jmoe.interop.launch import INTERPRETER_CAPABILITY
 from jmoe.interop.moe import moe as moe_torch
+from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.moe import moe
+from jmoe.ops.mxfp4 import Mxfp4
+from jmoe.ops.packed import pack
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from jmoe.ops.routing import route
 from jmoe.ops.target import Target
@@ -37,18 +40,28 @@ MOST_INTERPRETED_STEPS = 20_000
 """Inner-loop steps that the interpreter is asked to take: about 5 ms each."""
 
 
+type Layout = Literal["checkpoint", "packed"]
+"""How the experts lie in memory when jmoe runs: as a checkpoint has them, or as jmoe.pack lays them out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One layer's results. A column holds a relative error, or the reason why it has none."""
 
     label: str
+    layout: Layout
     xla: float
     triton_jax: float | str
     triton_torch: float | str
+    same_bits: bool | str
     triton_kernels: float | str
     torch_bf16: float
-    same_bits: bool | str
-    failures: tuple[str, ...]
+    failures: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The layer, and the layout where it is not the checkpoint's."""
+        return self.label if self.layout == "checkpoint" else f"{self.label}, {self.layout}"
 
 
 def small_shapes() -> list[LayerShape]:
@@ -76,16 +89,18 @@ def real_shapes() -> list[LayerShape]:
     ]
 
 
-def compare_random(shape: LayerShape) -> Row:
-    """The row of a random layer."""
-    return compare(str(shape), random_layer(shape), shape.top_k)
+def compare_random(shape: LayerShape, layouts: Sequence[Layout] | None = None) -> list[Row]:
+    """The rows of a random layer; see compare."""
+    return compare(str(shape), random_layer(shape), shape.top_k, layouts)
 
 
-def compare(label: str, layer: Layer, top_k: int) -> Row:
-    """Runs the layer through everything that this machine can run.
+def compare(label: str, layer: Layer, top_k: int, layouts: Sequence[Layout] | None = None) -> list[Row]:
+    """Runs the layer through everything that this machine can run, and returns a row for each of the layouts.
 
     jmoe's implementations route for themselves, by one rule; the references and the peer are given that routing, since
-    others break ties in other ways.
+    others break ties in other ways, and the checkpoint's layout.
+
+    layouts: all that kernels read here, if None.
     """
     layer, routing = jax.block_until_ready((layer, route(layer.router_logits, top_k)))
     t, t_routing = jax.tree.map(to_torch, (layer, routing))
@@ -94,27 +109,50 @@ def compare(label: str, layer: Layer, top_k: int) -> Row:
     bf16 = relative_error(
         reference.moe(t.x, None, t.experts, routing=t_routing, dtype=torch.bfloat16, **options), exact
     )
+    rows = []
+    for layout in layouts_read_here(layer) if layouts is None else layouts:
+        if layout == "packed":
+            peer: float | str = "see checkpoint"
+            run = dataclasses.replace(layer, experts=pack(layer.experts))
+        else:
+            peer, run = peer_error(t, t_routing, exact), layer
+        row = Row(label, layout, *run_everywhere(run, layout, top_k, exact), peer, bf16)
+        rows.append(dataclasses.replace(row, failures=tuple(failures(row))))
+    return rows
+
+
+def peer_error(t: Any, routing: Any, exact: torch.Tensor) -> float | str:
+    """The error of OpenAI's triton_kernels on a layer's tensors, or why there is none."""
+    if (reason := triton_kernels.missing()) is not None:
+        return reason
+    if t.lora is not None:
+        return "no LoRA"
+    if not hasattr(t.experts.gate_up, "blocks"):
+        return "no bf16"
+    block = triton_kernels.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
+    return relative_error(block(t.x, triton_kernels.route_as(routing, t.router_logits)), exact)
+
+
+def layouts_read_here(layer: Layer) -> tuple[Layout, ...]:
+    """The layouts of a layer's experts that this machine's kernels read."""
+    packs = isinstance(layer.experts.gate_up, Mxfp4) and reads_packed_here()
+    return ("checkpoint", "packed") if packs else ("checkpoint",)
+
+
+def run_everywhere(
+    layer: Layer, layout: Layout, top_k: int, exact: torch.Tensor
+) -> tuple[float, float | str, float | str, bool | str]:
+    """(errors of XLA, of Triton from JAX and of Triton from torch, whether these two are the same bits)."""
+    t = jax.tree.map(to_torch, layer)
     xla = relative_error(to_torch(run_jax(layer, top_k, "xla")), exact)
-
-    triton_jax: float | str = "lowered only"
-    triton_torch: float | str = "too large to interpret"
-    same_bits: bool | str = "not run"
-    if t.x.is_cuda or interpreter_steps(layer, top_k) <= MOST_INTERPRETED_STEPS:
-        y_torch = moe_torch(t.x, t.router_logits, t.experts, **options)
-        triton_torch = relative_error(y_torch, exact)
-        if t.x.is_cuda:
-            y_jax = to_torch(run_jax(layer, top_k, "triton"))
-            triton_jax = relative_error(y_jax, exact)
-            same_bits = torch.equal(y_jax.view(torch.int16), y_torch.view(torch.int16))
-
-    peer: float | str = triton_kernels.missing() or "no LoRA"
-    if triton_kernels.missing() is None and layer.lora is None and hasattr(t.experts.gate_up, "blocks"):
-        block = triton_kernels.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
-        routed = triton_kernels.route_as(t_routing, t.router_logits)
-        peer = relative_error(block(t.x, routed), exact)
-
-    row = Row(label, xla, triton_jax, triton_torch, peer, bf16, same_bits, ())
-    return dataclasses.replace(row, failures=tuple(failures(row)))
+    if not t.x.is_cuda and (layout == "packed" or interpreter_steps(layer, top_k) > MOST_INTERPRETED_STEPS):
+        return xla, "lowered only", "GPU only" if layout == "packed" else "too large to interpret", "not run"
+    y_torch = moe_torch(t.x, t.router_logits, t.experts, top_k=top_k, lora=t.lora, adapter_ids=t.adapter_ids)
+    if not t.x.is_cuda:
+        return xla, "lowered only", relative_error(y_torch, exact), "not run"
+    y_jax = to_torch(run_jax(layer, top_k, "triton"))
+    same_bits = torch.equal(y_jax.view(torch.int16), y_torch.view(torch.int16))
+    return xla, relative_error(y_jax, exact), relative_error(y_torch, exact), same_bits
 
 
 def failures(row: Row) -> list[str]:
@@ -125,13 +163,11 @@ def failures(row: Row) -> list[str]:
         if isinstance(error, float):
             # Written so that NaN fails.
             if not error <= LARGEST_ERROR:
-                wrong.append(f"{row.label}: {name} is off by {error:.1e}, more than {LARGEST_ERROR:.0e}")
+                wrong.append(f"{row.name}: {name} is off by {error:.1e}, more than {LARGEST_ERROR:.0e}")
             if not error <= LARGEST_RATIO * row.torch_bf16:
-                wrong.append(
-                    f"{row.label}: {name} is off by {error:.1e}, more than PyTorch's bf16 {row.torch_bf16:.1e}"
-                )
+                wrong.append(f"{row.name}: {name} is off by {error:.1e}, more than PyTorch's bf16 {row.torch_bf16:.1e}")
     if row.same_bits is False:
-        wrong.append(f"{row.label}: the launches from JAX and from torch differ")
+        wrong.append(f"{row.name}: the launches from JAX and from torch differ")
     return wrong
 
 

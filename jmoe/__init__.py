@@ -1,4 +1,19 @@
-"""MXFP4 mixture-of-experts with LoRA for JAX."""
+"""MXFP4 mixture-of-experts with LoRA for JAX.
+
+    moe                 the layer: experts in MXFP4 or bfloat16, LoRA on them, differentiable
+    Experts, Lora       its weights, and adapters for them
+    SwiGLU, SiluAndMul  activations
+    route, Routing      a choice of experts, which moe can be given
+    Mxfp4               weights in a checkpoint's four bits
+    quantize, dequantize  to and from four bits
+    pack, unpack        experts to and from the layout that Hopper's kernels read
+    PackedMxfp4         a weight in that layout
+    Target              a GPU that is not here, to compile for
+    allow_triton_call   what jax.export asks for
+
+jmoe.nn is the layer for Flax, jmoe.interop for PyTorch, jmoe.gpt_oss the whole model; jmoe.checkpoint, jmoe.adapters and
+jmoe.text read files, and jmoe.ops is what they are built of.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -75,4 +90,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *ROOMS})
+    return sorted({*__all__, *ROOMS, *(name for name in globals() if name.startswith("__"))})

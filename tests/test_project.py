@@ -12,28 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 import jmoe
+from jmoe.ops.launch.installed import OLDEST
 
 ROOT = Path(__file__).parent.parent
-
-PUBLIC = {
-    "Experts",
-    "Lora",
-    "Mxfp4",
-    "PackedMxfp4",
-    "Routing",
-    "SiluAndMul",
-    "SwiGLU",
-    "Target",
-    "allow_triton_call",
-    "dequantize",
-    "moe",
-    "pack",
-    "quantize",
-    "route",
-    "unpack",
-}
 
 
 class Import(NamedTuple):
@@ -93,7 +77,7 @@ def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
 
 def test_peers_are_torch_and_what_is_measured() -> None:
     for found in imports(PEERS.removesuffix("/")):
-        packages = ["torch", "jmoe.interop", "jmoe.bench.peers"]
+        packages = ["torch", "jmoe.interop", "jmoe.triton_src", "jmoe.bench.peers"]
         packages += ["triton_kernels"] * (found.file == PEERS + "triton_kernels.py")
         packages += ["vllm"] * (found.file == PEERS + "vllm_lora.py")
         assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found
@@ -132,9 +116,27 @@ def test_the_torch_side_meets_jax_in_two_files() -> None:
             assert starts(found.module, *rooms), found
 
 
-def test_public_names() -> None:
-    assert set(jmoe.__all__) == PUBLIC
-    assert all(hasattr(jmoe, name) for name in PUBLIC)
+def documented_names() -> list[str]:
+    """The names in the list that the package's docstring is."""
+    lines = re.findall(r"^    ((?:\w+, )*\w+)  ", jmoe.__doc__ or "", re.MULTILINE)
+    return sorted(name for line in lines for name in line.split(", "))
+
+
+def names_for_type_checkers() -> list[str]:
+    """The names that the package imports under `if TYPE_CHECKING`."""
+    tree = ast.parse((ROOT / "jmoe" / "__init__.py").read_text())
+    (block,) = (each for each in tree.body if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING")
+    return sorted(alias.asname or alias.name for each in ast.walk(block) for alias in getattr(each, "names", []))
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    documented = documented_names()
+    assert documented == sorted(jmoe.__all__) == sorted(jmoe.HOME) == names_for_type_checkers()
+    assert [name for name in dir(jmoe) if not name.startswith("_")] == sorted([*documented, *jmoe.ROOMS])
+    for name in documented:
+        public = getattr(jmoe, name)
+        assert (public.__module__, public.__name__) == (jmoe.HOME[name], name)
+        assert public.__doc__
 
 
 def test_public_names_of_the_torch_side() -> None:
@@ -330,4 +332,14 @@ def test_readme_is_read_in_three_minutes() -> None:
 
 def test_extras_agree_with_what_the_door_demands() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"jax-triton>=0.4.1", "triton>=3.7"} <= set(extras["cuda13"])
+    wanted = {package: ".".join(map(str, oldest)) for package, oldest in OLDEST.items()}
+    found = [Requirement(text) for extra in ("cuda13", "torch", "dev") for text in extras[extra]]
+    floors = {
+        (requirement.name, bound.version)
+        for requirement in found
+        if requirement.name in wanted
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    assert floors == set(wanted.items())
+    assert wanted.keys() <= {Requirement(text).name for text in extras["cuda13"]}

@@ -1,29 +1,31 @@
 """Tables and plot of README and the docs, generated from committed results.
 
-python -m jmoe.bench.readme draws the plot and fills each document's sections, which stand between comments of their
-names, in place.
+python -m jmoe.bench.readme draws the plot, where its figures are new, and fills each document's sections, which stand
+between comments of their names, in place.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jmoe.bench.case import Case
 from jmoe.bench.figures import Row, figure, find, marlin_layer, peer_layer, ratio
+from jmoe.bench.gpu_tests import GPU_TESTS, summary
+from jmoe.bench.gpu_tests import RECORD as GPU_TESTS_RECORD
 from jmoe.bench.markdown import table
 from jmoe.bench.model.tables import section as model_section
 from jmoe.bench.ours import CHECKPOINT, PACKED
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
+from jmoe.bench.source_hash import LAYER, MODEL, PARITY, source_hash
 from jmoe.bench.torch_peers import TRITON_KERNELS
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
-PARITY, BENCH, MODEL = (RESULTS / f"{name}_h100.json" for name in ("parity", "bench", "model"))
-PLOT = ROOT / "docs/images/bench_h100.svg"
+BENCH, PLOT = RESULTS / "bench_h100.json", ROOT / "docs/images/bench_h100.svg"
 
 DOCUMENTS = {
-    "README.md": ("correctness", "speed"),
+    "README.md": ("correctness", "gpu-tests", "speed"),
     "docs/correctness.md": ("parity",),
     "docs/speed.md": ("bench",),
     "docs/model.md": ("model",),
@@ -42,33 +44,24 @@ PARITY_COLUMNS = {
 }
 
 
-def source(results: dict[str, Any], command: str) -> str:
-    """The line under a table: the command, GPU, day, commit and versions it came from."""
-    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
-    return f"`{command}` on {results['device']}, {results['date']}, commit {results['commit']}; {versions}."
-
-
-def correctness() -> str:
-    """One row for all layers of the H100's parity table: the largest error of each implementation."""
-    results = json.loads(PARITY.read_text())
+def correctness(results: dict[str, Any]) -> str:
+    """One row for all layers of the parity table: the largest error of each implementation."""
     rows = results["rows"]
     errors = [[row[name] for row in rows if isinstance(row[name], float)] for name in PARITY_COLUMNS]
     same = sum(row["same_bits"] is True for row in rows)
     cells = [f"{max(column):.1e}" if column else "" for column in errors]
     header = [f"of {len(rows)} layers", *PARITY_COLUMNS.values(), "same bits"]
-    shown = table(header, [["largest error", *cells, f"{same} of {len(rows)}"]])
-    return shown + "\n\n" + source(results, "jmoe parity")
+    return table(header, [["largest error", *cells, f"{same} of {len(rows)}"]])
 
 
-def parity() -> str:
-    """The parity table of the H100."""
-    results = json.loads(PARITY.read_text())
+def parity(results: dict[str, Any]) -> str:
+    """The parity table."""
     rows = []
     for row in results["rows"]:
         errors = [f"{v:.1e}" if isinstance(v := row[name], float) else v for name in PARITY_COLUMNS]
-        rows.append([row["label"], *errors, "yes" if row["same_bits"] is True else str(row["same_bits"])])
-    header = ["layer", *PARITY_COLUMNS.values(), "same bits"]
-    return table(header, rows) + "\n\n" + source(results, "jmoe parity")
+        same_bits = "yes" if row["same_bits"] is True else str(row["same_bits"])
+        rows.append([row["label"], row["layout"], *errors, same_bits])
+    return table(["layer", "layout", *PARITY_COLUMNS.values(), "same bits"], rows)
 
 
 def cell(value: float | None, digits: int = 0) -> str:
@@ -136,20 +129,13 @@ def token_counts(rows: Sequence[Row], experts: int) -> list[int]:
     return sorted({row["tokens"] for row in rows if row["experts"] == experts})
 
 
-def speed() -> str:
+def speed(results: dict[str, Any]) -> str:
     """The times of a few sizes, without LoRA and with."""
-    results = json.loads(BENCH.read_text())
-    rows = [row for row in results["rows"] if row["tokens"] in SPEED_TOKENS]
-    return with_ranks(rows, 32, (0, 16)) + "\n\n" + source(results, "jmoe bench")
+    return with_ranks([row for row in results["rows"] if row["tokens"] in SPEED_TOKENS], 32, (0, 16))
 
 
-def bench() -> str:
-    """The plot and the time tables of the H100."""
-    return bench_section(json.loads(BENCH.read_text()))
-
-
-def bench_section(results: dict[str, Any]) -> str:
-    """The plot and the time tables of these results; a table without figures is left out."""
+def bench(results: dict[str, Any]) -> str:
+    """The plot and the time tables; a table without figures is left out."""
     rows = results["rows"]
     tables = {
         "32 experts, no LoRA": without_lora(rows, 32),
@@ -158,7 +144,7 @@ def bench_section(results: dict[str, Any]) -> str:
     }
     image = f"![Time of a layer against tokens]({PLOT.relative_to(ROOT / 'docs').as_posix()})"
     parts = [image, *(f"{title}:\n\n{text}" for title, text in tables.items() if text)]
-    return "\n\n".join([*parts, *filter(None, [mixed(rows), unmeasured(rows)]), source(results, "jmoe bench")])
+    return "\n\n".join([*parts, *filter(None, [mixed(rows), unmeasured(rows)])])
 
 
 def unmeasured(rows: Sequence[Row]) -> str:
@@ -168,13 +154,51 @@ def unmeasured(rows: Sequence[Row]) -> str:
     return f"Not measured at every size, and then not among the peers: {' and '.join(missing)}." if missing else ""
 
 
-def model() -> str:
-    """The tables of a whole model on the H100."""
-    results = json.loads(MODEL.read_text())
-    return model_section(results) + "\n\n" + source(results, "jmoe bench-model")
+class Section(NamedTuple):
+    """A generated part of a document.
+
+    file: the results that it shows, as JSON.
+    command: what writes these.
+    measured: the code that they are of; see jmoe.bench.source_hash.
+    show: the text of the results.
+    """
+
+    file: Path
+    command: str
+    measured: tuple[str, ...]
+    show: Callable[[dict[str, Any]], str]
 
 
-SECTIONS = {"correctness": correctness, "speed": speed, "parity": parity, "bench": bench, "model": model}
+SECTIONS = {
+    "correctness": Section(RESULTS / "parity.json", "jmoe parity", PARITY, correctness),
+    "parity": Section(RESULTS / "parity.json", "jmoe parity", PARITY, parity),
+    "gpu-tests": Section(GPU_TESTS_RECORD, "make gpu-test", GPU_TESTS, summary),
+    "speed": Section(BENCH, "jmoe bench", LAYER, speed),
+    "bench": Section(BENCH, "jmoe bench", LAYER, bench),
+    "model": Section(RESULTS / "model_h100.json", "jmoe bench-model", MODEL, model_section),
+}
+
+
+def text_of(section: Section, results: dict[str, Any]) -> str:
+    """The section's text for these results: what they are, where they come from, and whether they are stale."""
+    return f"{section.show(results)}\n\n{source(results, section.command)}{mark(results, section.measured)}"
+
+
+def source(results: dict[str, Any], command: str) -> str:
+    """The line under a table: the command, GPU, day, commit and versions it came from."""
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
+    return f"`{command}` on {results['device']}, {results['date']}, {commit_of(results)}; {versions}."
+
+
+def commit_of(results: dict[str, Any]) -> str:
+    """The commit that results are of; outside a checkout nobody knows it, and the hash says which code it was."""
+    return f"commit {results['commit']}" if results["commit"] else f"source {results['source_hash']}"
+
+
+def mark(results: dict[str, Any], measured: Iterable[str]) -> str:
+    """What says that results are stale; nothing where the code is still what was measured."""
+    stale = results.get("source_hash") != source_hash(measured)
+    return f" **Measured at {commit_of(results)}: the kernels have changed since.**" if stale else ""
 
 
 def render(text: str, sections: Sequence[str]) -> str:
@@ -189,13 +213,17 @@ def render(text: str, sections: Sequence[str]) -> str:
             raise ValueError(f"there must be one section between {begin.strip()} and {end.strip()}")
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        text = before + begin + SECTIONS[name]() + end + after
+        section = SECTIONS[name]
+        filled = text_of(section, json.loads(section.file.read_text())) if section.file.exists() else "No record yet."
+        text = before + begin + filled + end + after
     return text
 
 
 if __name__ == "__main__":
-    from jmoe.bench.plot import draw
+    from jmoe.bench.plot import digest, draw
 
-    draw(json.loads(BENCH.read_text()), PLOT)
+    figures = json.loads(BENCH.read_text())
+    if digest(figures) not in PLOT.read_text():
+        draw(figures, PLOT)
     for document, sections in DOCUMENTS.items():
         (ROOT / document).write_text(render((ROOT / document).read_text(), sections))

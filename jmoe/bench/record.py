@@ -1,31 +1,44 @@
 """When, where and of what a figure was taken, and the file that says so.
 
-python -m jmoe.bench.record prints it as JSON.
+python -m jmoe.bench.record PLACE... prints it as JSON; see birth_certificate.
 """
 
 import datetime
 import importlib.metadata
 import json
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jmoe.bench.source_hash import source_hash
 from jmoe.checkpoint.config_file import read_json
 from jmoe.files import replace
 
 PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")
 
 
-def birth_certificate() -> dict[str, object]:
-    """Date, commit of the checkout (None outside one), device and versions."""
+def birth_certificate(measured: Iterable[str]) -> dict[str, object]:
+    """Date, commit of the checkout (None outside one), hash of what is measured, device and versions.
+
+    measured: folders and files, as jmoe.bench.source_hash has them.
+    """
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
+        "source_hash": source_hash(measured),
         "device": jax.devices()[0].device_kind,
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def certificate_elsewhere(measured: Iterable[str]) -> dict[str, Any]:
+    """birth_certificate from a process of its own: this one leaves the GPU to others."""
+    command = [sys.executable, "-m", "jmoe.bench.record", *measured]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)  # type: ignore[no-any-return]
 
 
 def commit() -> str | None:
@@ -74,4 +87,4 @@ def write(file: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(birth_certificate()))
+    print(json.dumps(birth_certificate(sys.argv[1:])))

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.bench.source_hash import LAYER
 from jmoe.commands.comma_lists import numbers, words
 from jmoe.commands.paths import output_path
 
@@ -54,7 +55,7 @@ def bench(
     everyone = WITH_GRADIENT if gradient else forward_alone(marlin_library)
     chosen = select(everyone, words(implementations), words(skip))
     measured_passes = {"passes": "forward and backward" if gradient else "forward"}
-    figures = results.start(birth_certificate() | measured_passes, matrix.size, out)
+    figures = results.start(birth_certificate(LAYER) | measured_passes, matrix.size, out)
     failed = False
     for measured in run(matrix, chosen):
         results.add(figures, *measured)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.bench.source_hash import PARITY
 from jmoe.commands.model_options import LoraBLayoutOption
 from jmoe.commands.paths import output_path
 
@@ -43,7 +44,8 @@ def parity(
 ) -> None:
     """Runs a layer through JAX and PyTorch on the same bytes, and compares each result with float64.
 
-    Random layers of several sizes, or a layer of a real checkpoint on a real text. Exits with 1 if anything disagrees.
+    Random layers of several sizes, or a layer of a real checkpoint on a real text; on a Hopper GPU in the checkpoint's
+    layout of the experts and packed. Exits with 1 if anything disagrees.
     """
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter needs --checkpoint")
@@ -54,13 +56,13 @@ def parity(
 
     if checkpoint is None:
         shapes = check.real_shapes() if gpu else check.small_shapes()
-        rows = [check.compare_random(shape) for shape in shapes]
+        rows = [row for shape in shapes for row in check.compare_random(shape)]
     else:
         arrays, top_k = read_layer(checkpoint, layer, adapter, text, tokens, lora_b_layout)
         layers = {"": dataclasses.replace(arrays, lora=None)} | ({} if arrays.lora is None else {", adapter": arrays})
         shapes = [check.shape_of(each, top_k) for each in layers.values()]
         name = f"layer {layer}, {arrays.x.shape[0]} tokens"
-        rows = [check.compare(name + suffix, each, top_k) for suffix, each in layers.items()]
+        rows = [row for suffix, each in layers.items() for row in check.compare(name + suffix, each, top_k)]
     failures = [failure for row in rows for failure in row.failures]
     show(rows)
     if gpu:
@@ -77,7 +79,7 @@ def parity(
     for failure in failures:
         console.print(f"FAIL {failure}", markup=False)
     if out is not None:
-        write(out, {**birth_certificate(), "rows": [dataclasses.asdict(row) for row in rows]})
+        write(out, {**birth_certificate(PARITY), "rows": [dataclasses.asdict(row) for row in rows]})
     if failures:
         raise typer.Exit(1)
 
@@ -86,13 +88,14 @@ def show(rows: "list[Row]") -> None:
     """Prints the table of `parity`."""
     table = Table(title="relative error against float64", box=box.SIMPLE_HEAD)
     table.add_column("layer")
+    table.add_column("layout", no_wrap=True)
     for column in ("XLA", "Triton in JAX", "Triton in torch", "triton_kernels", "torch bf16", "same bits", ""):
         table.add_column(column, no_wrap=True)
     for row in rows:
         columns = (row.xla, row.triton_jax, row.triton_torch, row.triton_kernels, row.torch_bf16)
         errors = [f"{value:.1e}" if isinstance(value, float) else value for value in columns]
         same = row.same_bits if isinstance(row.same_bits, str) else ("yes" if row.same_bits else "NO")
-        table.add_row(row.label, *errors, same, "FAIL" if row.failures else "pass")
+        table.add_row(row.label, row.layout, *errors, same, "FAIL" if row.failures else "pass")
     console.print(table)
 
 

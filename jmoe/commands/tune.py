@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from jmoe.bench.record import birth_certificate, write
+from jmoe.bench.source_hash import LAYER
 from jmoe.commands.comma_lists import numbers
 from jmoe.commands.paths import output_path
 
@@ -38,5 +39,5 @@ def tune(
 
     file = user_table(jax.devices()[0].device_kind) if out is None else out
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, {**birth_certificate(), **as_json(measuring.tables_of(chosen))})
+    write(file, {**birth_certificate(LAYER), **as_json(measuring.tables_of(chosen))})
     console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)

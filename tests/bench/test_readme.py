@@ -17,13 +17,20 @@ from jmoe.bench.case import FULL, Case, Size, cases
 from jmoe.bench.results import add, start
 from jmoe.bench.roofline import ROOFS, active_experts, roofline_microseconds
 from jmoe.bench.run import implementations
+from jmoe.bench.source_hash import LAYER, source_hash
 
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 def full_results() -> dict[str, Any]:
     """Figures for the whole matrix, each different."""
-    certificate = {"date": "2000-01-01", "commit": "abc", "device": H100, "versions": {"jax": "1", "vllm": None}}
+    certificate = {
+        "date": "2000-01-01",
+        "commit": "abc",
+        "source_hash": source_hash(LAYER),
+        "device": H100,
+        "versions": {"jax": "1", "vllm": None},
+    }
     results = start(certificate, Size(), None)
     for experts in FULL.experts:
         for number, case in enumerate(cases(FULL, experts)):
@@ -33,7 +40,7 @@ def full_results() -> dict[str, Any]:
 
 
 def test_the_whole_matrix_makes_three_tables() -> None:
-    text = readme.bench_section(full_results())
+    text = readme.text_of(readme.SECTIONS["bench"], full_results())
     titles = re.findall(r"^(.*):$", text, re.MULTILINE)
     assert titles == ["32 experts, no LoRA", "32 experts, one LoRA adapter", "128 experts"]
     assert text.count("| --- ") == 7 + 7 + 10
@@ -51,7 +58,7 @@ def test_tables_columns_and_rows_without_figures_are_left_out() -> None:
     results = start({"date": "d", "commit": "c", "device": "GPU", "versions": {}}, Size(), None)
     add(results, Case(32, 1), {"jmoe packed": 50.0, "triton_kernels": 100.0, "Marlin GEMMs": "not installed"})
     add(results, Case(32, 4), {"Marlin GEMMs": "not installed"})
-    text = readme.bench_section(results)
+    text = readme.bench(results)
     assert "| tokens | jmoe, packed | triton_kernels | packed / peer |\n| --- | --- | --- | --- |\n" in text
     assert "| 1 | 50 | 100 | 0.50 |" in text
     assert "| 4 |" not in text
@@ -127,10 +134,11 @@ def test_a_section_that_is_missing_or_there_twice_is_refused(text: str) -> None:
 
 
 def test_readme_sums_up_what_the_docs_list() -> None:
-    listed = readme.parity()
-    first, *cells = readme.correctness().splitlines()[2].strip("| ").split(" | ")
+    results = json.loads(readme.SECTIONS["parity"].file.read_text())
+    listed = readme.parity(results)
+    first, *cells = readme.correctness(results).splitlines()[2].strip("| ").split(" | ")
     assert first == "largest error"
-    for column, cell in enumerate(cells[:-1], start=1):
+    for column, cell in enumerate(cells[:-1], start=2):
         rows = [line.strip("| ").split(" | ") for line in listed.splitlines()[2:] if line.startswith("|")]
         assert max(float(row[column]) for row in rows if row[column][0].isdigit()) == float(cell)
-    assert readme.speed().count("\n| ") == 1 + len(readme.SPEED_TOKENS)
+    assert readme.speed(json.loads(readme.BENCH.read_text())).count("\n| ") == 1 + len(readme.SPEED_TOKENS)

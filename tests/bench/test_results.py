@@ -9,8 +9,9 @@ from jmoe.bench.case import Case, Size
 from jmoe.bench.figures import Row, marlin_layer, peer_layer, ratio
 from jmoe.bench.record import birth_certificate, write
 from jmoe.bench.results import add, start
+from jmoe.bench.source_hash import LAYER
 
-CERTIFICATE = {"date": "2000-01-01", "commit": "abc", "device": "GPU", "versions": {"jax": "1"}}
+CERTIFICATE = {"date": "2000-01-01", "commit": "abc", "source_hash": "abc", "device": "GPU", "versions": {"jax": "1"}}
 
 
 def row(case: Case, **microseconds: float | str) -> Row:
@@ -81,7 +82,9 @@ def test_a_second_run_adds_and_replaces(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("commit", "def"), ("device", "TPU"), ("versions", {"jax": "2"})])
+@pytest.mark.parametrize(
+    ("key", "value"), [("commit", "def"), ("source_hash", "def"), ("device", "TPU"), ("versions", {"jax": "2"})]
+)
 def test_figures_of_different_things_do_not_mix(tmp_path: Path, key: str, value: object) -> None:
     out = tmp_path / "bench.json"
     write(out, start(CERTIFICATE, Size(), out))
@@ -93,6 +96,6 @@ def test_figures_of_different_things_do_not_mix(tmp_path: Path, key: str, value:
 
 def test_a_certificate_can_be_read_back_as_it_was(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    certificate = birth_certificate()
+    certificate = birth_certificate(LAYER)
     write(out, start(certificate, Size(), out))
     assert start(certificate, Size(), out)["rows"] == []

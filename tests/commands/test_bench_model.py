@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from jmoe.bench import record
 from jmoe.bench.model import run
 from jmoe.bench.model.case import Figures, ModelCase
 from jmoe.cli import app
@@ -20,7 +21,7 @@ def call(monkeypatch: pytest.MonkeyPatch, kinds: str, figures: Figures, out: Pat
     def measured(cases: Iterable[ModelCase]) -> Iterator[tuple[ModelCase, Figures]]:
         return ((case, figures) for case in cases)
 
-    monkeypatch.setattr(run, "certificate", lambda: HERE | other)
+    monkeypatch.setattr(record, "certificate_elsewhere", lambda measured: HERE | other)
     monkeypatch.setattr(run, "run", measured)
     done = CliRunner().invoke(app, ["bench-model", "--kinds", kinds, "--out", str(out)])
     assert done.exit_code == ("error" in figures), done.output
@@ -58,7 +59,7 @@ def test_figures_of_another_commit_are_kept_and_the_command_ends(
 ) -> None:
     out = tmp_path / "model.json"
     call(monkeypatch, "load", {"ms": 1.0}, out, commit="def")
-    monkeypatch.setattr(run, "certificate", lambda: HERE)
+    monkeypatch.setattr(record, "certificate_elsewhere", lambda measured: HERE)
     done = CliRunner().invoke(app, ["bench-model", "--kinds", "generate", "--out", str(out)])
     assert "model.json holds figures of commit def, this run is of abc: remove" in str(done.exception)
     assert rows(out) == [("load", {"ms": 1.0})]
@@ -74,7 +75,7 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
 
 
 def test_cases_that_are_not_of_this_machine_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "certificate", lambda: HERE)
+    monkeypatch.setattr(record, "certificate_elsewhere", lambda measured: HERE)
     done = CliRunner().invoke(app, ["bench-model", "--sizes", "20b"])
     assert done.exit_code == 2
     assert "no such cases on this machine" in done.output

@@ -131,6 +131,7 @@ def test_scale_bytes_at_the_ends(scale: int) -> None:
         assert torch_layers.relative_error(got["x"], exact["x"]) <= RELATIVE
 
 
+@pytest.mark.large_memory
 def test_65536_tokens() -> None:
     """Tokens do not see each other in x's gradient, so some at either end stand for all."""
     layer = random_layer(LayerShape(65536, adapters=1, rank=8))

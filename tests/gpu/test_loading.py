@@ -15,7 +15,7 @@ from jmoe import gpt_oss
 from jmoe.bench.model.loading import layer_specs, random_tensor, write_checkpoint
 from jmoe.checkpoint.tensors import Spec
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 LAYERS = 6
 

@@ -35,12 +35,12 @@ def run(layer: Layer, top_k: int = 4, **options: object) -> jax.Array:
 
 
 @pytest.mark.parametrize("lora", LORA)
-@pytest.mark.parametrize("experts", [32, 128])
+@pytest.mark.parametrize("experts", [32, pytest.param(128, marks=pytest.mark.large_memory)])
 @pytest.mark.parametrize("tokens", [1, 7, 64, 1000, 4096])
 def test_parity_at_real_sizes(tokens: int, experts: int, lora: str) -> None:
     from jmoe.interop.parity import compare_random
 
-    row = compare_random(LayerShape(tokens, experts=experts, **LORA[lora]))
+    (row,) = compare_random(LayerShape(tokens, experts=experts, **LORA[lora]), ["checkpoint"])
     assert row.failures == ()
     assert row.same_bits is True
     assert isinstance(row.triton_jax, float)
@@ -62,7 +62,7 @@ def test_parity_at_real_sizes(tokens: int, experts: int, lora: str) -> None:
 def test_parity_at_odd_sizes(shape: LayerShape) -> None:
     from jmoe.interop.parity import compare_random
 
-    row = compare_random(shape)
+    (row,) = compare_random(shape, ["checkpoint"])
     assert row.failures == ()
     assert row.same_bits is True
 
@@ -123,6 +123,7 @@ def test_nan_and_infinity_end_where_the_reference_has_them() -> None:
     assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
 
 
+@pytest.mark.large_memory
 def test_131072_tokens() -> None:
     """Offsets pass 2^31 here; tokens do not see each other, so some at either end stand for all."""
     shape = LayerShape(131072, adapters=1, rank=8)
@@ -200,6 +201,7 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
     print(f"{tool}: {done.stdout.strip().splitlines()[-1]}")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_at_most_twice_the_time_of_triton_kernels(tokens: int) -> None:
     from jmoe.bench.case import Matrix, Size

@@ -60,12 +60,6 @@ def add(results: dict[str, Any], case: ModelCase, figures: Figures) -> None:
     results["rows"].append(row)
 
 
-def certificate() -> Figures:
-    """When, where and of what these figures are, from a process of its own: this one leaves the GPU to the cases."""
-    command = [sys.executable, "-m", "jmoe.bench.record"]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)  # type: ignore[no-any-return]
-
-
 def measure(case: ModelCase) -> Figures:
     """The figures of one case, in this process."""
     module = importlib.import_module(f"jmoe.bench.model.{MODULES[case.kind]}")
