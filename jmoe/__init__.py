@@ -11,8 +11,8 @@
     Target              a GPU that is not here, to compile for
     allow_triton_call   what jax.export asks for
 
-jmoe.nn is the layer for Flax, jmoe.interop for PyTorch, jmoe.gpt_oss the whole model; jmoe.checkpoint, jmoe.adapters and
-jmoe.text read files, and jmoe.ops is what they are built of.
+jmoe.nn is the layer for Flax, jmoe.interop for PyTorch, jmoe.gpt_oss the whole model; jmoe.checkpoint, jmoe.adapters
+and jmoe.text read files, and jmoe.ops is what they are built of.
 """
 
 import importlib
