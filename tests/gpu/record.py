@@ -56,7 +56,8 @@ def run(phase: Phase) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         marked = f"gpu and {phase.marked}"
-        command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", marked, f"--junitxml={report}", *files()]
+        options = ["-q", "--durations=15", *workers, "-m", marked, f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *files()]
         status = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False).returncode
         if status not in (0, 1):  # all passed, some failed
             raise RuntimeError(f"pytest did not run the tests {marked!r} to the end: exit status {status}")

@@ -1,6 +1,7 @@
 """Gluon kernels under jax-triton: the code that Triton's own compiler makes of them."""
 
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +37,9 @@ def triton_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @pytest.fixture(autouse=True)
-def _no_line_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In PTX they are of the kernel's file, and jmoe may leave them out."""
+def _compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No kernel is found on disk, and PTX has no line numbers, which are of this file and which jmoe may leave out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
 
 
