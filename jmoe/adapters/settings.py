@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from jmoe.checkpoint.config_file import is_number, read_json
 
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]  # typer resolves no `type` statement
+"""Of all experts' lora_B in one matrix; see LORA_B_LAYOUTS."""
 
 LORA_B_LAYOUTS: tuple[LoraBLayout, ...] = ("rank_major", "grouped_by_expert")
 """What column j of all experts' lora_B in one [out, r * E] belongs to: (rank j // E, expert j % E), which is PEFT's

@@ -63,7 +63,9 @@ def load(
         device holds them.
       adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
         jmoe.gpt_oss.load_adapter.
-      dtype, recompute, remat: as in GptOss. The weights keep their own dtypes.
+      dtype: as in GptOss. The weights keep their own dtypes.
+      recompute: as in GptOss.
+      remat: as in GptOss.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       quantize: "mxfp4" rounds dense experts to MXFP4, one at a time and from the file's own dtype, as jmoe.quantize
         does; those that are MXFP4 already stay as they are. None: dense experts stay dense.

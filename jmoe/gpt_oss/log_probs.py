@@ -33,8 +33,10 @@ def log_probs(
       tokens: [B, T], what the model reads.
       targets: the token to score after each position, in place of the one that follows in `tokens`. NaN follows from a
         traced one that is outside the vocabulary.
-      positions, segment_ids, adapter_ids: as in GptOss.hidden. Without targets a token that begins a segment has
-        nothing before it: its entry is 0, and has no gradient.
+      positions: as in GptOss.hidden.
+      segment_ids: as in GptOss.hidden. Without targets a token that begins a segment has nothing before it: its entry
+        is 0, and has no gradient.
+      adapter_ids: as in GptOss.hidden.
       chunk: positions at a time; it changes memory and time, and results by no more than float32's rounding.
 
     Returns:
