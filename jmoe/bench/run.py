@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jmoe.bench import grouped_mm, ours, peers, ragged_dot
+from jmoe.bench import grouped_mm, ours, ragged_dot, torch_peers
 from jmoe.bench.case import Case, Matrix, cases
 from jmoe.bench.implementation import Implementation, Measure, UnavailableError
 from jmoe.bench.weights import Weights
@@ -26,7 +26,7 @@ def implementations(marlin_library: Path | None = None) -> tuple[Implementation,
     """All there are, ours first."""
     return (
         *ours.IMPLEMENTATIONS,
-        *peers.implementations(marlin_library),
+        *torch_peers.implementations(marlin_library),
         *grouped_mm.IMPLEMENTATIONS,
         *ragged_dot.IMPLEMENTATIONS,
     )

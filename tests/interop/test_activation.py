@@ -26,11 +26,10 @@ def test_the_reference_is_torchs_silu() -> None:
     assert torch.allclose(reference.swiglu(alternating, SiluAndMul()), want, rtol=1e-14)
 
 
-@pytest.mark.parametrize("mxfp4", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_silu_and_mul_and_its_gradient_agree_with_float64(interleaved: bool, mxfp4: bool) -> None:
+def test_silu_and_mul_and_its_gradient_agree_with_float64(interleaved: bool) -> None:
     layer = random_layer(
-        tokens=20, adapters=2, gate_up_rank=5, down_rank=3, mixed=True, mxfp4=mxfp4,
+        tokens=12, adapters=2, gate_up_rank=5, down_rank=3, mixed=True, mxfp4=mxfp4,
         activation=SiluAndMul(interleaved=interleaved),
     )  # fmt: skip
     forward_tests.check(layer)
@@ -54,9 +53,8 @@ def halves(layer: Layer) -> Layer:
     return dataclasses.replace(layer, experts=experts, lora=lora, activation=activation)
 
 
-@pytest.mark.parametrize("mxfp4", [False, True])
-def test_halves_are_the_same_bits_in_another_order(mxfp4: bool) -> None:
-    layer = random_layer(tokens=9, adapters=1, gate_up_rank=5, down_rank=3, mxfp4=mxfp4, activation=SwiGLU(limit=1.5))
+def test_halves_are_the_same_bits_in_another_order() -> None:
+    layer = random_layer(tokens=9, adapters=1, gate_up_rank=5, down_rank=3, activation=SwiGLU(limit=1.5))
     dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     apart = halves(layer)
     y, again = (moe(each.x, each.router_logits, each.experts, **each.options) for each in (layer, apart))
