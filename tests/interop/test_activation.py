@@ -29,7 +29,7 @@ def test_the_reference_is_torchs_silu() -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_silu_and_mul_and_its_gradient_agree_with_float64(interleaved: bool) -> None:
     layer = random_layer(
-        tokens=12, adapters=2, gate_up_rank=5, down_rank=3, mixed=True, mxfp4=mxfp4,
+        tokens=12, adapters=2, gate_up_rank=5, down_rank=3, mixed=True,
         activation=SiluAndMul(interleaved=interleaved),
     )  # fmt: skip
     forward_tests.check(layer)
