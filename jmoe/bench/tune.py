@@ -17,6 +17,7 @@ from jmoe.ops.buffers import Options, name_buffers
 from jmoe.ops.experts import Experts
 from jmoe.ops.launch.layer import launch_layer
 from jmoe.ops.launch.local_gpu import local_capability
+from jmoe.triton_src.activation import SwiGLU
 
 if TYPE_CHECKING:
     from jmoe.triton_src.tiles import TileTables
@@ -133,7 +134,7 @@ def prepare_tile(table: str, x: jax.Array, logits: jax.Array, experts: Experts, 
     tables = single(table, tile)
 
     def step(x: jax.Array, logits: jax.Array, experts: Experts) -> jax.Array:
-        options = Options(size.intermediate, size.top_k, 1.702, 7.0, capability, forced=True, recompute=False)
+        options = Options(size.intermediate, size.top_k, SwiGLU(), capability, forced=True, recompute=False)
         buffers = name_buffers(x, logits, experts, None, None, None, 0, None)
         return launch_layer(buffers, options, capability, tables)["y"]
 
