@@ -12,8 +12,9 @@ from jmoe.ops.gluon import compile_gluon_as_gluon
 from jmoe.ops.launch.dead_code import accept_live_inputs
 from jmoe.ops.launch.kernel_cache import FIELDS, keep_kernels_on_disk
 
-OLDEST = {"jax-triton": (0, 4, 1), "triton": (3, 7)}
-"""jax-triton 0.3.1 launches cannot be captured into CUDA graphs; 0.4.1 needs Triton 3.7."""
+OLDEST = {"jax-triton": (0, 4, 1), "triton": (3, 8)}
+"""jax-triton 0.3.1 launches cannot be captured into CUDA graphs. Triton 3.7 has no gluon.aggregate and no
+async_copy.async_load, and with both put in their places it does not compile all tiles of the packed kernels."""
 
 TOO_NEW = {"jax-triton": (0, 5), "triton": (3, 10)}
 """The first versions that jmoe has not been tried with: it builds on more of both than they promise to keep."""
@@ -21,8 +22,10 @@ TOO_NEW = {"jax-triton": (0, 5), "triton": (3, 10)}
 INSTALL = 'pip install "jmoe[cuda13]"'
 
 BUILT_ON = {
-    "triton_call": ("kernel", "out_type", "grid", "name", "num_warps", "num_stages", "backend_options")
-    + ("compute_capability", "cost_estimate"),
+    "triton_call": (
+        "kernel", "out_type", "grid", "name", "num_warps", "num_stages", "backend_options", "compute_capability",
+        "cost_estimate",
+    ),
     "triton_lib.triton_kernel_call_p": (),
     "triton_lib.triton_kernel_call_lib": (),
     "triton_lib.compile_ttir_to_ptx_inplace": ("ttir", "cuda_backend", "cuda_options", "compute_capability"),
@@ -30,7 +33,7 @@ BUILT_ON = {
     "triton_lib.KernelSpecialization": ("signature", "attrs", "constants"),
     "triton_lib.CompilationResult": (*FIELDS, "ttgir", "llir"),
     "triton_lib._JAX_TRITON_DUMP_DIR": (),
-}
+}  # fmt: skip
 """What jmoe calls or replaces of jax_triton, and the parameters that it must have."""
 
 
@@ -48,7 +51,7 @@ def check_installed() -> None:
 
 
 def wanted(package: str) -> str:
-    """The versions of a package that jmoe knows, as in "triton >= 3.7, < 3.10"."""
+    """The versions of a package that jmoe knows, as in "triton >= 3.8, < 3.10"."""
     oldest, too_new = (".".join(map(str, bound[package])) for bound in (OLDEST, TOO_NEW))
     return f"{package} >= {oldest}, < {too_new}"
 

@@ -26,16 +26,21 @@ PIPELINE = hashlib.sha256(Path(gluon.__file__).read_bytes()).hexdigest()
 FIELDS = ("binary", "name", "shared_mem_bytes", "global_scratch_size", "global_scratch_align", "tensordesc_meta")
 """Of jax-triton's CompilationResult: what a launch needs of it."""
 
-_compiling = threading.Lock()
+_compiling = threading.RLock()
 """Held while Triton's switch for line numbers, one for all threads, is turned."""
+
+
+def user_cache_directory() -> Path:
+    """Where jmoe keeps what it measured and compiled for this user."""
+    from jmoe.triton_src.user_cache import user_cache
+
+    return user_cache()
 
 
 def kernel_directory() -> Path:
     """Where compiled kernels lie: jmoe's folder in TRITON_CACHE_DIR, or else in the user's cache."""
-    from jmoe.triton_src.user_cache import user_cache
-
     triton = os.environ.get("TRITON_CACHE_DIR")
-    return Path(triton, "jmoe") if triton else user_cache() / "kernels"
+    return Path(triton, "jmoe") if triton else user_cache_directory() / "kernels"
 
 
 def keep_kernels_on_disk(triton_lib: ModuleType) -> None:
@@ -44,6 +49,8 @@ def keep_kernels_on_disk(triton_lib: ModuleType) -> None:
     TRITON_ALWAYS_COMPILE compiles every kernel anew, as it does under Triton's own launcher.
     """
     compile_kernel = triton_lib.TritonFunction._compile_kernel
+    if getattr(compile_kernel, "keeps_on_disk", False):
+        return
 
     @functools.wraps(compile_kernel)
     def read_or_compile(self: Any, spec: Any, gpu_target: Any, backend: Any, backend_options: Any) -> Any:
@@ -73,6 +80,7 @@ def keep_kernels_on_disk(triton_lib: ModuleType) -> None:
         )
         return kernel, "", options, compiled
 
+    read_or_compile.keeps_on_disk = True  # type: ignore[attr-defined]
     triton_lib.TritonFunction._compile_kernel = read_or_compile
 
 
@@ -86,17 +94,20 @@ def compiles_always(triton_lib: ModuleType) -> bool:
 def key_of(kernel: Any, spec: Any, backend: Any, options: Any) -> str | None:
     """A hash of all that the compiled kernel depends on; None if something does not say what it is.
 
-    The kernel's part is Triton's own: its source and that of all it calls. It has the line where each begins, so that
-    after an edit above a kernel Triton runs once more, to the same PTX.
+    The kernel's part is Triton's own: its source and that of all it calls, and beside it the global values that they
+    use, of which Triton's has some. It has the line where each function begins, so that after an edit above a kernel
+    Triton runs once more, to the same PTX.
     """
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     versions = [importlib.metadata.version(package) for package in ("triton", "jax-triton")]
-    arguments = repr((spec.signature, sorted(spec.attrs.items()), sorted(spec.constants.items())))
+    source = kernel.cache_key  # before the values, which it finds
+    values = sorted((name, repr(value)) for (name, _), (value, _) in kernel.used_global_vals.items())
+    arguments = repr((values, spec.signature, sorted(spec.attrs.items()), sorted(spec.constants.items())))
     if " at 0x" in arguments:  # an object's address, which says nothing of it
         return None
     environment = sorted(get_cache_invalidating_env_vars().items())
-    parts = [PIPELINE, *versions, kernel.cache_key, arguments, backend.hash(), options.hash(), repr(environment)]
+    parts = [PIPELINE, *versions, source, arguments, backend.hash(), options.hash(), repr(environment)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -126,7 +137,7 @@ def write(key: str, result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _without_lines() -> Iterator[None]:
-    """Has Triton write no lines of sources into what it compiles meanwhile, unless the user's environment wants them."""
+    """Has Triton write no lines of sources into what it compiles meanwhile; a user's TRITON_DISABLE_LINE_INFO wins."""
     import triton
 
     with triton.knobs.compilation.scope():
