@@ -37,8 +37,9 @@ def lower(name: str, function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def lower_packed_layer(tokens: int, backward: bool = False) -> None:
-    """Packed experts with LoRA on Hopper, by jmoe.moe."""
-    shape = LayerShape(tokens, hidden=HIDDEN, intermediate=HIDDEN, experts=4, top_k=2, adapters=1, rank=RANK)
+    """Packed experts on Hopper, by jmoe.moe: forward with LoRA, or the gradient."""
+    lora = {} if backward else {"adapters": 1, "rank": RANK}
+    shape = LayerShape(tokens, hidden=HIDDEN, intermediate=HIDDEN, experts=4, top_k=2, **lora)
     layer = jax.eval_shape(functools.partial(random_layer, shape))
     layer = dataclasses.replace(layer, experts=jax.eval_shape(jmoe.pack, layer.experts))
 
@@ -49,7 +50,7 @@ def lower_packed_layer(tokens: int, backward: bool = False) -> None:
     def loss(x: jax.Array, lora: Any, layer: Layer) -> jax.Array:
         return forward(x, lora, layer).astype(jnp.float32).sum()
 
-    call = jax.grad(loss, argnums=(0, 1)) if backward else forward
+    call = jax.grad(loss) if backward else forward
     name = f"packed layer of {tokens} tokens{', backward' if backward else ''}, sm_90"
     lower(name, call, layer.x, layer.lora, layer)
 
