@@ -15,7 +15,7 @@ def accept_live_inputs(triton_lib: ModuleType) -> None:
     jmoe.ops.launch.layer.route_and_sort.
     """
     if jax.__version_info__ >= (0, 12):
-        partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = _keep
+        partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = _keep  # type: ignore[assignment]  # as of 0.11
 
 
 def _keep(used_outputs: list[bool], live_inputs: list[bool], equation: Any) -> tuple[list[bool], Any]:
