@@ -23,6 +23,7 @@ from jmoe.commands.merge import merge
 from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
 from jmoe.commands.tune import tune
+from jmoe.compilation_cache import keep_compiled_programs
 from jmoe.errors import first_line
 from jmoe.files import naming
 
@@ -71,6 +72,7 @@ def main() -> None:
     """Runs the `jmoe` command: what is wrong with the input is one line, not a traceback."""
     debug = take_debug()
     warnings.formatwarning = format_warning
+    keep_compiled_programs()
     for stream in (sys.stdout, sys.stderr):
         if not (stream.encoding or "").lower().startswith("utf"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

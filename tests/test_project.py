@@ -239,7 +239,7 @@ def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     run = subprocess.run([python, "-c", use + PARTS], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "Traceback" not in run.stderr, run.stderr
     missed, said = run.stdout.split("\n", 1)
-    assert missed.startswith("the Triton backend needs jax-triton >= 0.4.1, which is not installed: pip install")
+    assert missed.startswith("the Triton backend needs jax-triton >= 0.4.1, < 0.5, which is not installed: pip install")
     assert said == SAID
     command = subprocess.run([python.with_name("jmoe"), "doctor"], capture_output=True, text=True, check=False)
     assert (command.returncode, command.stdout, command.stderr) == (1, "", COMMAND_SAID)

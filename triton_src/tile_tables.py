@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import typing
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jmoe.triton_src.tiles import PACKED_TILES, PackedTile, Tile, TileTables, tiles_of
+from jmoe.triton_src.user_cache import user_cache
 
 KINDS: dict[str, dict[str, type]] = {
     "portable": {"Tile": Tile},
@@ -29,9 +29,7 @@ ALSO = {"num_stages": (2, 3, 4), "num_warps": (4, 8)}
 
 def user_table(device: str) -> Path:
     """Where the table of a GPU of this name lies, or would lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = cache if cache.is_absolute() else Path(os.path.expanduser("~/.cache"))
-    return home / "jmoe" / "tiles" / (re.sub("[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
+    return user_cache() / "tiles" / (re.sub("[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
 
 
 def read_user_table(device: str) -> TileTables | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import jax
 import typer
 from rich import box
 from rich.console import Console
@@ -19,6 +20,7 @@ from jmoe.commands.finetune_memory import (
 from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption
 from jmoe.commands.paths import input_path
 from jmoe.device_memory import allow_whole_gpu, byte_size
+from jmoe.ops.launch.kernel_cache import kernel_directory
 
 if TYPE_CHECKING:
     from jmoe.doctor.machine import Machine
@@ -101,7 +103,7 @@ def doctor(
 
 
 def machine_table(machine: "Machine") -> Table:
-    """Versions, devices and the Triton backend."""
+    """Versions, devices, the Triton backend, and where what is compiled is kept."""
     table = Table(title="this machine", box=box.SIMPLE_HEAD, show_header=False)
     for package, version in machine.versions.items():
         table.add_row(package, version or "not installed")
@@ -111,6 +113,8 @@ def machine_table(machine: "Machine") -> Table:
     table.add_row("GPU", "yes" if machine.gpu else "none that JAX sees: everything runs by XLA")
     table.add_row("Triton backend", "runs" if machine.no_triton is None else f"does not run: {machine.no_triton}")
     table.add_row("tile table", machine.tiles or "none")
+    table.add_row("compiled kernels", str(kernel_directory()))
+    table.add_row("compiled programs", jax.config.jax_compilation_cache_dir or "not kept")
     return table
 
 

@@ -1,5 +1,6 @@
 """Compiles Gluon kernels as Gluon under jax-triton, which knows one pipeline for all kernels."""
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ def compile_gluon_as_gluon(triton_lib: ModuleType) -> None:
     if getattr(compile_module, "knows_gluon", False):
         return
 
+    @functools.wraps(compile_module)
     def compile_either(module: Any, backend: Any, options: Any, capability: int) -> Any:
         # Only Gluon modules have their number of warps before Triton's passes give it to them.
         is_gluon = module.get_int_attr("ttg.num-warps") is not None

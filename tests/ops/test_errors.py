@@ -201,9 +201,9 @@ def lower_for_cuda() -> None:
 @pytest.mark.parametrize(
     ("package", "found", "message"),
     [
-        ("jax-triton", "0.3.1", "the Triton backend needs jax-triton >= 0.4.1, got 0.3.1: pip install"),
-        ("triton", "3.6.0", "the Triton backend needs triton >= 3.7, got 3.6.0: pip install"),
-        ("triton", None, "the Triton backend needs triton >= 3.7, which is not installed: pip install"),
+        ("jax-triton", "0.3.1", "the Triton backend needs jax-triton >= 0.4.1, < 0.5, got 0.3.1: pip install"),
+        ("triton", "3.7.1", "the Triton backend needs triton >= 3.8, < 3.10, got 3.7.1: pip install"),
+        ("triton", None, "the Triton backend needs triton >= 3.8, < 3.10, which is not installed: pip install"),
     ],
 )
 def test_too_old_or_missing_packages(
@@ -224,7 +224,7 @@ def test_too_old_or_missing_packages(
 
 
 def test_versions_are_compared_by_number() -> None:
-    assert installed.release("3.10.0") > installed.release("3.7")
+    assert installed.release("3.10.0") > installed.release("3.8")
     assert installed.release("3.8.0+git1234") == (3, 8, 0)
     assert installed.release("0.4.1.dev3") == (0, 4, 1)
 
