@@ -7,6 +7,7 @@ import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import capability_of, launch, tables_of
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
@@ -20,8 +21,7 @@ class Options(NamedTuple):
     intermediate: int
     packed: bool
     top_k: int
-    swiglu_alpha: float
-    swiglu_limit: float
+    activation: SwiGLU
     recompute: bool
 
     def problem(self, buffers: Buffers) -> MoeProblem:
@@ -31,8 +31,7 @@ class Options(NamedTuple):
             intermediate=self.intermediate,
             packed=self.packed,
             top_k=self.top_k,
-            swiglu_alpha=self.swiglu_alpha,
-            swiglu_limit=self.swiglu_limit,
+            activation=self.activation,
         )
 
 

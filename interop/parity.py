@@ -20,6 +20,7 @@ from jmoe.ops.moe import moe
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from jmoe.ops.routing import route
 from jmoe.ops.target import Target
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.plan import cdiv
 
@@ -176,8 +177,7 @@ def interpreter_steps(layer: Layer, top_k: int) -> int:
         intermediate=double // 2,
         packed=False,
         top_k=top_k,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
+        activation=SwiGLU(),
     )
     plans = plan_moe(problem, INTERPRETER_CAPABILITY) if tokens else []
     return sum(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Self
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.packed.decode import plan_packed_decode
 from jmoe.triton_src.packed.grouped_matmul import plan_packed_grouped_matmul
 from jmoe.triton_src.plan import Plan, cdiv
@@ -45,8 +46,7 @@ class MoeProblem:
     down_rank: int | None
     adapter_ids: bool
     expert_offset: bool
-    swiglu_alpha: float
-    swiglu_limit: float
+    activation: SwiGLU
     stacked: Stacked = ONE_LAYER
 
     @classmethod
@@ -57,8 +57,7 @@ class MoeProblem:
         intermediate: int,
         packed: bool,
         top_k: int,
-        swiglu_alpha: float,
-        swiglu_limit: float,
+        activation: SwiGLU,
     ) -> Self:
         """The problem posed by buffers of these names and shapes.
 
@@ -88,8 +87,7 @@ class MoeProblem:
             down_rank=shapes["down_a"][-2] if "down_a" in shapes else None,
             adapter_ids="adapter_ids" in shapes,
             expert_offset="expert_offset" in shapes,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_limit=swiglu_limit,
+            activation=activation,
             stacked=stacked,
         )
 
@@ -161,8 +159,7 @@ def plan_moe(
                 down_rank=p.down_rank,
                 adapter_ids=p.adapter_ids,
                 stacked=p.stacked,
-                swiglu_alpha=p.swiglu_alpha,
-                swiglu_limit=p.swiglu_limit,
+                activation=p.activation,
                 tile=tile,
             ),
             plan_sum("pair_out", "y", problem),
@@ -221,8 +218,7 @@ def plan_projection(
         rank=p.rank(projection),
         adapter_ids=p.adapter_ids,
         stacked=p.stacked,
-        swiglu_alpha=p.swiglu_alpha,
-        swiglu_limit=p.swiglu_limit,
+        activation=p.activation,
         tile=tile,
         keep=keep,
     )
@@ -247,8 +243,7 @@ def plan_projections(
         ranks={"gate_up": p.gate_up_rank, "down": p.down_rank},
         adapter_ids=p.adapter_ids,
         stacked=p.stacked,
-        swiglu_alpha=p.swiglu_alpha,
-        swiglu_limit=p.swiglu_limit,
+        activation=p.activation,
         tile=tile,
         keep=keep,
     )

@@ -90,8 +90,7 @@ def plan_moe_backward(
             experts=p.experts,
             bias=p.down_bias,
             stacked=p.stacked,
-            swiglu_alpha=p.swiglu_alpha,
-            swiglu_limit=p.swiglu_limit,
+            activation=p.activation,
         ),
         plan_route_backward(
             tokens=p.tokens,

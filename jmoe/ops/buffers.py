@@ -10,6 +10,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.reference import moe_reference
 from jmoe.ops.routing import Routing, route
+from jmoe.triton_src.activation import SwiGLU
 
 type Buffers = dict[str, jax.Array]
 
@@ -19,8 +20,7 @@ class Options(NamedTuple):
 
     intermediate: int
     top_k: int
-    swiglu_alpha: float
-    swiglu_limit: float
+    activation: SwiGLU
     capability: int | None  # None: that of the GPU at hand when lowered
     forced: bool  # the caller named the Triton backend, so that what it cannot do is an error at once
     recompute: bool
@@ -102,4 +102,4 @@ def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
         routing = route(buffers["router_logits"], options.top_k)
     offset = buffers["expert_offset"][0] if "expert_offset" in buffers else 0
     ids = buffers.get("adapter_ids")
-    return moe_reference(buffers["x"], routing, experts, lora, ids, offset, options.swiglu_alpha, options.swiglu_limit)
+    return moe_reference(buffers["x"], routing, experts, lora, ids, offset, options.activation)

@@ -12,10 +12,12 @@ from jmoe.ops.check import check_backend, check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_dtypes
+from jmoe.ops.mxfp4 import PackedMxfp4
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, as_int
 from jmoe.ops.sharding import by_auto_axes, vary_alike
 from jmoe.ops.target import Target
+from jmoe.triton_src.activation import SwiGLU, check_activation
 
 type Backend = Literal["triton", "xla"] | Target | None
 
@@ -31,12 +33,11 @@ def moe(
     routing: Routing | None = None,
     expert_offset: Int32[Array, ""] | int = 0,
     layer: Int32[Array, ""] | int | None = None,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
     backend: Backend = None,
 ) -> Float[Array, "... H"]:
-    """y = sum over each token's top_k experts of weight * (down @ swiglu(gate_up @ x + bias) + bias), LoRA included.
+    """y = sum over a token's top_k experts of weight * (down @ activation(gate_up @ x + bias) + bias), LoRA included.
 
     Args:
       x: bfloat16 or float32 [..., H]; the Triton backend takes bfloat16 alone.
@@ -53,9 +54,9 @@ def moe(
       layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
         May be traced, and must then be one of them. In a lax.scan over layers the kernels read a stack in place, where
         slices would be copied.
+      activation: what comes between the two products, gpt-oss's unless another is given; see jmoe.SwiGLU.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
-      swiglu_alpha, swiglu_limit: of gpt-oss's activation; see jmoe.ops.reference.swiglu.
       backend: "triton", "xla", Target("sm_90") for Triton on a GPU that is not here, or None: Triton where this is
         lowered for CUDA, XLA elsewhere.
 
@@ -72,6 +73,7 @@ def moe(
     one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)
     top_k = as_int("top_k", top_k)
     check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing, expert_offset)
+    check_activation(activation, isinstance(one.gate_up, PackedMxfp4))
     check_backend(backend)
     if one_lora is not None and adapter_count(one_lora) == 0:
         lora = None
@@ -91,8 +93,7 @@ def moe(
     options = Options(
         one.down.shape[2],
         top_k,
-        float(swiglu_alpha),
-        float(swiglu_limit),
+        activation,
         capability=backend.capability if isinstance(backend, Target) else None,
         forced=backend is not None,
         recompute=recompute,

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.packed.decode_product import product
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed.shrink import shrink
@@ -77,8 +78,7 @@ def packed_decode_kernel(
     DOWN_RANK: gl.constexpr,
     DOWN_BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
+    ACTIVATION: gl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
@@ -109,7 +109,7 @@ def packed_decode_kernel(
             gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
             GATE_UP_BLOCK_R, SPLITS,
         ),
-        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
     )  # fmt: skip
     down = Product(
@@ -117,7 +117,7 @@ def packed_decode_kernel(
         Lora(
             down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
         ),
-        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
     program = gl.program_id(0)
@@ -170,8 +170,7 @@ def plan_packed_decode(
     down_rank: int | None,
     adapter_ids: bool,
     stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
+    activation: SwiGLU,
     tile: DecodeTile,
 ) -> Plan:
     """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
@@ -229,8 +228,7 @@ def plan_packed_decode(
             "ADAPTERS": adapters,
             **ranks,
             "SPLITS": tile.shrink_splits,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": activation,
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "STAGES": tile.stages,

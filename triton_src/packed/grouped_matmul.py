@@ -9,6 +9,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.packed.grouped_product import packed_tile
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
@@ -78,8 +79,7 @@ def packed_grouped_matmul_kernel(
     DOWN_RANK: gl.constexpr,
     DOWN_BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
+    ACTIVATION: gl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: gl.constexpr,
     SMALLEST_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -101,7 +101,7 @@ def packed_grouped_matmul_kernel(
             Lora(
                 None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
             ),
-            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
         if program < slots * GATE_UP:
@@ -111,7 +111,7 @@ def packed_grouped_matmul_kernel(
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
             Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
-            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip
         if program >= 0:
@@ -132,8 +132,7 @@ def plan_packed_grouped_matmul(
     ranks: dict[str, int | None],
     adapter_ids: bool,
     stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
+    activation: SwiGLU,
     tile: GroupedTile,
     keep: bool = False,
 ) -> Plan:
@@ -203,8 +202,7 @@ def plan_packed_grouped_matmul(
             "TOP_K": top_k,
             "ADAPTERS": adapters,
             "SPLITS": tile.shrink_splits,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": activation,
             "BLOCK_M": tile.block_m,
             "SMALLEST_M": tile.smallest_m,
             "STAGES": tile.stages,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import keep_clamped, swiglu_tile
+from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.activation_tile import activate, gate_up_row, keep_clamped
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs, lora_operands
@@ -37,8 +38,7 @@ def grouped_matmul_kernel(
     RANK_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
     GATE_UP: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +46,7 @@ def grouped_matmul_kernel(
 ):
     """out = x W[e]^T + LoRA + bias[e] by tiles of rows that share expert e, and what follows it.
 
-    gate_up: out[p] = swiglu(product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
+    gate_up: out[p] = activation of (product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
     Grid: (cdiv(N, BLOCK_N), slots); one program = one expert's tile of positions by BLOCK_N columns.
     """
     tile = tl.program_id(1)
@@ -61,6 +61,7 @@ def grouped_matmul_kernel(
     tokens = pair // TOP_K
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < N
+    matrix_rows = gate_up_row(columns, N, ACTIVATION) if GATE_UP else columns
     # rows * K and, for 256 experts, expert * N * K pass 2^31.
     x_rows = x_ptr + (tokens if GATE_UP else rows).to(tl.int64) * K
     wide_expert = in_stack(expert, layer_ptr, EXPERTS).to(tl.int64)
@@ -68,31 +69,31 @@ def grouped_matmul_kernel(
     if scales_ptr is not None:
         blocks = weight_ptr + wide_expert * (N * K // 2)
         scales = scales_ptr + wide_expert * (N * K // 32)
-        acc = mxfp4_product(x_rows, row_ok, blocks, scales, columns, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = mxfp4_product(x_rows, row_ok, blocks, scales, matrix_rows, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         weight = weight_ptr + wide_expert * (N * K)
-        acc = dense_product(x_rows, row_ok, weight, columns, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = dense_product(x_rows, row_ok, weight, matrix_rows, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if lora_b_ptr is not None:
         lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
         acc = expand_tile(
-            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, lora_expert,
+            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, matrix_rows, column_ok, lora_expert,
             pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, False, x_ptr.dtype.element_ty,
         )  # fmt: skip
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + wide_expert * N + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + wide_expert * N + matrix_rows, mask=column_ok, other=0.0).to(tl.float32)[None, :]
 
     if GATE_UP:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
         if pre_activations_ptr is not None:
-            kept_gate, kept_up = keep_clamped(gate, up, LIMIT)
+            kept_gate, kept_up = keep_clamped(gate, up, ACTIVATION)
             kept = tl.reshape(tl.join(kept_gate, kept_up), (BLOCK_M, BLOCK_N))
             tl.store(
-                pre_activations_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+                pre_activations_ptr + rows.to(tl.int64)[:, None] * N + matrix_rows[None, :],
                 kept.to(pre_activations_ptr.dtype.element_ty),
                 mask=row_ok[:, None] & column_ok[None, :],
             )
-        out = swiglu_tile(gate, up, ALPHA, LIMIT)
+        out = activate(gate, up, ACTIVATION)
         out_columns = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         out_rows = out_ptr + rows.to(tl.int64) * (N // 2)
         out_ok = out_columns < N // 2
@@ -128,8 +129,7 @@ def plan_grouped_matmul(
     rank: int | None,
     adapter_ids: bool,
     stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
+    activation: SwiGLU,
     tile: Tile,
     keep: bool = False,
 ) -> Plan:
@@ -165,8 +165,7 @@ def plan_grouped_matmul(
             "TOP_K": top_k,
             **lora_constexprs(adapters, rank, tile.shrink_splits),
             "GATE_UP": gate_up,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": activation,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,

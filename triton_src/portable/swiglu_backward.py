@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.activation_tile import activate, activate_backward, gate_up_row
 from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
 from jmoe.triton_src.stacked import Stacked, in_stack
 
@@ -25,11 +26,10 @@ def swiglu_backward_kernel(
     I: tl.constexpr,  # noqa: E741
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK: tl.constexpr,
 ):
-    """One position a program. Where a clamp holds a value, its gradient is zero.
+    """One position a program.
 
     The gate weight's gradient is <activation, down_dgrad> + <dy, down bias>, for which the experts' outputs need not be
     kept (SonicMoE, arXiv 2512.14080). Grid: (slots, rows of a tile).
@@ -47,20 +47,21 @@ def swiglu_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         ok = column < I
         both = 2 * start + tl.arange(0, 2 * BLOCK)
-        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + both, mask=both < 2 * I, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(z, (BLOCK, 2)))
+        rows_of_both = gate_up_row(both, 2 * I, ACTIVATION)
+        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + rows_of_both, mask=both < 2 * I, other=0.0)
+        gate, up = tl.split(tl.reshape(z.to(tl.float32), (BLOCK, 2)))
         dh = tl.load(down_dgrad_ptr + wide_row * I + column, mask=ok, other=0.0).to(tl.float32)
-        activation = swiglu_tile(gate, up, ALPHA, LIMIT)
+        activation = activate(gate, up, ACTIVATION)
         total += activation * dh
         tl.store(
             weighted_activations_ptr + wide_row * I + column,
             (weight * activation).to(weighted_activations_ptr.dtype.element_ty),
             mask=ok,
         )
-        dgate, dup = swiglu_gradient(gate, up, weight * dh, ALPHA, LIMIT)
+        dgate, dup = activate_backward(gate, up, weight * dh, ACTIVATION)
         dz = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
         tl.store(
-            pre_activations_grad_ptr + wide_row * (2 * I) + both,
+            pre_activations_grad_ptr + wide_row * (2 * I) + rows_of_both,
             dz.to(pre_activations_grad_ptr.dtype.element_ty),
             mask=both < 2 * I,
         )
@@ -75,19 +76,6 @@ def swiglu_backward_kernel(
     tl.store(pair_gates_grad_ptr + pair, tl.sum(total, axis=0))
 
 
-@triton.jit
-def swiglu_gradient(gate, up, dh, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """(dgate, dup) of swiglu_tile, in float32."""
-    clamped_gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    clamped_up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    sigmoid = tl.sigmoid(ALPHA * clamped_gate)
-    swish = clamped_gate * sigmoid
-    dgate = dh * (clamped_up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid))
-    dgate = tl.where(gate <= LIMIT, dgate, 0.0)
-    dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dh * swish, 0.0)
-    return dgate, dup
-
-
 def plan_swiglu_backward(
     *,
     hidden: int,
@@ -99,8 +87,7 @@ def plan_swiglu_backward(
     experts: int,
     bias: bool,
     stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
+    activation: SwiGLU,
 ) -> Plan:
     """pre_activations_grad [P, 2I], weighted_activations [P, I] and pair_gates_grad [P] from pre_activations."""
     return Plan(
@@ -126,8 +113,7 @@ def plan_swiglu_backward(
             "I": intermediate,
             "EXPERTS": experts,
             "TOP_K": top_k,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": activation,
             "BLOCK": min(512, next_power_of_2(intermediate)),
         },
         num_warps=4,

@@ -154,8 +154,7 @@ def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buf
         intermediate=options.intermediate,
         packed=read_as_packed,
         top_k=options.top_k,
-        swiglu_alpha=options.swiglu_alpha,
-        swiglu_limit=options.swiglu_limit,
+        activation=options.activation,
     )
     return buffers, problem
 
