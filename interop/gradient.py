@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
-from jmoe.interop.launch import capability_of, launch, tables_of
+from jmoe.interop.launch import capability_of, launch, table_of
 from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
@@ -40,7 +40,7 @@ def run(options: Options, buffers: Buffers, keep: bool = False) -> Buffers:
     device = buffers["x"].device
     capability = capability_of(device, grouped_matmul_kernel)
     with on(device):
-        return launch(plan_moe(options.problem(buffers), capability, tables_of(device), keep=keep), buffers)
+        return launch(plan_moe(options.problem(buffers), capability, table_of(device, capability), keep=keep), buffers)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -105,13 +105,14 @@ def backward(options: Options, buffers: Buffers, dy: torch.Tensor, wanted: Buffe
         dy = torch.where(known[:, None], dy, 0)
     given |= {"dy": dy}
     device = dy.device
+    capability = capability_of(device, grouped_matmul_kernel)
     plans = plan_moe_backward(
         problem,
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in wanted.items()},
         None if logits is None else logits.shape[1],
         "pre_activations" in buffers,
-        capability_of(device, grouped_matmul_kernel),
-        tables_of(device),
+        capability,
+        table_of(device, capability),
     )
     with on(device):
         results = launch(plans, given)

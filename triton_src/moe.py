@@ -15,14 +15,15 @@ from jmoe.triton_src.routing.l2_prefetch import Fetch
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem, spread_slots, tile_slots
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
+from jmoe.triton_src.tile_tables import own_table
 from jmoe.triton_src.tiles import (
-    PACKED_TILES,
     DecodeTile,
+    GroupedMatmulTile,
     GroupedTile,
-    Tile,
-    TileTables,
-    choose_packed_tile,
-    choose_tile,
+    LaunchTable,
+    grouped_tile_for,
+    packed_tile_for,
+    tile_for,
 )
 
 
@@ -95,6 +96,11 @@ class MoeProblem:
     def pairs(self) -> int:
         return self.tokens * self.top_k
 
+    @property
+    def rows_of_expert(self) -> float:
+        """On average, which most tiles are chosen by."""
+        return self.pairs / self.experts
+
     def rank(self, projection: str) -> int | None:
         """LoRA's rank of "gate_up" or "down"; None without."""
         return self.gate_up_rank if projection == "gate_up" else self.down_rank
@@ -121,29 +127,32 @@ class MoeProblem:
             experts=self.experts,
             column_blocks=cdiv(2 * self.intermediate, 64),
             blocks=cdiv(self.hidden, 64),
-            fetched_experts=min(self.experts, tile.fetched_experts),
-            fetched_blocks=min(cdiv(self.hidden, 64), tile.fetched_blocks),
+            fetched_experts=min(self.experts, tile.prefetched_experts),
+            fetched_blocks=min(cdiv(self.hidden, 64), tile.prefetched_blocks),
             stacked=self.stacked,
         )
 
 
 def plan_moe(
-    problem: MoeProblem, capability: int, tables: TileTables | None = None, *, keep: bool = False
+    problem: MoeProblem, capability: int, table: LaunchTable | None = None, *, keep: bool = False
 ) -> list[Plan]:
     """The launches for a GPU of this compute capability (90 is 9.0), in order; the last one writes the buffer "y".
 
-    tables: measured on that GPU, if there are any.
+    table: its launch parameters; the package's for that compute capability if None.
     keep: also write "pre_activations" [P, 2I] by position, for the gradient.
 
     Raises:
       NotImplementedError: the GPU is older than the kernels support, or none reads packed weights there.
     """
     p = problem
-    tile = choose_layer_tile(problem, capability, tables, keep)
+    table = table or own_table(capability)
+    tile = choose_layer_tile(problem, capability, table, keep)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     if isinstance(tile, DecodeTile):
         return [
-            *plan_routing(problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile))),
+            *plan_routing(
+                problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile)), table
+            ),
             plan_packed_decode(
                 hidden=p.hidden,
                 intermediate=p.intermediate,
@@ -162,46 +171,48 @@ def plan_moe(
                 activation=p.activation,
                 tile=tile,
             ),
-            plan_sum("pair_out", "y", problem),
+            plan_sum("pair_out", "y", problem, table),
         ]
     if isinstance(tile, GroupedTile) and p.down_rank is None:
         return [
-            *plan_routing(problem.routing(tile.block_m, counters=True)),
-            *plan_projections(("gate_up", "down"), problem, tile, slots, keep),
-            plan_sum("pair_out", "y", problem),
+            *plan_routing(problem.routing(tile.block_m, counters=True), table),
+            *plan_projections(("gate_up", "down"), problem, tile, table, slots, keep),
+            plan_sum("pair_out", "y", problem, table),
         ]
     return [
-        *plan_routing(problem.routing(tile.block_m)),
-        *plan_projection("gate_up", problem, tile, slots, keep),
-        *plan_projection("down", problem, tile, slots),
-        plan_sum("pair_out", "y", problem),
+        *plan_routing(problem.routing(tile.block_m), table),
+        *plan_projection("gate_up", problem, tile, table, slots, keep),
+        *plan_projection("down", problem, tile, table, slots),
+        plan_sum("pair_out", "y", problem, table),
     ]
 
 
 def choose_layer_tile(
-    problem: MoeProblem, capability: int, tables: TileTables | None, gradient: bool
-) -> Tile | DecodeTile | GroupedTile:
+    problem: MoeProblem, capability: int, table: LaunchTable, gradient: bool
+) -> GroupedMatmulTile | DecodeTile | GroupedTile:
     """The tile of a layer's launches. For a gradient, packed weights go through packed_grouped_matmul alone."""
-    p = problem
-    if not p.packed:
-        return choose_tile(capability, p.pairs, p.experts, tables)
+    rows = problem.rows_of_expert
+    if not problem.packed:
+        return tile_for(table.grouped_matmul, rows)
     if not reads_packed(capability):
         raise NotImplementedError(
             f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
         )
-    tile = choose_packed_tile(capability, p.pairs, p.experts, tables)
-    if gradient and isinstance(tile, DecodeTile):
-        return next(tile for tile in PACKED_TILES[capability] if isinstance(tile, GroupedTile))
-    return tile
+    return grouped_tile_for(table, rows) if gradient else packed_tile_for(table, rows)
 
 
 def plan_projection(
-    projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int, keep: bool = False
+    projection: str,
+    problem: MoeProblem,
+    tile: GroupedMatmulTile | GroupedTile,
+    table: LaunchTable,
+    slots: int,
+    keep: bool = False,
 ) -> list[Plan]:
     """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
     p = problem
     if isinstance(tile, GroupedTile):
-        return plan_projections((projection,), problem, tile, slots, keep)
+        return plan_projections((projection,), problem, tile, table, slots, keep)
     gate_up = projection == "gate_up"
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
     product = plan_grouped_matmul(
@@ -222,11 +233,11 @@ def plan_projection(
         tile=tile,
         keep=keep,
     )
-    return [*plan_shrink_before(projection, problem, tile, slots), product]
+    return [*plan_shrink_before(projection, problem, tile, table, slots), product]
 
 
 def plan_projections(
-    projections: tuple[str, ...], problem: MoeProblem, tile: GroupedTile, slots: int, keep: bool
+    projections: tuple[str, ...], problem: MoeProblem, tile: GroupedTile, table: LaunchTable, slots: int, keep: bool
 ) -> list[Plan]:
     """LoRA's shrink for the first of the projections, if that has LoRA, and their products from packed weights."""
     p = problem
@@ -247,15 +258,17 @@ def plan_projections(
         tile=tile,
         keep=keep,
     )
-    return [*plan_shrink_before(projections[0], problem, tile, slots), products]
+    return [*plan_shrink_before(projections[0], problem, tile, table, slots), products]
 
 
-def plan_shrink_before(projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int) -> list[Plan]:
+def plan_shrink_before(
+    projection: str, problem: MoeProblem, tile: GroupedMatmulTile | GroupedTile, table: LaunchTable, slots: int
+) -> list[Plan]:
     """The shrink of what goes into a product, if that has LoRA."""
     if problem.rank(projection) is None:
         return []
     source = "x" if projection == "gate_up" else "activations"
-    return [plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", problem, tile, slots)]
+    return [plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", problem, tile, table, slots)]
 
 
 def plan_shrink_of(
@@ -263,7 +276,8 @@ def plan_shrink_of(
     matrix: str,
     out: str,
     problem: MoeProblem,
-    tile: Tile | GroupedTile,
+    tile: GroupedMatmulTile | GroupedTile,
+    table: LaunchTable,
     slots: int,
 ) -> Plan:
     """plan_shrink of a layer's rows through one of its LoRA matrices, "gate_up_a" for example."""
@@ -289,15 +303,16 @@ def plan_shrink_of(
         stacked=p.stacked,
         splits=tile.shrink_splits,
         tile_m=tile.block_m,
+        tile=tile_for(table.shrink, p.rows_of_expert),
     )
 
 
 def reads_packed(capability: int) -> bool:
     """Whether there are kernels that read packed weights on this GPU."""
-    return capability in PACKED_TILES
+    return bool(own_table(capability).packed_grouped_matmul)
 
 
-def plan_sum(source: str, out: str, problem: MoeProblem, *, unknown_is_nan: bool = True) -> Plan:
+def plan_sum(source: str, out: str, problem: MoeProblem, table: LaunchTable, *, unknown_is_nan: bool = True) -> Plan:
     """The sum over each token's experts, a layer's last launch; NaN where a token's adapter does not exist."""
     p = problem
     return plan_combine(
@@ -310,4 +325,5 @@ def plan_sum(source: str, out: str, problem: MoeProblem, *, unknown_is_nan: bool
         adapters=p.adapters,
         adapter_ids=p.adapter_ids and unknown_is_nan,
         expert_offset=p.expert_offset,
+        tile=tile_for(table.combine, p.tokens),
     )

@@ -16,7 +16,8 @@ from jmoe.triton_src.portable.weight_grad import plan_bias_grad, plan_lora_grad
 from jmoe.triton_src.routing.backward import plan_route_backward
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import tile_slots
-from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, DecodeTile, GroupedTile, Tile, TileTables
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import DecodeTile, GroupedMatmulTile, GroupedTile, LaunchTable, tile_for
 
 
 def plan_moe_backward(
@@ -25,7 +26,7 @@ def plan_moe_backward(
     router_experts: int | None,
     kept: bool,
     capability: int,
-    tables: TileTables | None = None,
+    table: LaunchTable | None = None,
 ) -> list[Plan]:
     """The launches for a GPU of this compute capability, in order, which write f"{name}_grad" of what is wanted.
 
@@ -40,7 +41,8 @@ def plan_moe_backward(
       NotImplementedError: as plan_moe.
     """
     p = problem
-    tile = choose_layer_tile(p, capability, tables, gradient=True)
+    table = table or own_table(capability)
+    tile = choose_layer_tile(p, capability, table, gradient=True)
     assert not isinstance(tile, DecodeTile)
     slots = tile_slots(p.pairs, p.experts, tile.block_m)
     # A dtype is asked for what is wanted; what is not is left out below.
@@ -62,6 +64,7 @@ def plan_moe_backward(
             "rank": rank,
             "adapter_ids": p.adapter_ids,
             "splits": tile.shrink_splits,
+            "tile": tile_for(table.lora_grad, p.rows_of_expert),
         }
         a, b, again = f"{projection}_a", f"{projection}_b", f"{projection}_shrunk_again"
         return [
@@ -69,17 +72,17 @@ def plan_moe_backward(
                 f"{a}_grad", wide, f"{projection}_grad_shrunk",
                 dtype=dtype[a], gather=wide == "x", transposed=False, k=k, **shared,
             ),
-            plan_shrink_of(wide, a, again, p, tile, slots),
+            plan_shrink_of(wide, a, again, p, tile, table, slots),
             plan_lora_grad(
                 f"{b}_grad", grad, again, dtype=dtype[b], gather=grad == "dy", transposed=True, k=n, **shared
             ),
         ]  # fmt: skip
 
-    plans = plan_routing(p.routing(tile.block_m))
+    plans = plan_routing(p.routing(tile.block_m), table)
     if not kept:
-        plans += plan_projection("gate_up", p, tile, slots, keep=True)
+        plans += plan_projection("gate_up", p, tile, table, slots, keep=True)
     plans += [
-        *plan_input_gradient("down", p, tile, slots, capability),
+        *plan_input_gradient("down", p, tile, table, slots),
         plan_swiglu_backward(
             hidden=p.hidden,
             intermediate=p.intermediate,
@@ -91,6 +94,7 @@ def plan_moe_backward(
             bias=p.down_bias,
             stacked=p.stacked,
             activation=p.activation,
+            tile=tile_for(table.swiglu_backward, p.rows_of_expert),
         ),
         plan_route_backward(
             tokens=p.tokens,
@@ -99,24 +103,32 @@ def plan_moe_backward(
             router_experts=router_experts,
             dtype=dtype["router_logits"],
             expert_offset=p.expert_offset,
+            tile=tile_for(table.route_backward, p.tokens),
         ),
         *weight_gradients("down", "weighted_activations", "dy"),
-        *plan_input_gradient("gate_up", p, tile, slots, capability),
+        *plan_input_gradient("gate_up", p, tile, table, slots),
         *weight_gradients("gate_up", "x", "pre_activations_grad"),
     ]
     for projection, n in (("gate_up", 2 * p.intermediate), ("down", p.hidden)):
         bias_dtype = dtype[f"{projection}_bias"]
         plans.append(
             plan_bias_grad(
-                projection, dtype=bias_dtype, n=n, slots=slots, pairs=p.pairs, top_k=p.top_k, experts=p.experts
+                projection,
+                dtype=bias_dtype,
+                n=n,
+                slots=slots,
+                pairs=p.pairs,
+                top_k=p.top_k,
+                experts=p.experts,
+                tile=tile_for(table.bias_grad, p.rows_of_expert),
             )
         )
-    plans.append(plan_sum("pair_dx", "x_grad", p, unknown_is_nan=False))
+    plans.append(plan_sum("pair_dx", "x_grad", p, table, unknown_is_nan=False))
     return needed(plans, {f"{name}_grad" for name in wanted})
 
 
 def plan_input_gradient(
-    projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int, capability: int
+    projection: str, problem: MoeProblem, tile: GroupedMatmulTile | GroupedTile, table: LaunchTable, slots: int
 ) -> list[Plan]:
     """LoRA's shrink of the gradient through B, if there is LoRA, and the product with the weights."""
     p = problem
@@ -125,7 +137,7 @@ def plan_input_gradient(
     plans = []
     if rank is not None:
         source = "pre_activations_grad" if gate_up else "dy"
-        plans.append(plan_shrink_of(source, f"{projection}_b", f"{projection}_grad_shrunk", p, tile, slots))
+        plans.append(plan_shrink_of(source, f"{projection}_b", f"{projection}_grad_shrunk", p, tile, table, slots))
     n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
     shared: dict[str, Any] = {
         "n": n,
@@ -140,10 +152,13 @@ def plan_input_gradient(
         "stacked": p.stacked,
     }
     if isinstance(tile, GroupedTile):
-        dgrad_tile = PACKED_DGRAD_TILES[capability][tile.block_m]
+        dgrad_tile = tile_for(table.packed_dgrad, tile.block_m)
         return [*plans, plan_packed_dgrad(projection, routed=tile, tile=dgrad_tile, **shared)]
     mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
-    return [*plans, plan_dgrad(projection, mxfp4=mxfp4, tile=tile, **shared)]
+    return [
+        *plans,
+        plan_dgrad(projection, mxfp4=mxfp4, routed=tile, tile=tile_for(table.dgrad, p.rows_of_expert), **shared),
+    ]
 
 
 def needed(plans: list[Plan], wanted: Collection[str]) -> list[Plan]:

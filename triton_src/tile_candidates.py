@@ -77,5 +77,3 @@ def cut(section: Sequence[Any], bound: float) -> tuple[Any, ...]:
     """A section of which tiles are for up to `bound` rows alone."""
     kept = [tile for i, tile in enumerate(section) if i == 0 or bound_of(section[i - 1]) < bound]
     return (*kept[:-1], dataclasses.replace(kept[-1], rows=min(bound, bound_of(kept[-1])))) if bound > 0 else ()
-
-

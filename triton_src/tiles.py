@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, Self
 OLDEST = 80
 """The oldest compute capability * 10 that kernels run on."""
 
+
 @dataclasses.dataclass(frozen=True)
 class OneOf:
     """Values that a field takes."""
@@ -207,7 +208,9 @@ class CountTile:
     columns: float
     block_rows: Annotated[int, PowerOf2(4, 256)]  # that a step takes, as far as largest_block allows
     largest_block: Annotated[int, PowerOf2(256, 65536)]  # rows times columns that a step holds in registers
-    most_programs: Annotated[int, PowerOf2(1, 1024)]  # sort reads every program's counts; past them a program has more rows
+    most_programs: Annotated[
+        int, PowerOf2(1, 1024)
+    ]  # sort reads every program's counts; past them a program has more rows
     num_warps: Warps
 
 

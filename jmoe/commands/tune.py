@@ -54,9 +54,7 @@ def tune(
         if part not in measuring.PARTS:
             raise typer.BadParameter(f"--parts takes {', '.join(measuring.PARTS)}, got {part!r}")
     counts = numbers("--tokens", tokens, least=1) or measuring.TOKENS
-    sizes = Sizes(
-        experts=experts, hidden=hidden, intermediate=intermediate, top_k=top_k, rank=rank, context=context
-    )
+    sizes = Sizes(experts=experts, hidden=hidden, intermediate=intermediate, top_k=top_k, rank=rank, context=context)
     if jax.default_backend() != "gpu":
         raise typer.BadParameter("jmoe tune measures on a GPU, and JAX sees none")
     from jmoe.ops.launch.local_gpu import local_gpu

@@ -10,6 +10,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.reference import moe_reference
 from jmoe.ops.routing import Routing, route
+from jmoe.ops.target import Target
 from jmoe.triton_src.activation import SwiGLU
 
 type Buffers = dict[str, jax.Array]
@@ -21,7 +22,7 @@ class Options(NamedTuple):
     intermediate: int
     top_k: int
     activation: SwiGLU
-    capability: int | None  # None: that of the GPU at hand when lowered
+    target: Target | None  # None: the GPU at hand when lowered
     forced: bool  # the caller named the Triton backend, so that what it cannot do is an error at once
     recompute: bool
 

@@ -65,7 +65,7 @@ def moe(
       scales are constants, and so are the experts' weights but for bf16 ones on the XLA backend.
 
     Raises:
-      ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is none.
+      ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is invalid.
       NotImplementedError: the Triton backend, named or chosen, cannot do it: another platform than CUDA, a GPU older
         than 8.0 or none here and no Target, another dtype than bfloat16, a gradient in the experts' weights.
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
@@ -94,7 +94,7 @@ def moe(
         one.down.shape[2],
         top_k,
         activation,
-        capability=backend.capability if isinstance(backend, Target) else None,
+        target=backend if isinstance(backend, Target) else None,
         forced=backend is not None,
         recompute=recompute,
     )

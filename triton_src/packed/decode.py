@@ -150,10 +150,6 @@ def packed_decode_kernel(
                     product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
 
 
-LONGEST_RANK_BLOCK = 32
-"""LoRA's ranks that a step takes: with 64 the shrink's registers spill."""
-
-
 def plan_packed_decode(
     *,
     hidden: int,
@@ -177,8 +173,8 @@ def plan_packed_decode(
     width = interleaved_width(intermediate)
     programs = 2 * width // (16 * tile.column_warps)
     down = cdiv(hidden, 16 * tile.down_column_warps)
-    last_down = cdiv(hidden, 16 * tile.last_column_warps)
-    last = min(spread, tile.last) if tile.last_column_warps < tile.down_column_warps else 0
+    last_down = cdiv(hidden, 16 * tile.tail_column_warps)
+    last = min(spread, tile.tail_tiles) if tile.tail_column_warps < tile.down_column_warps else 0
     weights = 3 * hidden * intermediate
     outputs = {
         "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
@@ -187,7 +183,7 @@ def plan_packed_decode(
     operands: dict[str, str | None] = {}
     ranks: dict[str, int] = {}
     for projection, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
-        block_r, rank_padded = rank_blocks(rank or 1, LONGEST_RANK_BLOCK)
+        block_r, rank_padded = rank_blocks(rank or 1, tile.block_r)
         ranks |= {f"{projection}_RANK".upper(): rank or 0, f"{projection}_BLOCK_R".upper(): block_r}
         for part in ("a", "b", "scale"):
             operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank else None
@@ -234,7 +230,7 @@ def plan_packed_decode(
             "STAGES": tile.stages,
             "GATE_UP_ROWS": tile.column_warps,
             "DOWN_ROWS": tile.down_column_warps,
-            "LAST_ROWS": tile.last_column_warps,
+            "LAST_ROWS": tile.tail_column_warps,
         },
         num_warps=4,
         num_stages=1,

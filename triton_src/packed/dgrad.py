@@ -352,7 +352,7 @@ def plan_packed_dgrad(
             "TOP_K": top_k,
             **constants,
             # More ranks at once spill.
-            "BLOCK_R": min(constants["BLOCK_R"], 16 if adapter_ids else 32),
+            "BLOCK_R": min(constants["BLOCK_R"], tile.mixed_block_r if adapter_ids else tile.block_r),
             "GATE_UP": gate_up,
             "BLOCK_M": routed.block_m,
             "SMALLEST_M": tile.smallest_m,

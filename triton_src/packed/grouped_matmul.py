@@ -160,11 +160,11 @@ def plan_packed_grouped_matmul(
     for projection, n, k in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
         here = projection in projections
         rank = ranks[projection] if here else None
-        block_r, _ = rank_blocks(rank or 1)
+        block_r, _ = rank_blocks(rank or 1, tile.block_r)
         # Of mixed adapters more ranks at once spill, and ptxas then serialises the main loop's products too.
         constexprs |= {
             f"{projection}_RANK".upper(): rank or 0,
-            f"{projection}_BLOCK_R".upper(): 16 if adapter_ids else block_r,
+            f"{projection}_BLOCK_R".upper(): tile.mixed_block_r if adapter_ids else block_r,
         }
         constexprs[projection.upper()] = cdiv(n, 128) if here else 0
         for part, name in (("words", projection), ("scales", f"{projection}_scales")):
@@ -211,7 +211,7 @@ def plan_packed_grouped_matmul(
         num_warps=8,
         num_stages=1,
         # Mixed adapters hold a second accumulator while they are expanded.
-        max_registers=max(128, tile.max_registers) if lora and adapter_ids else tile.max_registers,
+        max_registers=max(tile.mixed_max_registers, tile.max_registers) if lora and adapter_ids else tile.max_registers,
         flops=flops,
         bytes_accessed=bytes_accessed,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs
 from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import Tile
+from jmoe.triton_src.tiles import GroupedMatmulTile, PortableDgradTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -140,14 +140,18 @@ def plan_dgrad(
     rank: int | None,
     adapter_ids: bool,
     stacked: Stacked,
-    tile: Tile,
+    routed: GroupedMatmulTile,
+    tile: PortableDgradTile,
 ) -> Plan:
-    """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H]."""
+    """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H].
+
+    routed: the tile of the routing and of LoRA's shrink.
+    """
     gate_up = projection == "gate_up"
     weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
     return Plan(
         kernel=dgrad_kernel,
-        grid=(cdiv(k, tile.block_n), slots),
+        grid=(cdiv(k, tile.block_k), slots),
         operands={
             "grad_ptr": "pre_activations_grad" if gate_up else "dy",
             "weight_ptr": projection,
@@ -165,11 +169,11 @@ def plan_dgrad(
             "K": k,
             "EXPERTS": experts,
             "TOP_K": top_k,
-            **lora_constexprs(adapters, rank, tile.shrink_splits),
+            **lora_constexprs(adapters, rank, routed.shrink_splits),
             "GATE_UP": gate_up,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": 32,
-            "BLOCK_K": tile.block_n,
+            "BLOCK_M": routed.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

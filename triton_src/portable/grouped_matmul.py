@@ -9,7 +9,7 @@ from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs, lora_operands
 from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import Tile
+from jmoe.triton_src.tiles import GroupedMatmulTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -130,7 +130,7 @@ def plan_grouped_matmul(
     adapter_ids: bool,
     stacked: Stacked,
     activation: SwiGLU,
-    tile: Tile,
+    tile: GroupedMatmulTile,
     keep: bool = False,
 ) -> Plan:
     """gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.

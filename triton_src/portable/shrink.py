@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan
 from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.tiles import ShrinkTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -172,6 +173,7 @@ def plan_shrink(
     stacked: Stacked,
     splits: int,
     tile_m: int,
+    tile: ShrinkTile,
     transposed: bool = False,
 ) -> Plan:
     """Parts of `out` [splits, P, RANK_PADDED] from rows of `source` and from `matrix`, "gate_up_a" for example.
@@ -179,7 +181,6 @@ def plan_shrink(
     gather: the source has a row for each token, not for each position.
     transposed: the matrix is [A, E, k, rank], as B is, and not [A, E, rank, k], as A is.
     """
-    block_k = 64
     block_r, rank_padded = rank_blocks(rank)
     return Plan(
         kernel=shrink_kernel,
@@ -207,11 +208,11 @@ def plan_shrink(
             "SPLITS": splits,
             "TILE_M": tile_m,
             "BLOCK_M": max(16, tile_m),
-            "BLOCK_K": block_k,
+            "BLOCK_K": tile.block_k,
             "BLOCK_R": block_r,
         },
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         flops=2 * pairs * k * rank,
         bytes_accessed=2 * (pairs * k + min(pairs, experts) * rank * k) + 4 * splits * pairs * rank,
     )

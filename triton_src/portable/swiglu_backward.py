@@ -7,6 +7,7 @@ from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.activation_tile import activate, activate_backward, gate_up_row
 from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
 from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.tiles import SwigluBackwardTile
 
 
 @triton.jit
@@ -88,6 +89,7 @@ def plan_swiglu_backward(
     bias: bool,
     stacked: Stacked,
     activation: SwiGLU,
+    tile: SwigluBackwardTile,
 ) -> Plan:
     """pre_activations_grad [P, 2I], weighted_activations [P, I] and pair_gates_grad [P] from pre_activations."""
     return Plan(
@@ -114,10 +116,10 @@ def plan_swiglu_backward(
             "EXPERTS": experts,
             "TOP_K": top_k,
             "ACTIVATION": activation,
-            "BLOCK": min(512, next_power_of_2(intermediate)),
+            "BLOCK": min(tile.block, next_power_of_2(intermediate)),
         },
-        num_warps=4,
-        num_stages=1,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         flops=20 * pairs * intermediate,
         bytes_accessed=2 * pairs * (6 * intermediate + hidden * bias),
     )

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.tiles import BiasGradTile, LoraGradTile
 
 
 @triton.jit
@@ -95,6 +96,7 @@ def plan_lora_grad(
     k: int,
     adapter_ids: bool,
     splits: int,
+    tile: LoraGradTile,
 ) -> Plan:
     """`out` [A, E, rank, k], or [A, E, k, rank] if transposed, from rows `wide` [., k] and `shrunk` [., P, rank].
 
@@ -104,7 +106,7 @@ def plan_lora_grad(
     shape = (adapters, experts, k, rank) if transposed else (adapters, experts, rank, k)
     return Plan(
         kernel=lora_grad_kernel,
-        grid=(cdiv(k, 128), experts, adapters * rank_padded // block_r),
+        grid=(cdiv(k, tile.block_k), experts, adapters * rank_padded // block_r),
         operands={
             "wide_ptr": wide,
             "shrunk_ptr": shrunk,
@@ -125,12 +127,12 @@ def plan_lora_grad(
             "TRANSPOSED": transposed,
             "SLOTS": slots,
             "SLOTS_PADDED": next_power_of_2(slots),
-            "BLOCK_M": 64,
-            "BLOCK_K": 128,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
             "BLOCK_R": block_r,
         },
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         flops=2 * pairs * k * rank,
         bytes_accessed=2 * pairs * k + 4 * splits * pairs * rank_padded,
     )
@@ -168,12 +170,22 @@ def bias_grad_kernel(
     tl.store(out_ptr + expert.to(tl.int64) * N + columns, out, mask=columns < N)
 
 
-def plan_bias_grad(projection: str, *, dtype: str, n: int, slots: int, pairs: int, top_k: int, experts: int) -> Plan:
+def plan_bias_grad(
+    projection: str,
+    *,
+    dtype: str,
+    n: int,
+    slots: int,
+    pairs: int,
+    top_k: int,
+    experts: int,
+    tile: BiasGradTile,
+) -> Plan:
     """The gradient of gate_up_bias [E, 2I] from pre_activations_grad, or of down_bias [E, H] from dy."""
     gate_up = projection == "gate_up"
     return Plan(
         kernel=bias_grad_kernel,
-        grid=(cdiv(n, 128), experts),
+        grid=(cdiv(n, tile.block_n), experts),
         operands={
             "grad_ptr": "pre_activations_grad" if gate_up else "dy",
             "gates_ptr": None if gate_up else "weights",
@@ -187,11 +199,11 @@ def plan_bias_grad(projection: str, *, dtype: str, n: int, slots: int, pairs: in
             "GATHER": not gate_up,
             "SLOTS": slots,
             "SLOTS_PADDED": next_power_of_2(slots),
-            "BLOCK_M": 32,
-            "BLOCK_N": 128,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         },
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         flops=2 * pairs * n,
         bytes_accessed=2 * pairs * n,
     )

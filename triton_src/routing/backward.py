@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.routing.problem import padded_experts
+from jmoe.triton_src.tiles import RouteBackwardTile
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -53,11 +54,18 @@ def route_backward_kernel(
 
 
 def plan_route_backward(
-    *, tokens: int, top_k: int, experts: int, router_experts: int | None, dtype: str, expert_offset: bool
+    *,
+    tokens: int,
+    top_k: int,
+    experts: int,
+    router_experts: int | None,
+    dtype: str,
+    expert_offset: bool,
+    tile: RouteBackwardTile,
 ) -> Plan:
     """router_logits_grad [T, E] in dtype, or weights_grad [T, k] where experts and weights were given."""
     columns = router_experts or 1
-    block_t = max(1, min(32, 2048 // padded_experts(columns)))
+    block_t = max(1, min(tile.block_rows, tile.largest_block // padded_experts(columns)))
     outputs = {"logits_grad_ptr": Buffer("router_logits_grad", (tokens, columns), dtype)}
     if router_experts is None:
         outputs = {"weights_grad_ptr": Buffer("weights_grad", (tokens, top_k), "float32")}
@@ -81,8 +89,8 @@ def plan_route_backward(
             "TOP_K": top_k,
             "BLOCK_T": block_t,
         },
-        num_warps=4,
-        num_stages=1,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         flops=4 * tokens * top_k,
         bytes_accessed=tokens * (2 * columns + 12 * top_k),
     )

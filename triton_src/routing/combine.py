@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.tiles import CombineTile
 
 
 @triton.jit
@@ -51,12 +52,12 @@ def plan_combine(
     adapters: int,
     adapter_ids: bool,
     expert_offset: bool,
+    tile: CombineTile,
 ) -> Plan:
     """`out` [T, H] from `source` [P, H]."""
-    block_h = 512
     return Plan(
         kernel=combine_kernel,
-        grid=(tokens, cdiv(hidden, block_h)),
+        grid=(tokens, cdiv(hidden, tile.block_h)),
         operands={
             "pair_out_ptr": source,
             "experts_ptr": "experts",
@@ -64,8 +65,8 @@ def plan_combine(
             "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
         },
         outputs={"y_ptr": Buffer(out, (tokens, hidden), "bfloat16")},
-        constexprs={"H": hidden, "EXPERTS": experts, "TOP_K": top_k, "ADAPTERS": adapters, "BLOCK_H": block_h},
-        num_warps=2,
+        constexprs={"H": hidden, "EXPERTS": experts, "TOP_K": top_k, "ADAPTERS": adapters, "BLOCK_H": tile.block_h},
+        num_warps=tile.num_warps,
         flops=tokens * top_k * hidden,
         bytes_accessed=2 * tokens * (top_k + 1) * hidden,
     )

@@ -115,9 +115,7 @@ def _avals(*avals: Any, names: tuple[str, ...], columns: int, **_: Any) -> list[
 norm_linear_p.def_abstract_eval(_avals)
 
 
-def _launches(
-    *operands: Array, names: tuple[str, ...], columns: int, eps: float, target: Target | None
-) -> list[Array]:
+def _launches(*operands: Array, names: tuple[str, ...], columns: int, eps: float, target: Target | None) -> list[Array]:
     buffers = dict(zip(names, operands, strict=True))
     rows, k = buffers["x"].shape
     written = launch_decode(

@@ -10,13 +10,12 @@ from jax import lax
 
 from jmoe.ops.buffers import Buffers, Options, names_of_stacks, of_one_layer
 from jmoe.ops.launch.calls import launch, register
-from jmoe.ops.launch.installed import check_installed
-from jmoe.ops.launch.local_gpu import local_capability, local_tables
+from jmoe.ops.launch.local_gpu import Gpu, gpu_of
 from jmoe.ops.packed import unpack_buffers
+from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
     from jmoe.triton_src.moe import MoeProblem
-    from jmoe.triton_src.tiles import TileTables
 
 moe_p = jex.core.Primitive("jmoe_moe")
 """Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
@@ -50,7 +49,7 @@ moe_backward_p.def_abstract_eval(lambda *avals, names, wanted, **_: [avals[names
 
 def _moe_launches(*arrays: jax.Array, names: tuple[str, ...], options: Options) -> jax.Array:
     """The layer as launches: what the primitive stands for on CUDA."""
-    return launch_layer(dict(zip(names, arrays, strict=True)), options, *gpu_of(options))["y"]
+    return launch_layer(dict(zip(names, arrays, strict=True)), options, gpu_of(options.target))["y"]
 
 
 def _forward_launches(
@@ -58,7 +57,7 @@ def _forward_launches(
 ) -> list[jax.Array]:
     """As _moe_launches, with what the gradient needs."""
     buffers = dict(zip(names, arrays, strict=True))
-    everything = launch_layer(buffers, options, *gpu_of(options), keep=not options.recompute)
+    everything = launch_layer(buffers, options, gpu_of(options.target), keep=not options.recompute)
     return [everything[name] for name in results]
 
 
@@ -66,27 +65,12 @@ def _backward_launches(
     *arrays: jax.Array, names: tuple[str, ...], wanted: tuple[str, ...], options: Options
 ) -> list[jax.Array]:
     """The gradients as launches."""
-    gradients = launch_gradients(dict(zip(names, arrays, strict=True)), wanted, options, *gpu_of(options))
+    gradients = launch_gradients(dict(zip(names, arrays, strict=True)), wanted, options, gpu_of(options.target))
     return [gradients[name] for name in wanted]
 
 
-def gpu_of(options: Options) -> tuple[int, "TileTables | None"]:
-    """The compute capability to lower for, and the user's tiles for it.
-
-    A Target says which GPU, not whose: what is compiled for it is the same everywhere, and no user's tiles count.
-
-    Raises:
-      ImportError: Triton or jax-triton is not there.
-      NotImplementedError: no Target is named, and there is no GPU here.
-    """
-    check_installed()
-    return (local_capability(), local_tables()) if options.capability is None else (options.capability, None)
-
-
-def launch_layer(
-    buffers: Buffers, options: Options, capability: int, tables: "TileTables | None", *, keep: bool = False
-) -> Buffers:
-    """The layer as launches for a GPU of this compute capability, with these tiles or, if None, the package's own.
+def launch_layer(buffers: Buffers, options: Options, gpu: Gpu, *, keep: bool = False) -> Buffers:
+    """The layer as launches for a GPU.
 
     Every buffer by name: "y", the routing's, and with `keep` pre_activations.
     """
@@ -99,13 +83,11 @@ def launch_layer(
         empty = {"experts": nothing.astype(jnp.int32), "weights": nothing.astype(jnp.float32)}
         pairs = jnp.zeros((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16)
         return {"y": jnp.zeros_like(buffers["x"]), "pre_activations": pairs, **empty}
-    buffers, problem = problem_of(buffers, options, capability)
-    return launch(plan_moe(problem, capability, tables, keep=keep), buffers, capability)
+    buffers, problem = problem_of(buffers, options, gpu.capability)
+    return launch(plan_moe(problem, gpu.capability, gpu.table, keep=keep), buffers, gpu.capability)
 
 
-def launch_gradients(
-    buffers: Buffers, wanted: tuple[str, ...], options: Options, capability: int, tables: "TileTables | None"
-) -> Buffers:
+def launch_gradients(buffers: Buffers, wanted: tuple[str, ...], options: Options, gpu: Gpu) -> Buffers:
     """The gradients of the wanted buffers as launches, by the buffers' names; arguments as in launch_layer."""
     from jmoe.triton_src.moe_backward import plan_moe_backward
 
@@ -114,7 +96,7 @@ def launch_gradients(
     logits = buffers.get("router_logits")
     extra = {name: buffers[name] for name in ("dy", "pre_activations") if name in buffers}
     given = {name: array for name, array in buffers.items() if name not in ("router_logits", *extra)}
-    given, problem = problem_of(given, options, capability)
+    given, problem = problem_of(given, options, gpu.capability)
     if "adapter_ids" in given:
         # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
         known = (given["adapter_ids"] >= -1) & (given["adapter_ids"] < problem.adapters)
@@ -124,10 +106,10 @@ def launch_gradients(
         {name: buffers[name].dtype.name for name in wanted},
         None if logits is None else logits.shape[1],
         "pre_activations" in extra,
-        capability,
-        tables,
+        gpu.capability,
+        gpu.table,
     )
-    everything = launch(plans, given | extra, capability)
+    everything = launch(plans, given | extra, gpu.capability)
     stacks = names_of_stacks(buffers)
     gradients = {name: everything[f"{name}_grad"] for name in wanted}
     return {
@@ -160,36 +142,35 @@ def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buf
 
 
 def route_and_sort(
-    router_logits: jax.Array, zeros: jax.Array, *, top_k: int, capability: int | None = None
+    router_logits: jax.Array, zeros: jax.Array, *, top_k: int, target: Target | None = None
 ) -> dict[str, jax.Array]:
     """The launches that precede a layer's products on packed experts, alone, for a GPU. For measuring them.
 
     zeros: int32, of which the first is read. The result's "finished" are zeros: given to the next call, they make the
     calls run one after another, which as nodes of one CUDA graph would run side by side.
     """
+    gpu = gpu_of(target)
     from jmoe.triton_src.moe import reads_packed
     from jmoe.triton_src.routing.plan import plan_routing
     from jmoe.triton_src.routing.problem import RouteProblem
-    from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
+    from jmoe.triton_src.tiles import packed_tile_for, tile_for
 
-    check_installed()
-    tables = None
-    if capability is None:
-        capability, tables = local_capability(), local_tables()
     tokens, experts = router_logits.shape
-    choose = choose_packed_tile if reads_packed(capability) else choose_tile
+    rows = tokens * top_k / experts
+    packed = reads_packed(gpu.capability)
+    tile = packed_tile_for(gpu.table, rows) if packed else tile_for(gpu.table.grouped_matmul, rows)
     problem = RouteProblem(
         tokens=tokens,
         top_k=top_k,
         experts=experts,
         router_experts=experts,
         expert_offset=True,
-        block_m=choose(capability, tokens * top_k, experts, tables).block_m,
+        block_m=tile.block_m,
         hidden=None,
         counters=True,
     )
     given = {"router_logits": router_logits, "expert_offset": zeros}
-    buffers = launch(plan_routing(problem), given, capability)
+    buffers = launch(plan_routing(problem, gpu.table), given, gpu.capability)
     return {name: buffers[name] for name in ("weights", "order", "tiles", "finished")}
 
 
