@@ -1,136 +1,27 @@
 """The launches of one mixture-of-experts layer, in order. Both frameworks run this list; neither adds to it."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.packed.decode import plan_packed_decode
 from jmoe.triton_src.packed.grouped_matmul import plan_packed_grouped_matmul
-from jmoe.triton_src.plan import Plan, cdiv
+from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.grouped_matmul import plan_grouped_matmul
 from jmoe.triton_src.portable.shrink import plan_shrink
+from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
 from jmoe.triton_src.routing.combine import plan_combine
-from jmoe.triton_src.routing.l2_prefetch import Fetch
 from jmoe.triton_src.routing.plan import plan_routing
-from jmoe.triton_src.routing.problem import RouteProblem, spread_slots, tile_slots
-from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 from jmoe.triton_src.tile_tables import own_table
 from jmoe.triton_src.tiles import (
     DecodeTile,
     GroupedMatmulTile,
     GroupedTile,
     LaunchTable,
-    grouped_tile_for,
-    packed_tile_for,
+    bound_of,
     tile_for,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class MoeProblem:
-    """Everything a layer's launches depend on, apart from the GPU. Hashable."""
-
-    tokens: int  # at least 1
-    hidden: int
-    intermediate: int
-    experts: int  # held here
-    top_k: int
-    router_experts: int | None  # columns of the router's logits; None: experts and weights are given
-    packed: bool  # both weights are packed MXFP4
-    gate_up_mxfp4: bool
-    down_mxfp4: bool
-    gate_up_bias: bool
-    down_bias: bool
-    adapters: int  # 0 without LoRA
-    gate_up_rank: int | None
-    down_rank: int | None
-    adapter_ids: bool
-    expert_offset: bool
-    activation: SwiGLU
-    stacked: Stacked = ONE_LAYER
-
-    @classmethod
-    def from_shapes(
-        cls,
-        shapes: Mapping[str, tuple[int, ...]],
-        *,
-        intermediate: int,
-        packed: bool,
-        top_k: int,
-        activation: SwiGLU,
-    ) -> Self:
-        """The problem posed by buffers of these names and shapes.
-
-        x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down, with gate_up_scales and
-        down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b,
-        down_scale, adapter_ids and expert_offset where there are any. Packed weights hide I, so it is named. With layer
-        [1] weights and biases, and LoRA or not, have a leading axis for layers.
-        """
-        tokens, hidden = shapes["x"]
-        stacked = Stacked("layer" in shapes, any(len(shapes.get(name, ())) == 5 for name in ("gate_up_a", "down_a")))
-        experts = shapes["gate_up"][1 if stacked.weights else 0]
-        scale = shapes.get("gate_up_scale", shapes.get("down_scale"))
-        return cls(
-            tokens=tokens,
-            hidden=hidden,
-            intermediate=intermediate,
-            experts=experts,
-            top_k=top_k,
-            router_experts=shapes["router_logits"][1] if "router_logits" in shapes else None,
-            packed=packed,
-            gate_up_mxfp4="gate_up_scales" in shapes,
-            down_mxfp4="down_scales" in shapes,
-            gate_up_bias="gate_up_bias" in shapes,
-            down_bias="down_bias" in shapes,
-            adapters=0 if scale is None else scale[-1],
-            gate_up_rank=shapes["gate_up_a"][-2] if "gate_up_a" in shapes else None,
-            down_rank=shapes["down_a"][-2] if "down_a" in shapes else None,
-            adapter_ids="adapter_ids" in shapes,
-            expert_offset="expert_offset" in shapes,
-            activation=activation,
-            stacked=stacked,
-        )
-
-    @property
-    def pairs(self) -> int:
-        return self.tokens * self.top_k
-
-    @property
-    def rows_of_expert(self) -> float:
-        """On average, which most tiles are chosen by."""
-        return self.pairs / self.experts
-
-    def rank(self, projection: str) -> int | None:
-        """LoRA's rank of "gate_up" or "down"; None without."""
-        return self.gate_up_rank if projection == "gate_up" else self.down_rank
-
-    def routing(
-        self, block_m: int, *, interleave: bool = False, counters: bool = False, fetch: Fetch | None = None
-    ) -> RouteProblem:
-        """The layer's routing into tiles of block_m rows; see RouteProblem for what goes beside it."""
-        return RouteProblem(
-            tokens=self.tokens,
-            top_k=self.top_k,
-            experts=self.experts,
-            router_experts=self.router_experts,
-            expert_offset=self.expert_offset,
-            block_m=block_m,
-            hidden=self.hidden if interleave else None,
-            counters=counters,
-            fetch=fetch,
-        )
-
-    def fetch(self, tile: DecodeTile) -> Fetch:
-        """What routing fetches of packed weights for the launch after it."""
-        return Fetch(
-            experts=self.experts,
-            column_blocks=cdiv(2 * self.intermediate, 64),
-            blocks=cdiv(self.hidden, 64),
-            fetched_experts=min(self.experts, tile.prefetched_experts),
-            fetched_blocks=min(cdiv(self.hidden, 64), tile.prefetched_blocks),
-            stacked=self.stacked,
-        )
+type LayerTile = GroupedMatmulTile | DecodeTile | GroupedTile
 
 
 def plan_moe(
@@ -142,188 +33,130 @@ def plan_moe(
     keep: also write "pre_activations" [P, 2I] by position, for the gradient.
 
     Raises:
-      NotImplementedError: the GPU is older than the kernels support, or none reads packed weights there.
+      NotImplementedError: the GPU is older than the kernels support, or none of them reads packed weights there.
     """
-    p = problem
     table = table or own_table(capability)
-    tile = choose_layer_tile(problem, capability, table, keep)
-    slots = tile_slots(p.pairs, p.experts, tile.block_m)
-    if isinstance(tile, DecodeTile):
-        return [
-            *plan_routing(
-                problem.routing(tile.block_m, interleave=True, counters=True, fetch=problem.fetch(tile)), table
-            ),
-            plan_packed_decode(
-                hidden=p.hidden,
-                intermediate=p.intermediate,
-                slots=slots,
-                spread=spread_slots(p.pairs, p.experts, tile.block_m),
-                pairs=p.pairs,
-                top_k=p.top_k,
-                experts=p.experts,
-                gate_up_bias=p.gate_up_bias,
-                down_bias=p.down_bias,
-                adapters=p.adapters,
-                gate_up_rank=p.gate_up_rank,
-                down_rank=p.down_rank,
-                adapter_ids=p.adapter_ids,
-                stacked=p.stacked,
-                activation=p.activation,
-                tile=tile,
-            ),
-            plan_sum("pair_out", "y", problem, table),
-        ]
-    if isinstance(tile, GroupedTile) and p.down_rank is None:
-        return [
-            *plan_routing(problem.routing(tile.block_m, counters=True), table),
-            *plan_projections(("gate_up", "down"), problem, tile, table, slots, keep),
-            plan_sum("pair_out", "y", problem, table),
-        ]
+    tile = layer_tile(problem, capability, table, FOR_GRADIENTS if keep else FORWARD)
+    return LAYERS[type(tile)](problem, tile, table, keep)
+
+
+FORWARD = ("packed_decode", "packed_grouped_matmul")
+"""Kernels of which one is enough for a forward pass on packed weights: each for its numbers of rows."""
+
+FOR_GRADIENTS = ("packed_grouped_matmul",)
+"""Of these the one that keeps what a gradient needs, and computes it again."""
+
+
+def layer_tile(problem: MoeProblem, capability: int, table: LaunchTable, kernels: Sequence[str]) -> LayerTile:
+    """The tile of a layer's products, of one of these kernels if the weights are packed.
+
+    Raises:
+      NotImplementedError: none of them reads packed weights on this GPU.
+    """
+    if not problem.packed:
+        return tile_for(table.grouped_matmul, problem.rows_of_expert)
+    tile = packed_tile(table, problem.rows_of_expert, kernels)
+    if tile is None:
+        raise NotImplementedError(
+            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
+        )
+    return tile
+
+
+def packed_tile(table: LaunchTable, rows: float, kernels: Sequence[str] = FORWARD) -> DecodeTile | GroupedTile | None:
+    """The tile of the one of these kernels that takes packed weights at so many rows an expert; None if none does.
+
+    A section of the table is empty where its kernel does not run, and packed_decode's ends at its last bound.
+    """
+    if (
+        "packed_decode" in kernels
+        and reads_packed(table, "packed_decode")
+        and rows <= bound_of(table.packed_decode[-1])
+    ):
+        return tile_for(table.packed_decode, rows)
+    return tile_for(table.packed_grouped_matmul, rows) if reads_packed(table, "packed_grouped_matmul") else None
+
+
+def reads_packed(table: LaunchTable, kernel: str) -> bool:
+    """Whether packed_decode, packed_grouped_matmul or packed_dgrad runs on the table's GPU."""
+    return bool(getattr(table, kernel))
+
+
+def plan_decode_layer(problem: MoeProblem, tile: DecodeTile, table: LaunchTable, keep: bool) -> list[Plan]:
+    """Both products and LoRA in one launch, from packed weights."""
+    assert not keep
     return [
-        *plan_routing(problem.routing(tile.block_m), table),
-        *plan_projection("gate_up", problem, tile, table, slots, keep),
-        *plan_projection("down", problem, tile, table, slots),
+        *plan_routing(problem.routing(tile, interleave=True, counters=True, fetch=problem.fetch(tile)), table),
+        plan_packed_decode(problem, tile),
         plan_sum("pair_out", "y", problem, table),
     ]
 
 
-def choose_layer_tile(
-    problem: MoeProblem, capability: int, table: LaunchTable, gradient: bool
-) -> GroupedMatmulTile | DecodeTile | GroupedTile:
-    """The tile of a layer's launches. For a gradient, packed weights go through packed_grouped_matmul alone."""
-    rows = problem.rows_of_expert
-    if not problem.packed:
-        return tile_for(table.grouped_matmul, rows)
-    if not reads_packed(capability):
-        raise NotImplementedError(
-            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
-        )
-    return grouped_tile_for(table, rows) if gradient else packed_tile_for(table, rows)
+def plan_packed_layer(problem: MoeProblem, tile: GroupedTile, table: LaunchTable, keep: bool) -> list[Plan]:
+    """Products from packed weights, in one launch where LoRA's shrink does not come between."""
+    if problem.down.rank is not None:
+        return plan_layer(problem, tile, table, keep)
+    return [
+        *plan_routing(problem.routing(tile, counters=True), table),
+        *plan_shrink_before(problem.gate_up, problem, table, tile),
+        plan_packed_grouped_matmul((problem.gate_up, problem.down), problem, tile, keep),
+        plan_sum("pair_out", "y", problem, table),
+    ]
 
 
-def plan_projection(
-    projection: str,
+def plan_layer(
+    problem: MoeProblem, tile: GroupedMatmulTile | GroupedTile, table: LaunchTable, keep: bool
+) -> list[Plan]:
+    """One product after another."""
+    return [
+        *plan_routing(problem.routing(tile), table),
+        *plan_product(problem.gate_up, problem, tile, table, keep),
+        *plan_product(problem.down, problem, tile, table),
+        plan_sum("pair_out", "y", problem, table),
+    ]
+
+
+LAYERS: dict[type, Callable[[MoeProblem, Any, LaunchTable, bool], list[Plan]]] = {
+    GroupedMatmulTile: plan_layer,
+    GroupedTile: plan_packed_layer,
+    DecodeTile: plan_decode_layer,
+}
+"""How a layer is planned, by the kind of its products' tile."""
+
+
+def plan_one_packed_product(product: Projection, problem: MoeProblem, tile: GroupedTile, keep: bool = False) -> Plan:
+    """plan_packed_grouped_matmul of one product."""
+    return plan_packed_grouped_matmul((product,), problem, tile, keep)
+
+
+PRODUCTS: dict[type, Callable[[Projection, MoeProblem, Any, bool], Plan]] = {
+    GroupedMatmulTile: plan_grouped_matmul,
+    GroupedTile: plan_one_packed_product,
+}
+"""How a product is planned that is a launch of its own, by the kind of its tile."""
+
+
+def plan_product(
+    product: Projection,
     problem: MoeProblem,
     tile: GroupedMatmulTile | GroupedTile,
     table: LaunchTable,
-    slots: int,
     keep: bool = False,
 ) -> list[Plan]:
-    """LoRA's shrink, if there is LoRA, and the product of "gate_up" or "down"."""
-    p = problem
-    if isinstance(tile, GroupedTile):
-        return plan_projections((projection,), problem, tile, table, slots, keep)
-    gate_up = projection == "gate_up"
-    n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-    product = plan_grouped_matmul(
-        projection,
-        n=n,
-        k=k,
-        slots=slots,
-        pairs=p.pairs,
-        top_k=p.top_k,
-        experts=p.experts,
-        mxfp4=p.gate_up_mxfp4 if gate_up else p.down_mxfp4,
-        bias=p.gate_up_bias if gate_up else p.down_bias,
-        adapters=p.adapters,
-        rank=p.rank(projection),
-        adapter_ids=p.adapter_ids,
-        stacked=p.stacked,
-        activation=p.activation,
-        tile=tile,
-        keep=keep,
-    )
-    return [*plan_shrink_before(projection, problem, tile, table, slots), product]
+    """LoRA's shrink, if there is LoRA, and the product."""
+    shrink = plan_shrink_before(product, problem, table, tile)
+    return [*shrink, PRODUCTS[type(tile)](product, problem, tile, keep)]
 
 
-def plan_projections(
-    projections: tuple[str, ...], problem: MoeProblem, tile: GroupedTile, table: LaunchTable, slots: int, keep: bool
-) -> list[Plan]:
-    """LoRA's shrink for the first of the projections, if that has LoRA, and their products from packed weights."""
-    p = problem
-    products = plan_packed_grouped_matmul(
-        projections,
-        hidden=p.hidden,
-        intermediate=p.intermediate,
-        slots=slots,
-        pairs=p.pairs,
-        top_k=p.top_k,
-        experts=p.experts,
-        biases=[name for name, bias in (("gate_up", p.gate_up_bias), ("down", p.down_bias)) if bias],
-        adapters=p.adapters,
-        ranks={"gate_up": p.gate_up_rank, "down": p.down_rank},
-        adapter_ids=p.adapter_ids,
-        stacked=p.stacked,
-        activation=p.activation,
-        tile=tile,
-        keep=keep,
-    )
-    return [*plan_shrink_before(projections[0], problem, tile, table, slots), products]
-
-
-def plan_shrink_before(
-    projection: str, problem: MoeProblem, tile: GroupedMatmulTile | GroupedTile, table: LaunchTable, slots: int
-) -> list[Plan]:
+def plan_shrink_before(product: Projection, problem: MoeProblem, table: LaunchTable, routed: RowTile) -> list[Plan]:
     """The shrink of what goes into a product, if that has LoRA."""
-    if problem.rank(projection) is None:
+    if product.rank is None:
         return []
-    source = "x" if projection == "gate_up" else "activations"
-    return [plan_shrink_of(source, f"{projection}_a", f"{projection}_shrunk", problem, tile, table, slots)]
-
-
-def plan_shrink_of(
-    source: str,
-    matrix: str,
-    out: str,
-    problem: MoeProblem,
-    tile: GroupedMatmulTile | GroupedTile,
-    table: LaunchTable,
-    slots: int,
-) -> Plan:
-    """plan_shrink of a layer's rows through one of its LoRA matrices, "gate_up_a" for example."""
-    p = problem
-    projection, part = matrix[:-2], matrix[-1]
-    rank = p.rank(projection)
-    assert rank is not None
-    n, k = (2 * p.intermediate, p.hidden) if projection == "gate_up" else (p.hidden, p.intermediate)
-    return plan_shrink(
-        source,
-        matrix,
-        out,
-        gather=source in ("x", "dy"),
-        transposed=part == "b",
-        k=k if part == "a" else n,
-        slots=slots,
-        pairs=p.pairs,
-        top_k=p.top_k,
-        experts=p.experts,
-        adapters=p.adapters,
-        rank=rank,
-        adapter_ids=p.adapter_ids,
-        stacked=p.stacked,
-        splits=tile.shrink_splits,
-        tile_m=tile.block_m,
-        tile=tile_for(table.shrink, p.rows_of_expert),
-    )
-
-
-def reads_packed(capability: int) -> bool:
-    """Whether there are kernels that read packed weights on this GPU."""
-    return bool(own_table(capability).packed_grouped_matmul)
+    source = "x" if product.is_gate_up else "activations"
+    tile = tile_for(table.shrink, problem.rows_of_expert)
+    return [plan_shrink(source, "a", f"{product.name}_shrunk", product, problem, tile, routed)]
 
 
 def plan_sum(source: str, out: str, problem: MoeProblem, table: LaunchTable, *, unknown_is_nan: bool = True) -> Plan:
-    """The sum over each token's experts, a layer's last launch; NaN where a token's adapter does not exist."""
-    p = problem
-    return plan_combine(
-        source,
-        out,
-        tokens=p.tokens,
-        top_k=p.top_k,
-        hidden=p.hidden,
-        experts=p.experts,
-        adapters=p.adapters,
-        adapter_ids=p.adapter_ids and unknown_is_nan,
-        expert_offset=p.expert_offset,
-        tile=tile_for(table.combine, p.tokens),
-    )
+    """The sum over each token's experts, a layer's last launch."""
+    return plan_combine(source, out, problem, tile_for(table.combine, problem.tokens), unknown_is_nan=unknown_is_nan)
