@@ -1,7 +1,7 @@
 """The launches of one mixture-of-experts layer, in order. Both frameworks run this list; neither adds to it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from jmoe.triton_src.packed.decode import plan_packed_decode
 from jmoe.triton_src.packed.grouped_matmul import plan_packed_grouped_matmul
@@ -17,7 +17,7 @@ from jmoe.triton_src.tiles import (
     GroupedMatmulTile,
     GroupedTile,
     LaunchTable,
-    bound_of,
+    packed_tile_for,
     tile_for,
 )
 
@@ -36,50 +36,26 @@ def plan_moe(
       NotImplementedError: the GPU is older than the kernels support, or none of them reads packed weights there.
     """
     table = table or own_table(capability)
-    tile = layer_tile(problem, capability, table, FOR_GRADIENTS if keep else FORWARD)
-    return LAYERS[type(tile)](problem, tile, table, keep)
+    tile = layer_tile(problem, capability, table, gradient=keep)
+    return LAYERS[type(tile)].plan(problem, tile, table, keep)
 
 
-FORWARD = ("packed_decode", "packed_grouped_matmul")
-"""Kernels of which one is enough for a forward pass on packed weights: each for its numbers of rows."""
+def layer_tile(problem: MoeProblem, capability: int, table: LaunchTable, gradient: bool) -> LayerTile:
+    """The tile that a layer's rows are sorted into: of its products.
 
-FOR_GRADIENTS = ("packed_grouped_matmul",)
-"""Of these the one that keeps what a gradient needs, and computes it again."""
-
-
-def layer_tile(problem: MoeProblem, capability: int, table: LaunchTable, kernels: Sequence[str]) -> LayerTile:
-    """The tile of a layer's products, of one of these kernels if the weights are packed.
+    gradient: in the backward pass, or in a forward pass that keeps what one needs.
 
     Raises:
-      NotImplementedError: none of them reads packed weights on this GPU.
+      NotImplementedError: the weights are packed, and no kernel reads them on this GPU.
     """
     if not problem.packed:
         return tile_for(table.grouped_matmul, problem.rows_of_expert)
-    tile = packed_tile(table, problem.rows_of_expert, kernels)
+    tile = packed_tile_for(table, problem.rows_of_expert, gradient)
     if tile is None:
         raise NotImplementedError(
             f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
         )
     return tile
-
-
-def packed_tile(table: LaunchTable, rows: float, kernels: Sequence[str] = FORWARD) -> DecodeTile | GroupedTile | None:
-    """The tile of the one of these kernels that takes packed weights at so many rows an expert; None if none does.
-
-    A section of the table is empty where its kernel does not run, and packed_decode's ends at its last bound.
-    """
-    if (
-        "packed_decode" in kernels
-        and reads_packed(table, "packed_decode")
-        and rows <= bound_of(table.packed_decode[-1])
-    ):
-        return tile_for(table.packed_decode, rows)
-    return tile_for(table.packed_grouped_matmul, rows) if reads_packed(table, "packed_grouped_matmul") else None
-
-
-def reads_packed(table: LaunchTable, kernel: str) -> bool:
-    """Whether packed_decode, packed_grouped_matmul or packed_dgrad runs on the table's GPU."""
-    return bool(getattr(table, kernel))
 
 
 def plan_decode_layer(problem: MoeProblem, tile: DecodeTile, table: LaunchTable, keep: bool) -> list[Plan]:
@@ -116,12 +92,19 @@ def plan_layer(
     ]
 
 
-LAYERS: dict[type, Callable[[MoeProblem, Any, LaunchTable, bool], list[Plan]]] = {
-    GroupedMatmulTile: plan_layer,
-    GroupedTile: plan_packed_layer,
-    DecodeTile: plan_decode_layer,
+class LayerPlanner(NamedTuple):
+    """How a layer is planned whose products have some kind of tile."""
+
+    kernel: str  # of the products
+    plan: Callable[[MoeProblem, Any, LaunchTable, bool], list[Plan]]
+
+
+LAYERS = {
+    GroupedMatmulTile: LayerPlanner("grouped_matmul", plan_layer),
+    GroupedTile: LayerPlanner("packed_grouped_matmul", plan_packed_layer),
+    DecodeTile: LayerPlanner("packed_decode", plan_decode_layer),
 }
-"""How a layer is planned, by the kind of its products' tile."""
+"""By the kind of tile."""
 
 
 def plan_one_packed_product(product: Projection, problem: MoeProblem, tile: GroupedTile, keep: bool = False) -> Plan:

@@ -7,7 +7,7 @@ Names: dy is the gradient of y; a gradient of buffer B is B_grad. Kept from the 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jmoe.triton_src.moe import FOR_GRADIENTS, layer_tile, plan_product, plan_sum
+from jmoe.triton_src.moe import layer_tile, plan_product, plan_sum
 from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.dgrad import plan_dgrad
@@ -41,7 +41,7 @@ def plan_moe_backward(
     """
     p = problem
     table = table or own_table(capability)
-    routed: Any = layer_tile(p, capability, table, FOR_GRADIENTS)
+    routed: Any = layer_tile(p, capability, table, gradient=True)
     rows = p.rows_of_expert
     # A dtype is asked for what is wanted; what is not is left out below.
     dtypes = {f"{product.name}_{part}": "float32" for product in (p.gate_up, p.down) for part in ("a", "b", "bias")}

@@ -339,15 +339,23 @@ def tile_for[T: Bounded](section: tuple[T, ...], work: float) -> T:
     return next((tile for tile in section if work <= bound_of(tile)), section[-1])
 
 
-def packed_tile_for(table: LaunchTable, rows: float) -> PackedTile:
-    """The tile of a layer's forward pass on packed weights, for experts with so many rows on average."""
-    decode = table.packed_decode
-    return tile_for(decode, rows) if decode and rows <= bound_of(decode[-1]) else grouped_tile_for(table, rows)
+def packed_tile_for(table: LaunchTable, rows: float, gradient: bool = False) -> PackedTile | None:
+    """The tile of packed weights' products for experts with so many rows on average; None if a kernel is missing.
+
+    Few rows are packed_decode's, and others packed_grouped_matmul's. A gradient is packed_grouped_matmul's whatever the
+    rows are, and packed_dgrad's.
+    """
+    if not gradient and reads_packed("packed_decode", table) and rows <= bound_of(table.packed_decode[-1]):
+        return tile_for(table.packed_decode, rows)
+    kernels = ("packed_grouped_matmul", "packed_dgrad") if gradient else ("packed_grouped_matmul",)
+    if all(reads_packed(kernel, table) for kernel in kernels):
+        return tile_for(table.packed_grouped_matmul, rows)
+    return None
 
 
-def grouped_tile_for(table: LaunchTable, rows: float) -> GroupedTile:
-    """The tile of packed_grouped_matmul_kernel, which a layer that is differentiated runs whatever the rows are."""
-    return tile_for(table.packed_grouped_matmul, rows)
+def reads_packed(kernel: str, table: LaunchTable) -> bool:
+    """Whether packed_decode, packed_grouped_matmul or packed_dgrad runs on the table's GPU."""
+    return bool(getattr(table, kernel))
 
 
 def unbounded[T: Bounded](tile: T) -> T:

@@ -15,7 +15,7 @@ from jmoe.ops.packed import unpack_buffers
 from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
-    from jmoe.triton_src.moe import MoeProblem
+    from jmoe.triton_src.problem import MoeProblem
 
 moe_p = jex.core.Primitive("jmoe_moe")
 """Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
@@ -83,7 +83,7 @@ def launch_layer(buffers: Buffers, options: Options, gpu: Gpu, *, keep: bool = F
         empty = {"experts": nothing.astype(jnp.int32), "weights": nothing.astype(jnp.float32)}
         pairs = jnp.zeros((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16)
         return {"y": jnp.zeros_like(buffers["x"]), "pre_activations": pairs, **empty}
-    buffers, problem = problem_of(buffers, options, gpu.capability)
+    buffers, problem = problem_of(buffers, options, gpu, gradient=keep)
     return launch(plan_moe(problem, gpu.capability, gpu.table, keep=keep), buffers, gpu.capability)
 
 
@@ -93,10 +93,9 @@ def launch_gradients(buffers: Buffers, wanted: tuple[str, ...], options: Options
 
     if buffers["x"].size == 0 or not wanted:
         return {name: jnp.zeros_like(buffers[name]) for name in wanted}
-    logits = buffers.get("router_logits")
     extra = {name: buffers[name] for name in ("dy", "pre_activations") if name in buffers}
-    given = {name: array for name, array in buffers.items() if name not in ("router_logits", *extra)}
-    given, problem = problem_of(given, options, gpu.capability)
+    given = {name: array for name, array in buffers.items() if name not in extra}
+    given, problem = problem_of(given, options, gpu, gradient=True)
     if "adapter_ids" in given:
         # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
         known = (given["adapter_ids"] >= -1) & (given["adapter_ids"] < problem.adapters)
@@ -104,7 +103,6 @@ def launch_gradients(buffers: Buffers, wanted: tuple[str, ...], options: Options
     plans = plan_moe_backward(
         problem,
         {name: buffers[name].dtype.name for name in wanted},
-        None if logits is None else logits.shape[1],
         "pre_activations" in extra,
         gpu.capability,
         gpu.table,
@@ -123,18 +121,22 @@ def in_its_layer(grad: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Arr
     return lax.dynamic_update_index_in_dim(jnp.zeros_like(stack), grad, layer[0], axis=0)
 
 
-def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buffers, "MoeProblem"]:
-    """The problem that the buffers pose, and they, unpacked if no kernel reads packed weights on that GPU."""
-    from jmoe.triton_src.moe import MoeProblem, reads_packed
+def problem_of(buffers: Buffers, options: Options, gpu: Gpu, *, gradient: bool) -> tuple[Buffers, "MoeProblem"]:
+    """The problem that the buffers pose, and they, unpacked where kernels that read packed weights are missing."""
+    from jmoe.triton_src.problem import Layout, MoeProblem
+    from jmoe.triton_src.tiles import packed_tile_for
 
+    tokens = buffers["x"].shape[0]
+    experts = buffers["gate_up"].shape[1 if "layer" in buffers else 0]
     packed = [buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")]
-    read_as_packed = all(packed) and reads_packed(capability)
-    if any(packed) and not read_as_packed:
+    as_they_are = all(packed) and packed_tile_for(gpu.table, tokens * options.top_k / experts, gradient) is not None
+    if any(packed) and not as_they_are:
         buffers = unpack_buffers(of_one_layer(buffers), options.intermediate)
+    layouts = {jnp.dtype(jnp.int32): Layout.PACKED, jnp.dtype(jnp.uint8): Layout.MXFP4}
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
         intermediate=options.intermediate,
-        packed=read_as_packed,
+        layouts={name: layouts.get(buffers[name].dtype, Layout.DENSE) for name in ("gate_up", "down")},
         top_k=options.top_k,
         activation=options.activation,
     )
@@ -150,15 +152,13 @@ def route_and_sort(
     calls run one after another, which as nodes of one CUDA graph would run side by side.
     """
     gpu = gpu_of(target)
-    from jmoe.triton_src.moe import reads_packed
     from jmoe.triton_src.routing.plan import plan_routing
     from jmoe.triton_src.routing.problem import RouteProblem
     from jmoe.triton_src.tiles import packed_tile_for, tile_for
 
     tokens, experts = router_logits.shape
     rows = tokens * top_k / experts
-    packed = reads_packed(gpu.capability)
-    tile = packed_tile_for(gpu.table, rows) if packed else tile_for(gpu.table.grouped_matmul, rows)
+    tile = packed_tile_for(gpu.table, rows) or tile_for(gpu.table.grouped_matmul, rows)
     problem = RouteProblem(
         tokens=tokens,
         top_k=top_k,

@@ -67,7 +67,7 @@ def gpu_of(target: Target | None) -> Gpu:
 
 
 def reads_packed_here() -> bool:
-    """Whether JAX's default device has kernels that read packed experts.
+    """Whether JAX's default device has kernels that read packed experts, whatever the number of tokens.
 
     Raises:
       ImportError: it is a GPU, and Triton or jax-triton is missing.
@@ -75,9 +75,11 @@ def reads_packed_here() -> bool:
     if jax.default_backend() != "gpu":
         return False
     check_installed()
-    from jmoe.triton_src.moe import reads_packed
+    from jmoe.triton_src.tile_tables import own_table
+    from jmoe.triton_src.tiles import OLDEST, reads_packed
 
-    return reads_packed(local_gpu()[0])
+    capability, device = local_gpu()
+    return capability >= OLDEST and reads_packed("packed_grouped_matmul", own_table(capability, device))
 
 
 def why_no_triton() -> str | None:
@@ -109,11 +111,8 @@ def tiles_here() -> str:
 
 def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
-    from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.tiles import DecodeTile, packed_tile_for
+    from jmoe.triton_src.moe import LAYERS
+    from jmoe.triton_src.tiles import GroupedMatmulTile, packed_tile_for
 
-    gpu = gpu_of(None)
-    if not reads_packed(gpu.capability):
-        return "grouped_matmul"
-    tile = packed_tile_for(gpu.table, tokens * top_k / experts)
-    return "packed_decode" if isinstance(tile, DecodeTile) else "packed_grouped_matmul"
+    tile = packed_tile_for(gpu_of(None).table, tokens * top_k / experts) if reads_packed_here() else None
+    return LAYERS[GroupedMatmulTile if tile is None else type(tile)].kernel
