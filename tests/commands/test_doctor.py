@@ -109,8 +109,7 @@ def test_a_gpu_without_triton_is_an_error_and_not_xla() -> None:
     [(90, 1, "packed_decode"), (90, 100000, "packed_grouped_matmul"), (80, 1, "grouped_matmul")],
 )
 def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_capability", lambda: capability)
-    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_tables", lambda: None)
+    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (capability, "some GPU"))
     machine = dataclasses.replace(MACHINE, gpu=True, no_triton=None)
     parts = {part.name: part for part in doctor.examine_model(TINY, [], machine, batch=tokens, context=48).parts}
     assert parts["experts"].decode == f"Triton: {want}"
