@@ -298,10 +298,8 @@ def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.Monke
     assert users != own
     assert program(jmoe.Target("sm_90")) == program(jmoe.Target("sm_90", device="Some GPU")) == own
     assert program(Trial("sm_90", table=own_table(90).over({"grouped_matmul": (tile,)}))) == users
-    for content, message in (
-        ("[]", r"must be an object, got \[\]"),
-        ('{"portable": []}', "version must be 2, .* got None"),
-    ):
+    old, invalid = '{"portable": []}', "[]"
+    for content, message in ((invalid, r"must be an object, got \[\]"), (old, "version must be 2, .* got None")):
         file.write_text(content)
         with pytest.raises(ValueError, match=rf"some_gpu.json: {message}; remove it or run `jmoe tune` again"):
             program("triton")
