@@ -19,7 +19,7 @@ from jmoe.triton_src.tiles import DecodeTile
 
 
 @gluon.jit
-def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
+def product_of_tile(p, rows, work, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
     """The product of a tile's columns that `work` numbers, of PROGRAMS a tile.
 
     Of 8 rows where the tile has no more: one of 16 takes longer.
@@ -32,9 +32,9 @@ def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
         tile = Tile(expert, first, end, rows.finished_ptr + index)
         short = end - first <= 8 if rows.BLOCK_M > 8 else True
         if short:
-            product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), ROWS)
+            product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), COLUMN_WARPS)
         else:
-            product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, ROWS)
+            product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, COLUMN_WARPS)
 
 
 @gluon.jit(do_not_specialize=["pairs", "slots", "spread", "last"])
@@ -82,24 +82,24 @@ def packed_decode_kernel(
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
-    GATE_UP_ROWS: gl.constexpr,
-    DOWN_ROWS: gl.constexpr,
-    LAST_ROWS: gl.constexpr,
+    GATE_UP_COLUMN_WARPS: gl.constexpr,
+    DOWN_COLUMN_WARPS: gl.constexpr,
+    TAIL_COLUMN_WARPS: gl.constexpr,
 ):
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
     grouped_matmul_kernel. A program waits for those before it that have its rows. Slots past the first `spread`, which
     hold tiles if routing is uneven, are further work for programs of the first.
-    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * LAST_DOWN,).
+    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * TAIL_DOWN,).
     """
     IP: gl.constexpr = (I + 63) // 64 * 64
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
     GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
-    GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_ROWS)
+    GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_COLUMN_WARPS)
     DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
-    DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
-    LAST_DOWN: gl.constexpr = (H + 16 * LAST_ROWS - 1) // (16 * LAST_ROWS)
+    DOWN: gl.constexpr = (H + 16 * DOWN_COLUMN_WARPS - 1) // (16 * DOWN_COLUMN_WARPS)
+    TAIL_DOWN: gl.constexpr = (H + 16 * TAIL_COLUMN_WARPS - 1) // (16 * TAIL_COLUMN_WARPS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
@@ -130,7 +130,7 @@ def packed_decode_kernel(
     if program >= 0:
         if program < spread * GATE_UP:
             for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
-                product_of_tile(gate_up, rows, work, GATE_UP_ROWS, GATE_UP)
+                product_of_tile(gate_up, rows, work, GATE_UP_COLUMN_WARPS, GATE_UP)
         else:
             program -= spread * GATE_UP
             if DOWN_SHRINK > 0:
@@ -138,16 +138,16 @@ def packed_decode_kernel(
                     for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
                         shrink(down, rows, work, DOWN_SHRINK)
                 program -= spread * DOWN_SHRINK
-            if LAST_ROWS < DOWN_ROWS:
+            if TAIL_COLUMN_WARPS < DOWN_COLUMN_WARPS:
                 short = program - (spread - last) * DOWN
                 if short >= 0:
-                    short += (spread - last) * LAST_DOWN
-                    for work in tl.range(short, slots * LAST_DOWN, spread * LAST_DOWN, disable_licm=True):
-                        product_of_tile(down, rows, work, LAST_ROWS, LAST_DOWN)
+                    short += (spread - last) * TAIL_DOWN
+                    for work in tl.range(short, slots * TAIL_DOWN, spread * TAIL_DOWN, disable_licm=True):
+                        product_of_tile(down, rows, work, TAIL_COLUMN_WARPS, TAIL_DOWN)
                     program = -1
             if program >= 0:
                 for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
-                    product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
+                    product_of_tile(down, rows, work, DOWN_COLUMN_WARPS, DOWN)
 
 
 LONGEST_RANK_BLOCK = 32
@@ -234,9 +234,9 @@ def plan_packed_decode(
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "STAGES": tile.stages,
-            "GATE_UP_ROWS": tile.column_warps,
-            "DOWN_ROWS": tile.down_column_warps,
-            "LAST_ROWS": tile.last_column_warps,
+            "GATE_UP_COLUMN_WARPS": tile.column_warps,
+            "DOWN_COLUMN_WARPS": tile.down_column_warps,
+            "TAIL_COLUMN_WARPS": tile.last_column_warps,
         },
         num_warps=4,
         num_stages=1,

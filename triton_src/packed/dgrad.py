@@ -11,8 +11,15 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk
-from jmoe.triton_src.packed.transposed import STEP, decode_transposed, part_layout, spread_scales, transposed_column
-from jmoe.triton_src.packed.weight import nan_bits
+from jmoe.triton_src.packed.transposed import (
+    STEP,
+    decode_transposed,
+    part_layout,
+    spread_scales,
+    transposed_column,
+    transposed_word,
+)
+from jmoe.triton_src.packed.weight import NAN_OF_FIRST_GROUP, NAN_OF_SECOND_GROUP, nan_bits
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.dgrad import dgrad_lora_operands
 from jmoe.triton_src.portable.shrink import lora_constexprs
@@ -152,7 +159,7 @@ def dgrad_tile(
     row_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))[None, None, :]
     block = gl.minimum(gl.program_id(0) * (BLOCK_K // 64) + warp // 2, COLUMN_BLOCKS - 1)
     block += expert.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
-    words = words_ptr + block * 512 + row_pair * 16 + column % 4 * 4 + warp % 2 * 2 + column // 4
+    words = transposed_word(words_ptr + block * 512, warp, column, row_pair)
     scales = scales_ptr + block * 32 + column * 4 + row_pair
     acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
     if lora_a_ptr is not None:
@@ -288,7 +295,7 @@ def store_tile(
     WARPS: gl.constexpr = BLOCK_K // 32
     # A warp's columns are of one group: of the first and third bytes' groups in turn.
     group = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, nan.type.layout)))[:, None, None] % 2
-    bad = gl.where(group == 0, nan & 0x00008080, nan & -2139095040) != 0
+    bad = gl.where(group == 0, nan & NAN_OF_FIRST_GROUP, nan & NAN_OF_SECOND_GROUP) != 0
     bad = gl.max(gl.max(bad.to(gl.int32), axis=2), axis=1)
     parts = acc.reshape([2, WARPS, 16, BLOCK_M])
     WARP: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))

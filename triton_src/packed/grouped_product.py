@@ -13,6 +13,8 @@ from jmoe.triton_src.activation import keep_clamped, swiglu_tile
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
 from jmoe.triton_src.packed.ready_counters import finish, wait_for
 from jmoe.triton_src.packed.weight import (
+    NAN_OF_EVEN_ROWS,
+    NAN_OF_ODD_ROWS,
     nan_bits,
     scale_offsets,
     scales_layout,
@@ -38,6 +40,15 @@ def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.conste
 
 
 @gluon.jit
+def in_column_blocks(offset, stride, BLOCK: gl.constexpr):
+    """An offset into two blocks of 64 columns side by side, as one into the weights, where these lie `stride` apart.
+
+    The stride is in blocks, and 0 where there is no second block: the first is taken twice, and stored once.
+    """
+    return offset + offset // BLOCK * (stride * BLOCK - BLOCK)
+
+
+@gluon.jit
 def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
     """Columns `program` * 128 and on of a tile of at most BLOCK_M rows."""
     STAGES: gl.constexpr = p.STAGES
@@ -59,14 +70,11 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
     x = p.x_ptr + row.to(gl.int64)[:, None] * p.K + k_in_stage
 
-    # Of an odd number of blocks of 64 columns the last is taken twice; its second half is not stored.
     stride = gl.where(program * 2 + 1 < COLUMN_BLOCKS, BLOCKS, 0)
     matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
     block = (matrix.to(gl.int64) * COLUMN_BLOCKS + program * 2) * BLOCKS
-    word = word_offsets(8, 128, W)
-    word += word // 512 * (stride * 512 - 512)
-    scale = scale_offsets(8, 8, S)
-    scale += scale // 32 * (stride * 32 - 32)
+    word = in_column_blocks(word_offsets(8, 128, W), stride, 512)
+    scale = in_column_blocks(scale_offsets(8, 8, S), stride, 32)
     words = p.words_ptr + block * 512 + word
     scales = p.scales_ptr + block * 32 + scale
     w = ()
@@ -180,8 +188,8 @@ def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BL
     COLUMNS: gl.constexpr = gl.SliceLayout(1, even.type.layout)
     ROWS: gl.constexpr = gl.SliceLayout(0, even.type.layout)
     nan = gl.convert_layout(nan.reshape([64]), COLUMNS)[:, None]
-    even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
-    odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
+    even = gl.where((nan & NAN_OF_EVEN_ROWS) != 0, float("nan"), even)
+    odd = gl.where((nan & NAN_OF_ODD_ROWS) != 0, float("nan"), odd)
     if p.bias_ptr is not None:
         pair_column = column + 2 * gl.arange(0, 64, COLUMNS)
         bias = p.bias_ptr + matrix.to(gl.int64) * p.N + pair_column
