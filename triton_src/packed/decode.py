@@ -37,6 +37,23 @@ def product_of_tile(p, rows, work, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.cons
             product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, COLUMN_WARPS)
 
 
+@gluon.jit
+def multiply_tiles(p, rows, program, spread, slots, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
+    """A program's share of a product: its own of a tile of the first wave, and the same of every `spread`-th tile on.
+
+    What LLVM could take out of the loop would need registers in it, so it may not.
+    """
+    for work in tl.range(program, slots * PROGRAMS, spread * PROGRAMS, disable_licm=True):
+        product_of_tile(p, rows, work, COLUMN_WARPS, PROGRAMS)
+
+
+@gluon.jit
+def shrink_tiles(p, rows, program, spread, slots, PROGRAMS: gl.constexpr):
+    """multiply_tiles for LoRA's shrink."""
+    for work in tl.range(program, slots * PROGRAMS, spread * PROGRAMS, disable_licm=True):
+        shrink(p, rows, work, PROGRAMS)
+
+
 @gluon.jit(do_not_specialize=["pairs", "slots", "spread", "last"])
 def packed_decode_kernel(
     x_ptr,  # (T, HP) bf16, interleaved
@@ -94,10 +111,12 @@ def packed_decode_kernel(
     Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * TAIL_DOWN,).
     """
     IP: gl.constexpr = (I + 63) // 64 * 64
+    GATE_UP_RANK_PADDED: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * GATE_UP_BLOCK_R
+    DOWN_RANK_PADDED: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * DOWN_BLOCK_R
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
-    GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
+    GATE_UP_SHRINK: gl.constexpr = GATE_UP_RANK_PADDED // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
     GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_COLUMN_WARPS)
-    DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
+    DOWN_SHRINK: gl.constexpr = DOWN_RANK_PADDED // DOWN_BLOCK_R * SPLITS * ADAPTERS
     DOWN: gl.constexpr = (H + 16 * DOWN_COLUMN_WARPS - 1) // (16 * DOWN_COLUMN_WARPS)
     TAIL_DOWN: gl.constexpr = (H + 16 * TAIL_COLUMN_WARPS - 1) // (16 * TAIL_COLUMN_WARPS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
@@ -107,7 +126,7 @@ def packed_decode_kernel(
         x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
         Lora(
             gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
-            GATE_UP_BLOCK_R, SPLITS,
+            GATE_UP_RANK_PADDED, GATE_UP_BLOCK_R, SPLITS,
         ),
         N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
@@ -115,39 +134,29 @@ def packed_decode_kernel(
     down = Product(
         activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
         Lora(
-            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
+            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK,
+            DOWN_RANK_PADDED, DOWN_BLOCK_R, SPLITS,
         ),
         N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
+    # Each role's programs follow the last one's, and down's tail the others of down.
     program = gl.program_id(0)
-    # What LLVM could take out of these loops would need registers in them, so it may not.
-    if GATE_UP_SHRINK > 0:
-        if program < spread * GATE_UP_SHRINK:
-            for work in tl.range(program, slots * GATE_UP_SHRINK, spread * GATE_UP_SHRINK, disable_licm=True):
-                shrink(gate_up, rows, work, GATE_UP_SHRINK)
-        program -= spread * GATE_UP_SHRINK
-    if program >= 0:
-        if program < spread * GATE_UP:
-            for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
-                product_of_tile(gate_up, rows, work, GATE_UP_COLUMN_WARPS, GATE_UP)
-        else:
-            program -= spread * GATE_UP
-            if DOWN_SHRINK > 0:
-                if program < spread * DOWN_SHRINK:
-                    for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
-                        shrink(down, rows, work, DOWN_SHRINK)
-                program -= spread * DOWN_SHRINK
-            if TAIL_COLUMN_WARPS < DOWN_COLUMN_WARPS:
-                short = program - (spread - last) * DOWN
-                if short >= 0:
-                    short += (spread - last) * TAIL_DOWN
-                    for work in tl.range(short, slots * TAIL_DOWN, spread * TAIL_DOWN, disable_licm=True):
-                        product_of_tile(down, rows, work, TAIL_COLUMN_WARPS, TAIL_DOWN)
-                    program = -1
-            if program >= 0:
-                for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
-                    product_of_tile(down, rows, work, DOWN_COLUMN_WARPS, DOWN)
+    gate_up_begin = spread * GATE_UP_SHRINK
+    down_shrink_begin = gate_up_begin + spread * GATE_UP
+    down_begin = down_shrink_begin + spread * DOWN_SHRINK
+    tail_begin = down_begin + (spread - last) * DOWN
+    if GATE_UP_SHRINK > 0 and program < gate_up_begin:
+        shrink_tiles(gate_up, rows, program, spread, slots, GATE_UP_SHRINK)
+    elif program < down_shrink_begin:
+        multiply_tiles(gate_up, rows, program - gate_up_begin, spread, slots, GATE_UP_COLUMN_WARPS, GATE_UP)
+    elif DOWN_SHRINK > 0 and program < down_begin:
+        shrink_tiles(down, rows, program - down_shrink_begin, spread, slots, DOWN_SHRINK)
+    elif TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
+        multiply_tiles(down, rows, program - down_begin, spread, slots, DOWN_COLUMN_WARPS, DOWN)
+    else:
+        of_tail = program - tail_begin + (spread - last) * TAIL_DOWN
+        multiply_tiles(down, rows, of_tail, spread, slots, TAIL_COLUMN_WARPS, TAIL_DOWN)
 
 
 LONGEST_RANK_BLOCK = 32

@@ -122,13 +122,9 @@ def load_shrunk_blocks(lora, rows, tile, BLOCK_M: gl.constexpr, K_PARTS: gl.cons
     Of the parts of K the first has it and the others zeros.
     """
     B: gl.constexpr = gl.DotOperandLayout(1, accumulator_layout(K_PARTS, COLUMN_WARPS), 2)
-    RANK_PADDED: gl.constexpr = (lora.RANK + lora.BLOCK_R - 1) // lora.BLOCK_R * lora.BLOCK_R
     blocks = ()
-    for rank in gl.static_range(0, RANK_PADDED, lora.BLOCK_R):
-        shrunk = load_shrunk(
-            lora.shrunk_ptr, tile.first, tile.end, rank, rows.pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R,
-            K_PARTS * COLUMN_WARPS,
-        )  # fmt: skip
+    for rank in gl.static_range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        shrunk = load_shrunk(lora, tile.first, tile.end, rank, rows.pairs, BLOCK_M, K_PARTS * COLUMN_WARPS)
         shrunk = shrunk.permute((1, 0)).reshape([1, lora.BLOCK_R, BLOCK_M])
         zeros = gl.zeros([K_PARTS, lora.BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
         part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
@@ -163,7 +159,7 @@ def add_lora(
         acc = expand(acc, shrunk, p.lora, expert, program, p.N, K_PARTS, COLUMN_WARPS)
     else:
         COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, accumulator_layout(K_PARTS, COLUMN_WARPS)))
-        used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, tile.first, tile.end, rows.TOP_K, BLOCK_M, COLUMN)
+        used = load_adapters(rows, tile.first, tile.end, BLOCK_M, COLUMN)
         for adapter in range(rows.ADAPTERS):
             mine = used == adapter
             if gl.max(mine.to(gl.int32), axis=0) > 0:

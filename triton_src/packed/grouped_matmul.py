@@ -99,7 +99,8 @@ def packed_grouped_matmul_kernel(
         gate_up = Product(
             x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
             Lora(
-                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
+                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
+                rank_blocks(GATE_UP_RANK)[1], GATE_UP_BLOCK_R, SPLITS,
             ),
             N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
@@ -110,7 +111,10 @@ def packed_grouped_matmul_kernel(
     if DOWN > 0:
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
-            Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
+            Lora(
+                None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK,
+                rank_blocks(DOWN_RANK)[1], DOWN_BLOCK_R, SPLITS,
+            ),
             N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip

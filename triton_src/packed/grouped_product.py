@@ -22,7 +22,6 @@ from jmoe.triton_src.packed.weight import (
     word_offsets,
     words_layout,
 )
-from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.stacked import in_stack
 
 
@@ -144,14 +143,9 @@ def expand(acc, shared, p, pairs, matrix, first, end, program, BLOCK_M: gl.const
     """acc + B (x A^T)^T for the matrix of an adapter and expert."""
     lora = p.lora
     A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    # Of a shrunk row, of which this may take fewer ranks at once than the shrink did.
-    RANK_PADDED: gl.constexpr = rank_blocks(lora.RANK)[1]
-    for rank in range(0, RANK_PADDED, lora.BLOCK_R):
-        shrunk = load_shrunk(
-            lora.shrunk_ptr, first, end, rank, pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R, 8
-        )
-        shared.store(shrunk)
-        b = load_lora_b(lora.b_ptr, matrix.to(gl.int64) * p.N, program * 128, rank, p.N, lora.RANK, lora.BLOCK_R, A, 8)
+    for rank in range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        shared.store(load_shrunk(lora, first, end, rank, pairs, BLOCK_M, 8))
+        b = load_lora_b(lora, matrix, program * 128, rank, p.N, A, 8)
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(b, shared.permute((1, 0)), acc)
@@ -163,7 +157,7 @@ def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.const
     """(128, BLOCK_M) B (x A^T)^T of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
-    used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, first, end, rows.TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+    used = load_adapters(rows, first, end, BLOCK_M, gl.SliceLayout(0, C))
     for adapter in range(rows.ADAPTERS):
         mine = used == adapter
         if gl.max(mine.to(gl.int32), axis=0) > 0:

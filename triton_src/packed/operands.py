@@ -32,8 +32,9 @@ class Lora:
     b_ptr: OptionalPointer  # (A, E, N, R) bf16 or float32
     scale_ptr: OptionalPointer  # (A,) float32
     layer_ptr: OptionalPointer  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    shrunk_ptr: OptionalPointer  # (SPLITS, P, rank padded to BLOCK_R) float32 by position
+    shrunk_ptr: OptionalPointer  # (SPLITS, P, RANK_PADDED) float32 by position
     RANK: gl.constexpr
+    RANK_PADDED: gl.constexpr  # of a shrunk row
     BLOCK_R: gl.constexpr
     SPLITS: gl.constexpr
 

@@ -24,7 +24,7 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
     X: gl.constexpr = tokens_layout(BLOCK_M, K_PARTS, 1)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    RANK_PADDED: gl.constexpr = (lora.RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
+    RANK_PADDED: gl.constexpr = lora.RANK_PADDED
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1])
     STEPS: gl.constexpr = (BLOCKS + SPLITS * K_PARTS - 1) // (SPLITS * K_PARTS)
     tile = work // PROGRAMS
