@@ -23,6 +23,8 @@ PUBLIC = {
     "Mxfp4",
     "PackedMxfp4",
     "Routing",
+    "SiluAndMul",
+    "SwiGLU",
     "Target",
     "allow_triton_call",
     "dequantize",
@@ -92,6 +94,8 @@ TUNING = ("jmoe/bench/tune.py", "jmoe/commands/tune.py")
 def test_triton_has_one_door() -> None:
     for found in imports("jmoe"):
         if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
+            if starts(found.module, "jmoe.triton_src.activation"):
+                continue  # everybody's value, in a file that imports the standard library alone
             tables = starts(found.module, "jmoe.triton_src.tile_tables") and found.file in TUNING
             assert found.file.startswith("jmoe/ops/launch/") or tables, found
             assert found.inside_function, found

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -30,8 +31,7 @@ PROBLEM = MoeProblem(
     down_rank=16,
     adapter_ids=True,
     expert_offset=True,
-    swiglu_alpha=1.702,
-    swiglu_limit=7.0,
+    activation=SwiGLU(),
 )
 
 VARIANTS = [

@@ -5,6 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.plan import Plan
 
@@ -46,7 +47,7 @@ def test_the_largest_tiles_fit(capability: int, mxfp4: bool) -> None:
         tokens=4096, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=False,
         gate_up_mxfp4=mxfp4, down_mxfp4=mxfp4, gate_up_bias=True, down_bias=True,
         adapters=2, gate_up_rank=64, down_rank=64, adapter_ids=True, expert_offset=False,
-        swiglu_alpha=1.702, swiglu_limit=7.0,
+        activation=SwiGLU(),
     )  # fmt: skip
     plans = [plan for plan in plan_moe(problem, capability) if plan.name in ("shrink", "grouped_matmul")]
     sizes = [shared_bytes(plan, capability, mxfp4) for plan in plans[:2]]  # down has the tiles of gate_up

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jmoe.triton_src import tile_tables
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.tile_tables import as_json, assemble, built_in, candidates, parse, read_user_table, user_table
 from jmoe.triton_src.tiles import PACKED_TILES, TILES, PackedTile, Tile, TileTables, choose_packed_tile, choose_tile
@@ -106,9 +107,7 @@ def test_tables_are_used_where_they_are_given() -> None:
 def test_a_layers_plans_follow_the_tables(packed: bool) -> None:
     shapes = {"x": (512, 128), "router_logits": (512, 8), "gate_up": (8, 256, 4, 16), "down": (8, 128, 4, 16)}
     shapes |= {"gate_up_scales": (8, 256, 4), "down_scales": (8, 128, 4)}
-    problem = MoeProblem.from_shapes(
-        shapes, intermediate=128, packed=packed, top_k=4, swiglu_alpha=1.702, swiglu_limit=7.0
-    )
+    problem = MoeProblem.from_shapes(shapes, intermediate=128, packed=packed, top_k=4, activation=SwiGLU())
     own, other = PACKED_TILES[90][-1], PACKED_TILES[90][0]
     tables = TileTables((ONE,), (dataclasses.replace(other, rows=math.inf),))
     assert type(own) is not type(other)

@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.moe import MoeProblem, plan_moe
 from jmoe.triton_src.plan import Plan
 
@@ -22,7 +23,7 @@ PROBLEM = MoeProblem(
     tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=True,
     gate_up_mxfp4=True, down_mxfp4=True, gate_up_bias=True, down_bias=True,
     adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, expert_offset=False,
-    swiglu_alpha=1.702, swiglu_limit=7.0,
+    activation=SwiGLU(),
 )  # fmt: skip
 
 
