@@ -7,7 +7,7 @@ import numpy as np
 
 from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.packed import pack_weight
-from jmoe.triton_src.moe import MoeProblem
+from jmoe.triton_src.problem import MoeProblem
 
 BF16 = ml_dtypes.bfloat16
 LAYER = 1
@@ -62,14 +62,14 @@ class PackedLayer:
         out = np.einsum("pk,pnk->pn", rows.astype(np.float64), self.weights[projection][self.expert])
         if f"{projection}_bias" in self.buffers:
             out += self.one_layer(f"{projection}_bias").astype(np.float64)[self.expert]
-        if self.problem.rank(projection):
+        if getattr(self.problem, projection).rank:
             out += np.einsum("pr,pnr->pn", self.rounded(rows, projection, "a"), self.own(projection, "b"))
         return out
 
     def input_gradient(self, rows: np.ndarray, projection: str) -> np.ndarray:
         """[P, K] float64: rows [P, N] by position times the weights the other way, with LoRA."""
         out = np.einsum("pn,pnk->pk", rows.astype(np.float64), self.weights[projection][self.expert])
-        if self.problem.rank(projection):
+        if getattr(self.problem, projection).rank:
             out += np.einsum("pr,prk->pk", self.rounded(rows, projection, "b"), self.own(projection, "a"))
         return out
 
@@ -86,7 +86,8 @@ def packed_layer(problem: MoeProblem, block_m: int, slots: int, held: float = 0.
     """A layer whose pairs lie in tiles of block_m rows; a part of them, 1 - held, is of experts that are not here."""
     p, rng = problem, np.random.default_rng(seed)
     weights, buffers = {}, {}
-    for projection, n, k in (("gate_up", 2 * p.intermediate, p.hidden), ("down", p.hidden, p.intermediate)):
+    for product in (p.gate_up, p.down):
+        projection, n, k = product.name, product.n, product.k
         blocks = rng.integers(0, 256, (p.experts, n, k // 32, 16), np.uint8)
         scales = rng.integers(122, 125, (p.experts, n, k // 32), np.uint8)
         # NaN for 32 weights of the last expert: a whole column of its rows.
@@ -94,9 +95,9 @@ def packed_layer(problem: MoeProblem, block_m: int, slots: int, held: float = 0.
         weights[projection] = dequantize(blocks, scales)
         packed = pack_weight(Mxfp4(blocks, scales))
         buffers |= {projection: np.asarray(packed.words), f"{projection}_scales": np.asarray(packed.scales)}
-        if p.gate_up_bias if projection == "gate_up" else p.down_bias:
+        if product.bias:
             buffers[f"{projection}_bias"] = rng.standard_normal((p.experts, n)).astype(BF16)
-        if rank := p.rank(projection):
+        if rank := product.rank:
             buffers[f"{projection}_a"] = (rng.standard_normal((p.adapters, p.experts, rank, k)) / k**0.5).astype(BF16)
             buffers[f"{projection}_b"] = rng.standard_normal((p.adapters, p.experts, n, rank)).astype(BF16)
             buffers[f"{projection}_scale"] = rng.uniform(0.5, 1.5, p.adapters).astype(np.float32)

@@ -1,33 +1,39 @@
 """The packed kernels' own bodies, run on numpy at odd sizes, against products in float64."""
 
-import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.problem import Layout, MoeProblem, Projection
 from jmoe.triton_src.routing.mma_k_order import interleaved_width, mma_k_slot
 from jmoe.triton_src.stacked import Stacked
 from tests.triton_src.packed.gluon_on_numpy import run_plan
 from tests.triton_src.packed.packed_layers import PackedLayer, assert_same, packed_layer, swiglu
-from tests.triton_src.packed.test_registers import PROBLEM
 
 MIXED = {"adapters": 3, "gate_up_rank": 5, "down_rank": 40, "adapter_ids": True}
 PLAIN = {"adapters": 1, "gate_up_rank": 16, "down_rank": 16}
 
 
-def problem_of(tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, **change: object) -> MoeProblem:
-    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
-    return dataclasses.replace(PROBLEM, tokens=tokens, **sizes, **change)
+def problem_of(tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, **change: Any) -> MoeProblem:
+    """A layer with biases, whose experts are chosen before."""
+    ranks = {name: change.pop(f"{name}_rank", None) for name in ("gate_up", "down")}
+    gate_up, down = (
+        Projection(name, n, k, Layout.PACKED, bias=change.pop(f"{name}_bias", True), rank=ranks[name])
+        for name, n, k in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate))
+    )
+    return MoeProblem(tokens, top_k, experts, None, gate_up, down, SwiGLU(), **change)
 
 
 def name(problem: MoeProblem) -> str:
     p = problem
-    return f"{p.tokens}-{p.hidden}-{p.intermediate}" + f"-r{p.down_rank}" * (p.adapters > 0)
+    return f"{p.tokens}-{p.hidden}-{p.intermediate}" + f"-r{p.down.rank}" * (p.adapters > 0)
 
 
 def layer_of(problem: MoeProblem, plans: list[Plan]) -> tuple[PackedLayer, list[Plan]]:
@@ -111,8 +117,7 @@ def test_grouped(problem: MoeProblem) -> None:
     ids=name,
 )
 def test_dgrad(problem: MoeProblem) -> None:
-    given = dataclasses.replace(problem, router_experts=None)
-    layer, plans = layer_of(problem, plan_moe_backward(given, {"x": "bfloat16"}, None, True, 90))
+    layer, plans = layer_of(problem, plan_moe_backward(problem, {"x": "bfloat16"}, True, 90))
     rng, p = np.random.default_rng(1), problem
     dy = rng.standard_normal((p.tokens, p.hidden)).astype(ml_dtypes.bfloat16)
     grad = rng.standard_normal((p.pairs, 2 * p.intermediate)).astype(ml_dtypes.bfloat16)
