@@ -7,7 +7,7 @@ kernels take.
 
 import dataclasses
 import math
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 OLDEST = 80
 """The oldest compute capability * 10 that kernels run on."""
@@ -66,7 +66,12 @@ RankBlock = Annotated[int, PowerOf2(16, 64)]
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedMatmulTile:
+class Bounded:
+    """A tile, whose first field says up to how much work it is for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedMatmulTile(Bounded):
     """grouped_matmul_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -79,7 +84,7 @@ class GroupedMatmulTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeTile:
+class DecodeTile(Bounded):
     """packed_decode_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -98,7 +103,7 @@ class DecodeTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedTile:
+class GroupedTile(Bounded):
     """packed_grouped_matmul_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -114,7 +119,7 @@ class GroupedTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class PortableDgradTile:
+class PortableDgradTile(Bounded):
     """dgrad_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -125,7 +130,7 @@ class PortableDgradTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class DgradTile:
+class DgradTile(Bounded):
     """packed_dgrad_kernel's parameters, for a routing into tiles of up to `block_m` rows."""
 
     block_m: Annotated[int, OneOf((64, 128))]
@@ -138,7 +143,7 @@ class DgradTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShrinkTile:
+class ShrinkTile(Bounded):
     """shrink_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -148,7 +153,7 @@ class ShrinkTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraGradTile:
+class LoraGradTile(Bounded):
     """lora_grad_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -159,7 +164,7 @@ class LoraGradTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasGradTile:
+class BiasGradTile(Bounded):
     """bias_grad_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -170,7 +175,7 @@ class BiasGradTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class SwigluBackwardTile:
+class SwigluBackwardTile(Bounded):
     """swiglu_backward_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
@@ -180,7 +185,7 @@ class SwigluBackwardTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineTile:
+class CombineTile(Bounded):
     """combine_kernel's parameters, for up to `rows` tokens."""
 
     rows: float
@@ -189,7 +194,7 @@ class CombineTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouteFewTile:
+class RouteFewTile(Bounded):
     """route_few_kernel's parameters, for up to `elements` rows times columns, both padded to powers of two.
 
     What passes the last tile's bound is routed in two launches.
@@ -202,7 +207,7 @@ class RouteFewTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class CountTile:
+class CountTile(Bounded):
     """count_kernel's parameters, for up to `columns` experts, padded to a power of two."""
 
     columns: float
@@ -215,7 +220,7 @@ class CountTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class SortTile:
+class SortTile(Bounded):
     """sort_kernel's parameters, for up to `rows` pairs."""
 
     rows: float
@@ -227,7 +232,7 @@ class SortTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class SideWorkTile:
+class SideWorkTile(Bounded):
     """What programs beside those that route take on each, for up to `rows` tokens."""
 
     rows: float
@@ -236,7 +241,7 @@ class SideWorkTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouteBackwardTile:
+class RouteBackwardTile(Bounded):
     """route_backward_kernel's parameters, for up to `rows` tokens."""
 
     rows: float
@@ -247,7 +252,7 @@ class RouteBackwardTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedAttentionTile:
+class CachedAttentionTile(Bounded):
     """cached_attention_kernel's and merge_attention_kernel's parameters, for up to `rows` sequences."""
 
     rows: float
@@ -260,7 +265,7 @@ class CachedAttentionTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeLinearTile:
+class DecodeLinearTile(Bounded):
     """decode_linear_kernel's parameters, for up to `rows` rows."""
 
     rows: float
@@ -271,7 +276,7 @@ class DecodeLinearTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class NormLinearTile:
+class NormLinearTile(Bounded):
     """norm_linear_kernel's parameters, for up to `rows` rows."""
 
     rows: float
@@ -316,12 +321,6 @@ class LaunchTable:
 
 
 type PackedTile = DecodeTile | GroupedTile
-
-
-class Bounded(Protocol):
-    """A tile: a frozen dataclass whose first field is a bound."""
-
-    __dataclass_fields__: Any
 
 
 def bound_of(tile: Bounded) -> float:

@@ -178,7 +178,8 @@ def best_of(
     """Times all candidates, one after another; they are compiled side by side. None if all make one program."""
     with ThreadPoolExecutor() as threads:
         prepared = list(threads.map(lambda table: attempt(functools.partial(prepare, table)), tables))
-    if all(isinstance(timer, Timer) and timer.program == prepared[0].program for timer in prepared):
+    compiled = [timer for timer in prepared if isinstance(timer, Timer)]
+    if len(compiled) == len(prepared) and len({timer.program for timer in compiled}) == 1:
         return None
     wanted: Any = None
     programs = set()

@@ -113,7 +113,8 @@ class Works:
         arrays = normal(1, len(layers), columns, s.hidden), normal(2, len(layers), columns)
 
         def call(target: Target, x: jax.Array, layer: jax.Array, arrays: Any) -> jax.Array:
-            return decode_linear(x, *arrays, layer, target=target)
+            weight, bias = arrays
+            return decode_linear(x, weight, bias, layer, target=target)
 
         return Work(call, lambda x, y: x.at[:, 0].set(y[:, 0]), normal(3, tokens, s.hidden), layers, arrays)
 

@@ -8,7 +8,7 @@ from jmoe.triton_src.routing.problem import RouteProblem
 from jmoe.triton_src.routing.side_work import interleave_or_fetch
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
 from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, held_pairs
-from jmoe.triton_src.tiles import RouteFewTile, SideWorkTile
+from jmoe.triton_src.tiles import LaunchTable, tile_for
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots", "interleave_programs"])
@@ -105,9 +105,15 @@ def padded_rows(problem: RouteProblem) -> int:
     return max(16, next_power_of_2(problem.rows))
 
 
-def plan_route_few(problem: RouteProblem, tile: RouteFewTile, side_work: SideWorkTile) -> Plan:
+def fits(problem: RouteProblem, table: LaunchTable) -> bool:
+    """Whether one program routes all rows."""
+    return padded_rows(problem) <= MOST_ROWS and elements(problem) <= table.route_few[-1].elements
+
+
+def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
     """All of routing, and x_interleaved if asked for."""
     p = problem
+    tile, side_work = tile_for(table.route_few, elements(p)), tile_for(table.side_work, p.tokens)
     return Plan(
         kernel=route_few_kernel,
         grid=(1 + p.interleave_programs(side_work) + p.fetch_programs(side_work),),

@@ -11,7 +11,7 @@ from jmoe.triton_src.routing.problem import RouteProblem, padded_experts
 from jmoe.triton_src.routing.side_work import interleave_or_fetch
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
 from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, held_pairs
-from jmoe.triton_src.tiles import CountTile, SideWorkTile, SortTile
+from jmoe.triton_src.tiles import LaunchTable, tile_for
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "programs", "interleave_programs"])
@@ -169,9 +169,11 @@ def sort_kernel(
 STRIPS = 4
 
 
-def plan_route_many(problem: RouteProblem, tile: CountTile, sort_tile: SortTile, side_work: SideWorkTile) -> list[Plan]:
+def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
     """count and sort, and x_interleaved if asked for."""
     p = problem
+    tile = tile_for(table.count_pairs if p.router_experts is None else table.count, p.columns_padded)
+    sort_tile, side_work = tile_for(table.sort, p.pairs), tile_for(table.side_work, p.tokens)
     block_rows = max(STRIPS, min(tile.block_rows, tile.largest_block // p.columns_padded))
     steps = cdiv(p.rows, block_rows * tile.most_programs)
     programs = cdiv(p.rows, block_rows * steps)
