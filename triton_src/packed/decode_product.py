@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from jmoe.triton_src.activation_tile import activate
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk, packed_column
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import (
     copy_stage,
     row_pointers,
@@ -216,7 +216,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
     for _ in gl.static_range(p.STAGES):
         stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, STAGE_WIDTH], swizzled_stage()),)
 
-    wait_for(tile.counter, p.X_READY)
+    wait(tile.counter, p.X_READY)
     for i in gl.static_range(p.STAGES - 1):
         copy_stage(stages[i], x, there, i, p.K, STAGE_WIDTH)
     acc = gl.zeros([K_PARTS, 16 * COLUMN_WARPS, BLOCK_M], gl.float32, C)
@@ -259,7 +259,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
     async_copy.wait_group(0)
 
     if p.lora.b_ptr is not None:
-        wait_for(tile.counter, p.SHRUNK_READY)
+        wait(tile.counter, p.SHRUNK_READY)
         acc = add_lora(acc, p, rows, tile, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
     even, odd = even_and_odd(acc, nan, BLOCK_M, K_PARTS, COLUMN_WARPS, OUT)
     if p.bias_ptr is not None:
@@ -274,7 +274,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
         padded_ok = (column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
         at = p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + slot[:, None]
         gl.store(at, out, mask=padded_ok)
-        finish(tile.counter)
+        signal(tile.counter)
     else:
         at = p.out_ptr + pair.to(gl.int64)[None, :] * p.N + 2 * column[:, None]
         gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)

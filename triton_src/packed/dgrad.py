@@ -59,7 +59,7 @@ def packed_dgrad_kernel(
     lora_a_ptr,  # (A, E, R, K) bf16 or float32, or None without LoRA
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, K) bf16 by pair; down: (P, K) bf16 by position
@@ -84,7 +84,7 @@ def packed_dgrad_kernel(
 
     A tile's last rows go through a product of fewer rows where that is enough, down to SMALLEST_M.
     AHEAD: blocks of 64 rows of the weights that are loaded ahead.
-    Grid: (cdiv(K, BLOCK_K), slots).
+    Grid: (cdiv(K, BLOCK_K), max_tiles).
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, None, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
@@ -288,7 +288,7 @@ def plan_packed_dgrad(product: Projection, problem: MoeProblem, tile: DgradTile,
     constants = lora_constexprs(product, p, routed)
     return Plan(
         kernel=packed_dgrad_kernel,
-        grid=(cdiv(k, BLOCK_K), p.slots(routed)),
+        grid=(cdiv(k, BLOCK_K), p.max_tiles(routed)),
         operands={
             "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
             "words_ptr": product.name,

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from jmoe.triton_src.activation_tile import activate, keep_clamped
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.weight import (
     NAN_OF_EVEN_ROWS,
     NAN_OF_ODD_ROWS,
@@ -82,7 +82,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
         w = w + (load_ahead(words, word, i, 512, BLOCKS),)
         s = s + (load_ahead(scales, scale, i, 32, BLOCKS),)
 
-    wait_for(tile.counter, p.X_READY)
+    wait(tile.counter, p.X_READY)
     stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
     for i in gl.static_range(STAGES - 1):
         copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, p.K)
@@ -135,7 +135,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M)
     if p.GATE_UP:  # noqa: SIM102
         if tile.counter is not None:
-            finish(tile.counter)
+            signal(tile.counter)
 
 
 @gluon.jit

@@ -1,11 +1,11 @@
-"""LoRA's shrink of interleaved rows, a role of the programs that multiply by packed weights."""
+"""LoRA's shrink of rows in mma K order, a role of the programs that multiply by packed weights."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.packed.decode_product import accumulator_layout
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import row_pointers, tokens_layout, tokens_operand
 from jmoe.triton_src.stacked import in_stack
 
@@ -47,10 +47,10 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             # Rows without an adapter are the first adapter's to write.
             written = mine | (written & (adapter == 0) & ((used < 0) | (used >= ADAPTERS)))
         # Programs with nothing to write wait as well: what finishes early would count for what others wait for.
-        wait_for(rows.finished_ptr + tile, p.X_READY)
+        wait(rows.ready_counters_ptr + tile, p.X_READY)
         if gl.max(written.to(gl.int32), axis=0) > 0:
             x, row_ok = row_pointers(p, rows, first, end, BLOCK_M, X)
-            interleaved = gl.arange(0, 64 * K_PARTS, gl.SliceLayout(0, X))[None, :]
+            slot = gl.arange(0, 64 * K_PARTS, gl.SliceLayout(0, X))[None, :]
             part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
             ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
             k = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
@@ -60,7 +60,7 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             acc = gl.zeros([K_PARTS, BLOCK_R, BLOCK_M], gl.float32, C)
             for i in gl.static_range(STEPS):
                 step = split * STEPS + i
-                at = step * (64 * K_PARTS) + interleaved
+                at = step * (64 * K_PARTS) + slot
                 tokens = gl.load(x + at, mask=row_ok & (at < BLOCKS * 64), other=0.0)
                 there = (ranks < lora.RANK) & ((step * K_PARTS + part) * 64 + k < p.K)
                 values = gl.load(a + step * (K_PARTS * 64), mask=there, other=0.0).to(gl.bfloat16)
@@ -72,4 +72,4 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             out = lora.shrunk_ptr + split.to(gl.int64) * rows.pairs * RANK_PADDED
             at = out + position.to(gl.int64)[None, :] * RANK_PADDED + ranks[:, None]
             gl.store(at, shrunk, mask=written[None, :] & (ranks < RANK_PADDED)[:, None])
-        finish(rows.finished_ptr + tile)
+        signal(rows.ready_counters_ptr + tile)

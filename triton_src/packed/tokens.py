@@ -1,4 +1,4 @@
-"""Interleaved tokens on their way to the tensor cores, which take them as operand B."""
+"""Tokens in mma K order on their way to the tensor cores, which take them as operand B."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,7 +9,7 @@ from jmoe.triton_src.routing.mma_k_order import from_mma_k_order
 
 @gluon.constexpr_function
 def tokens_layout(tokens, k_parts, column_warps):
-    """Of k_parts * 64 interleaved values of the tokens, as the products take them; column_warps warps read the same."""
+    """Of k_parts * 64 values of tokens in mma K order, as the products take them; column_warps warps read the same."""
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 32]] + [[token, 0] for token in (8, 16, 32) if token < tokens],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
@@ -21,7 +21,7 @@ def tokens_layout(tokens, k_parts, column_warps):
 
 @gluon.jit
 def tokens_operand(x, K_PARTS: gl.constexpr, B: gl.constexpr):
-    """Interleaved tokens (tokens, K_PARTS * 64) as operand (K_PARTS, 64, tokens) in natural order: no data moves."""
+    """Tokens (tokens, K_PARTS * 64) in mma K order as operand (K_PARTS, 64, tokens) in natural order: no data moves."""
     TOKENS: gl.constexpr = x.shape[0]
     natural = from_mma_k_order(x.reshape([TOKENS * K_PARTS, 64]))
     return gl.convert_layout(gl.permute(natural.reshape([TOKENS, K_PARTS, 64]), (1, 2, 0)), B, assert_trivial=True)

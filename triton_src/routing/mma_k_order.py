@@ -40,7 +40,7 @@ def from_mma_k_order(blocks):
 
 
 @triton.jit
-def interleave_blocks(
+def reorder_blocks(
     x_ptr,  # (T, K) bf16
     out_ptr,  # (T, KP) bf16, KP being K in whole blocks of 64
     tokens,
@@ -58,6 +58,6 @@ def interleave_blocks(
     tl.store(out_ptr + block[:, None] * 64 + lane[None, :], to_mma_k_order(x), mask=(token < tokens)[:, None])
 
 
-def interleaved_width(hidden: int) -> int:
-    """Values of an interleaved token: whole blocks of 64."""
+def mma_k_width(hidden: int) -> int:
+    """Values of a token in this order: whole blocks of 64."""
     return cdiv(hidden, 64) * 64

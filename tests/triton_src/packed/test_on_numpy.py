@@ -12,7 +12,7 @@ from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.problem import Layout, MoeProblem, Projection
-from jmoe.triton_src.routing.mma_k_order import interleaved_width, mma_k_slot
+from jmoe.triton_src.routing.mma_k_order import mma_k_slot, mma_k_width
 from jmoe.triton_src.stacked import Stacked
 from tests.triton_src.packed.gluon_on_numpy import run_plan
 from tests.triton_src.packed.packed_layers import PackedLayer, assert_same, packed_layer, swiglu
@@ -43,9 +43,9 @@ def layer_of(problem: MoeProblem, plans: list[Plan]) -> tuple[PackedLayer, list[
     return packed_layer(problem, packed[0].constexprs["BLOCK_M"], tiles), packed
 
 
-def interleaved(x: np.ndarray) -> np.ndarray:
+def in_mma_k_order(x: np.ndarray) -> np.ndarray:
     """[T, K] in the order of mma.sync, padded with zeros."""
-    out = np.zeros((len(x), interleaved_width(x.shape[1])), x.dtype)
+    out = np.zeros((len(x), mma_k_width(x.shape[1])), x.dtype)
     out[:, mma_k_slot.fn(np.arange(x.shape[1]))] = x
     return out
 
@@ -73,7 +73,7 @@ def shrunk_parts(plan: Plan, layer: PackedLayer, rows: np.ndarray, projection: s
 )
 def test_decode(problem: MoeProblem) -> None:
     layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
-    out = run_plan(plan, layer.buffers | {"x_interleaved": interleaved(layer.buffers["x"])})
+    out = run_plan(plan, layer.buffers | {"x_in_mma_order": in_mma_k_order(layer.buffers["x"])})
     rows = len(layer.pair)
     slots = mma_k_slot.fn(np.arange(out["activations"].shape[1]))
     activations = out["activations"][:rows, slots]
