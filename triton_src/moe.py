@@ -62,7 +62,7 @@ def plan_decode_layer(problem: MoeProblem, tile: DecodeTile, table: LaunchTable,
     """Both products and LoRA in one launch, from packed weights."""
     assert not keep
     return [
-        *plan_routing(problem.routing(tile, interleave=True, counters=True, fetch=problem.fetch(tile)), table),
+        *plan_routing(problem.routing(tile, reorder=True, counters=True, prefetch=problem.prefetch(tile)), table),
         plan_packed_decode(problem, tile),
         plan_sum("pair_out", "y", problem, table),
     ]

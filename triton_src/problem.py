@@ -7,8 +7,8 @@ from typing import Protocol, Self
 
 from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.plan import cdiv
-from jmoe.triton_src.routing.l2_prefetch import Fetch
-from jmoe.triton_src.routing.problem import RouteProblem, spread_slots, tile_slots
+from jmoe.triton_src.routing.l2_prefetch import Prefetch
+from jmoe.triton_src.routing.problem import RouteProblem, first_wave_tiles, max_tiles
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 from jmoe.triton_src.tiles import DecodeTile
 
@@ -56,7 +56,7 @@ class MoeProblem:
 
     tokens: int  # at least 1
     top_k: int
-    experts: int  # held here
+    experts: int  # of this shard
     router_experts: int | None  # columns of the router's logits; None: experts and weights are given
     gate_up: Projection
     down: Projection
@@ -139,22 +139,22 @@ class MoeProblem:
         """Whether kernels for packed weights are asked for: both weights are packed."""
         return self.gate_up.layout is self.down.layout is Layout.PACKED
 
-    def slots(self, tile: RowTile) -> int:
+    def max_tiles(self, tile: RowTile) -> int:
         """The most tiles that the rows can need."""
-        return tile_slots(self.pairs, self.experts, tile.block_m)
+        return max_tiles(self.pairs, self.experts, tile.block_m)
 
-    def spread(self, tile: RowTile) -> int:
+    def first_wave_tiles(self, tile: RowTile) -> int:
         """Tiles that have programs of their own."""
-        return spread_slots(self.pairs, self.experts, tile.block_m)
+        return first_wave_tiles(self.pairs, self.experts, tile.block_m)
 
     def routing(
         self,
         tile: RowTile,
         *,
         replay: bool = False,
-        interleave: bool = False,
+        reorder: bool = False,
         counters: bool = False,
-        fetch: Fetch | None = None,
+        prefetch: Prefetch | None = None,
     ) -> RouteProblem:
         """The layer's routing into tiles, which `replay` takes from experts and weights as a forward pass wrote them.
 
@@ -167,18 +167,18 @@ class MoeProblem:
             router_experts=None if replay else self.router_experts,
             expert_offset=self.expert_offset,
             block_m=tile.block_m,
-            hidden=self.hidden if interleave else None,
+            hidden=self.hidden if reorder else None,
             counters=counters,
-            fetch=fetch,
+            prefetch=prefetch,
         )
 
-    def fetch(self, tile: DecodeTile) -> Fetch:
+    def prefetch(self, tile: DecodeTile) -> Prefetch:
         """What routing fetches of packed weights for the launch after it."""
-        return Fetch(
+        return Prefetch(
             experts=self.experts,
             column_blocks=cdiv(self.gate_up.n, 64),
             blocks=cdiv(self.hidden, 64),
-            fetched_experts=min(self.experts, tile.prefetched_experts),
-            fetched_blocks=min(cdiv(self.hidden, 64), tile.prefetched_blocks),
+            prefetched_experts=min(self.experts, tile.prefetched_experts),
+            prefetched_blocks=min(cdiv(self.hidden, 64), tile.prefetched_blocks),
             stacked=self.stacked,
         )

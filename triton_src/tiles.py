@@ -202,7 +202,7 @@ class RouteFewTile(Bounded):
 
     elements: Annotated[int, PowerOf2(256, 65536)]
     block_tiles: Annotated[int, PowerOf2(1, 64)]  # of every expert that are written at once
-    block_slots: Annotated[int, PowerOf2(16, 1024)]  # slots past the tiles that are marked as unused at once
+    block_unused: Annotated[int, PowerOf2(16, 1024)]  # slots past the tiles that are marked as unused at once
     num_warps: Warps
 
 
@@ -227,7 +227,7 @@ class SortTile(Bounded):
     block_pairs: Annotated[int, PowerOf2(16, 4096)]  # that a program places at once
     block_counts: Annotated[int, PowerOf2(256, 65536)]  # counts that a program reads at once
     block_tiles: Annotated[int, PowerOf2(1, 64)]  # as in RouteFewTile
-    block_slots: Annotated[int, PowerOf2(16, 1024)]
+    block_unused: Annotated[int, PowerOf2(16, 1024)]
     num_warps: Warps
 
 
@@ -236,7 +236,7 @@ class SideWorkTile(Bounded):
     """What programs beside those that route take on each, for up to `rows` tokens."""
 
     rows: float
-    interleave_blocks: Annotated[int, PowerOf2(1, 256)]  # blocks of 64 values of the tokens
+    reorder_blocks: Annotated[int, PowerOf2(1, 256)]  # blocks of 64 values of the tokens
     prefetch_lines: Annotated[int, PowerOf2(32, 4096)]  # lines of 128 bytes of the weights
 
 

@@ -62,7 +62,7 @@ def routing(weights: Weights) -> Measure:
 
         def step(before: dict[str, jax.Array], logits: jax.Array, _: None) -> dict[str, jax.Array]:
             # Reads what the step before wrote, or steps would run side by side.
-            return route(logits, before["finished"])
+            return route(logits, before["ready_counters"])
 
         # A routing takes a tenth of a layer's time, or less.
         return {ROUTING: scan_microseconds(step, start, logits, None, 10 * steps_for(case.tokens))}

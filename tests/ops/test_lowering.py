@@ -273,10 +273,10 @@ def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: 
     written = jax.eval_shape(route, logits, zeros)
     assert written["weights"].shape == (tokens, 4)
     assert written["order"].shape == (4 * tokens,)
-    assert written["tiles"].shape == (*written["finished"].shape, 3)
+    assert written["tiles"].shape == (*written["ready_counters"].shape, 3)
 
     def twice(logits: jax.Array, zeros: jax.Array) -> dict[str, jax.Array]:
-        return route(logits, route(logits, zeros)["finished"])
+        return route(logits, route(logits, zeros)["ready_counters"])
 
     program = jax.jit(twice).trace(logits, zeros).lower(lowering_platforms=("cuda",)).as_text()
     assert launches(program) == (2 if tokens == 1 else 4)

@@ -13,7 +13,7 @@ from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.routing.many import plan_route_many
 from jmoe.triton_src.routing.plan import plan_routing
-from jmoe.triton_src.routing.problem import RouteProblem, tile_slots
+from jmoe.triton_src.routing.problem import RouteProblem, max_tiles
 from jmoe.triton_src.tile_tables import own_table
 from jmoe.triton_src.tiles import bound_of, packed_tile_for, reads_packed, tile_for
 from tests.triton_src.problems import moe_problem
@@ -83,7 +83,7 @@ def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m:
         # The most tiles: every expert but one ends with a tile of a single row.
         spare = pairs - active
         worst = max(worst, active + spare // block_m)
-    assert tile_slots(pairs, experts, block_m) == worst
+    assert max_tiles(pairs, experts, block_m) == worst
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -117,10 +117,12 @@ def test_routing_fetches_no_weights_that_there_are_not() -> None:
     for small in (PACKED, one):
         routing = plan_moe(dataclasses.replace(small, tokens=1), 90)[0]
         values = routing.constexprs
-        assert 0 < values["FETCHED_MATRICES"] <= values["MATRICES"] == small.experts * cdiv(2 * small.intermediate, 64)
-        assert 0 < values["FETCHED_BLOCKS"] <= values["BLOCKS"] == cdiv(small.hidden, 64)
-        lines = values["FETCHED_MATRICES"] * values["FETCHED_BLOCKS"] * 17
-        assert (routing.grid[0] - 1 - routing.scalars["interleave_programs"]) * values["LINES"] >= lines
+        assert (
+            0 < values["PREFETCHED_MATRICES"] <= values["MATRICES"] == small.experts * cdiv(2 * small.intermediate, 64)
+        )
+        assert 0 < values["PREFETCHED_BLOCKS"] <= values["BLOCKS"] == cdiv(small.hidden, 64)
+        lines = values["PREFETCHED_MATRICES"] * values["PREFETCHED_BLOCKS"] * 17
+        assert (routing.grid[0] - 1 - routing.scalars["reorder_programs"]) * values["LINES"] >= lines
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 17, 64, 65, 200, 256])

@@ -14,12 +14,12 @@ from jmoe.triton_src.packed.shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.problem import MoeProblem
-from jmoe.triton_src.routing.mma_k_order import interleaved_width
+from jmoe.triton_src.routing.mma_k_order import mma_k_width
 from jmoe.triton_src.tiles import DecodeTile
 
 
 @gluon.jit
-def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
+def product_of_tile(p, rows, work, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
     """The product of a tile's columns that `work` numbers, of PROGRAMS a tile.
 
     Of 8 rows where the tile has no more: one of 16 takes longer.
@@ -29,17 +29,34 @@ def product_of_tile(p, rows, work, ROWS: gl.constexpr, PROGRAMS: gl.constexpr):
     if expert >= 0:
         first = gl.load(rows.tiles_ptr + index * 3 + 1)
         end = gl.load(rows.tiles_ptr + index * 3 + 2)
-        tile = Tile(expert, first, end, rows.finished_ptr + index)
+        tile = Tile(expert, first, end, rows.ready_counters_ptr + index)
         short = end - first <= 8 if rows.BLOCK_M > 8 else True
         if short:
-            product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), ROWS)
+            product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), COLUMN_WARPS)
         else:
-            product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, ROWS)
+            product(p, rows, tile, work % PROGRAMS, rows.BLOCK_M, COLUMN_WARPS)
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots", "spread", "last"])
+@gluon.jit
+def multiply_tiles(p, rows, program, first_wave_tiles, max_tiles, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
+    """A program's share of a product: its columns of a tile of the first wave, and of each first_wave_tiles tiles on.
+
+    What LLVM could take out of the loop would need registers in it, so it may not.
+    """
+    for work in tl.range(program, max_tiles * PROGRAMS, first_wave_tiles * PROGRAMS, disable_licm=True):
+        product_of_tile(p, rows, work, COLUMN_WARPS, PROGRAMS)
+
+
+@gluon.jit
+def shrink_tiles(p, rows, program, first_wave_tiles, max_tiles, PROGRAMS: gl.constexpr):
+    """multiply_tiles for LoRA's shrink."""
+    for work in tl.range(program, max_tiles * PROGRAMS, first_wave_tiles * PROGRAMS, disable_licm=True):
+        shrink(p, rows, work, PROGRAMS)
+
+
+@gluon.jit(do_not_specialize=["pairs", "max_tiles", "first_wave_tiles", "tail_tiles"])
 def packed_decode_kernel(
-    x_ptr,  # (T, HP) bf16, interleaved
+    x_ptr,  # (T, HP) bf16, in mma K order
     gate_up_words_ptr,  # (E, 2 I / 64, HP / 64, 512) int32
     gate_up_scales_ptr,  # (E, 2 I / 64, HP / 64, 32) int32
     gate_up_bias_ptr,  # (E, 2 I) bf16 or float32, or None
@@ -55,18 +72,18 @@ def packed_decode_kernel(
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     gates_ptr,  # (P,) float32, routing weight by pair
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    finished_ptr,  # (slots,) int32, zero at first: a tile's programs that have finished, of those that others wait for
+    ready_counters_ptr,  # (max_tiles,) int32, zero at first: how many of a tile's programs have signalled
     gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
-    activations_ptr,  # (P, IP) bf16 by position, interleaved
+    activations_ptr,  # (P, IP) bf16 by position, in mma K order
     down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     pair_out_ptr,  # (P, H) bf16 by pair
     pairs,
-    slots,
-    spread,  # slots that have programs of their own
-    last,  # of these the last ones, whose programs of down are short
+    max_tiles,
+    first_wave_tiles,  # tiles that have programs of their own
+    tail_tiles,  # of these the last ones, whose programs of down are short
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     EXPERTS: gl.constexpr,
@@ -81,32 +98,35 @@ def packed_decode_kernel(
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
-    GATE_UP_ROWS: gl.constexpr,
-    DOWN_ROWS: gl.constexpr,
-    LAST_ROWS: gl.constexpr,
+    GATE_UP_COLUMN_WARPS: gl.constexpr,
+    DOWN_COLUMN_WARPS: gl.constexpr,
+    TAIL_COLUMN_WARPS: gl.constexpr,
 ):
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. A program waits for those before it that have its rows. Slots past the first `spread`, which
-    hold tiles if routing is uneven, are further work for programs of the first.
-    Grid: (spread * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (spread - last) * DOWN + last * LAST_DOWN,).
+    grouped_matmul_kernel. A program waits for those before it that have its rows. Tiles past the first wave's, of
+    which there are some if routing is uneven, are further work for the programs of these.
+    Grid: (first_wave_tiles * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (first_wave_tiles - tail_tiles) * DOWN
+    + tail_tiles * TAIL_DOWN,).
     """
     IP: gl.constexpr = (I + 63) // 64 * 64
+    GATE_UP_RANK_PADDED: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * GATE_UP_BLOCK_R
+    DOWN_RANK_PADDED: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * DOWN_BLOCK_R
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
-    GATE_UP_SHRINK: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
-    GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_ROWS)
-    DOWN_SHRINK: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * SPLITS * ADAPTERS
-    DOWN: gl.constexpr = (H + 16 * DOWN_ROWS - 1) // (16 * DOWN_ROWS)
-    LAST_DOWN: gl.constexpr = (H + 16 * LAST_ROWS - 1) // (16 * LAST_ROWS)
+    GATE_UP_SHRINK: gl.constexpr = GATE_UP_RANK_PADDED // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
+    GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_COLUMN_WARPS)
+    DOWN_SHRINK: gl.constexpr = DOWN_RANK_PADDED // DOWN_BLOCK_R * SPLITS * ADAPTERS
+    DOWN: gl.constexpr = (H + 16 * DOWN_COLUMN_WARPS - 1) // (16 * DOWN_COLUMN_WARPS)
+    TAIL_DOWN: gl.constexpr = (H + 16 * TAIL_COLUMN_WARPS - 1) // (16 * TAIL_COLUMN_WARPS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
-    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
+    rows = Rows(order_ptr, tiles_ptr, ready_counters_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     gate_up = Product(
         x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
         Lora(
             gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
-            GATE_UP_BLOCK_R, SPLITS,
+            GATE_UP_RANK_PADDED, GATE_UP_BLOCK_R, SPLITS,
         ),
         N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
@@ -114,50 +134,42 @@ def packed_decode_kernel(
     down = Product(
         activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
         Lora(
-            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
+            down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK,
+            DOWN_RANK_PADDED, DOWN_BLOCK_R, SPLITS,
         ),
         N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
+    # Each role's programs follow the last one's, and down's tail the others of down.
     program = gl.program_id(0)
-    # What LLVM could take out of these loops would need registers in them, so it may not.
-    if GATE_UP_SHRINK > 0:
-        if program < spread * GATE_UP_SHRINK:
-            for work in tl.range(program, slots * GATE_UP_SHRINK, spread * GATE_UP_SHRINK, disable_licm=True):
-                shrink(gate_up, rows, work, GATE_UP_SHRINK)
-        program -= spread * GATE_UP_SHRINK
-    if program >= 0:
-        if program < spread * GATE_UP:
-            for work in tl.range(program, slots * GATE_UP, spread * GATE_UP, disable_licm=True):
-                product_of_tile(gate_up, rows, work, GATE_UP_ROWS, GATE_UP)
-        else:
-            program -= spread * GATE_UP
-            if DOWN_SHRINK > 0:
-                if program < spread * DOWN_SHRINK:
-                    for work in tl.range(program, slots * DOWN_SHRINK, spread * DOWN_SHRINK, disable_licm=True):
-                        shrink(down, rows, work, DOWN_SHRINK)
-                program -= spread * DOWN_SHRINK
-            if LAST_ROWS < DOWN_ROWS:
-                short = program - (spread - last) * DOWN
-                if short >= 0:
-                    short += (spread - last) * LAST_DOWN
-                    for work in tl.range(short, slots * LAST_DOWN, spread * LAST_DOWN, disable_licm=True):
-                        product_of_tile(down, rows, work, LAST_ROWS, LAST_DOWN)
-                    program = -1
-            if program >= 0:
-                for work in tl.range(program, slots * DOWN, spread * DOWN, disable_licm=True):
-                    product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
+    gate_up_begin = first_wave_tiles * GATE_UP_SHRINK
+    down_shrink_begin = gate_up_begin + first_wave_tiles * GATE_UP
+    down_begin = down_shrink_begin + first_wave_tiles * DOWN_SHRINK
+    tail_begin = down_begin + (first_wave_tiles - tail_tiles) * DOWN
+    if GATE_UP_SHRINK > 0 and program < gate_up_begin:
+        shrink_tiles(gate_up, rows, program, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
+    elif program < down_shrink_begin:
+        multiply_tiles(
+            gate_up, rows, program - gate_up_begin, first_wave_tiles, max_tiles, GATE_UP_COLUMN_WARPS, GATE_UP
+        )
+    elif DOWN_SHRINK > 0 and program < down_begin:
+        shrink_tiles(down, rows, program - down_shrink_begin, first_wave_tiles, max_tiles, DOWN_SHRINK)
+    elif TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
+        multiply_tiles(down, rows, program - down_begin, first_wave_tiles, max_tiles, DOWN_COLUMN_WARPS, DOWN)
+    else:
+        of_tail = program - tail_begin + (first_wave_tiles - tail_tiles) * TAIL_DOWN
+        multiply_tiles(down, rows, of_tail, first_wave_tiles, max_tiles, TAIL_COLUMN_WARPS, TAIL_DOWN)
 
 
 def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
-    """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
+    """pair_out [P, H] from x_in_mma_order; beside it activations [P, I padded to 64] in that order, and shrunk rows."""
     p = problem
-    slots, spread = p.slots(tile), p.spread(tile)
-    width = interleaved_width(p.intermediate)
+    max_tiles, first_wave_tiles = p.max_tiles(tile), p.first_wave_tiles(tile)
+    width = mma_k_width(p.intermediate)
     programs = 2 * width // (16 * tile.column_warps)
     down = cdiv(p.hidden, 16 * tile.down_column_warps)
-    last_down = cdiv(p.hidden, 16 * tile.tail_column_warps)
-    last = min(spread, tile.tail_tiles) if tile.tail_column_warps < tile.down_column_warps else 0
+    tail_down = cdiv(p.hidden, 16 * tile.tail_column_warps)
+    tail_tiles = min(first_wave_tiles, tile.tail_tiles) if tile.tail_column_warps < tile.down_column_warps else 0
     outputs = {
         "activations_ptr": Buffer("activations", (p.pairs, width), "bfloat16"),
         "pair_out_ptr": Buffer("pair_out", (p.pairs, p.hidden), "bfloat16"),
@@ -186,21 +198,26 @@ def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
         weight_bytes += one.layout.bytes(one.n, one.k)
     return Plan(
         kernel=packed_decode_kernel,
-        grid=(spread * programs + (spread - last) * down + last * last_down,),
+        grid=(first_wave_tiles * programs + (first_wave_tiles - tail_tiles) * down + tail_tiles * tail_down,),
         operands={
-            "x_ptr": "x_interleaved",
+            "x_ptr": "x_in_mma_order",
             "adapter_ids_ptr": "adapter_ids" if p.adapter_ids else None,
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            "finished_ptr": "finished",
+            "ready_counters_ptr": "ready_counters",
             **operands,
             **p.stacked.weights_operand,
             **p.stacked.lora_operand,
         },
-        updates=("finished_ptr",),
+        updates=("ready_counters_ptr",),
         outputs=outputs,
-        scalars={"pairs": p.pairs, "slots": slots, "spread": spread, "last": last},
+        scalars={
+            "pairs": p.pairs,
+            "max_tiles": max_tiles,
+            "first_wave_tiles": first_wave_tiles,
+            "tail_tiles": tail_tiles,
+        },
         constexprs={
             "H": p.hidden,
             "I": p.intermediate,
@@ -213,9 +230,9 @@ def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "STAGES": tile.stages,
-            "GATE_UP_ROWS": tile.column_warps,
-            "DOWN_ROWS": tile.down_column_warps,
-            "LAST_ROWS": tile.tail_column_warps,
+            "GATE_UP_COLUMN_WARPS": tile.column_warps,
+            "DOWN_COLUMN_WARPS": tile.down_column_warps,
+            "TAIL_COLUMN_WARPS": tile.tail_column_warps,
         },
         num_warps=4,
         num_stages=1,

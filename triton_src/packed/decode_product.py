@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from jmoe.triton_src.activation_tile import activate
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk, packed_column
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import (
     copy_stage,
     row_pointers,
@@ -19,6 +19,8 @@ from jmoe.triton_src.packed.tokens import (
     tokens_operand,
 )
 from jmoe.triton_src.packed.weight import (
+    NAN_OF_EVEN_ROWS,
+    NAN_OF_ODD_ROWS,
     nan_bits,
     scale_offsets,
     scales_layout,
@@ -26,55 +28,72 @@ from jmoe.triton_src.packed.weight import (
     word_offsets,
     words_layout,
 )
+from jmoe.triton_src.routing.mma_k_order import mma_k_slot
 from jmoe.triton_src.stacked import in_stack
 
 
 @gluon.constexpr_function
-def accumulator_layout(parts, rows):
-    """Of (parts, 16 * rows, tokens): a warp has 16 rows of one part."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[parts, rows, 1], instr_shape=[1, 16, 8])
+def accumulator_layout(k_parts, column_warps):
+    """Of (k_parts, 16 * column_warps, tokens): a warp has 16 of the columns in one part of K."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[k_parts, column_warps, 1], instr_shape=[1, 16, 8])
 
 
 @gluon.aggregate
 class Stream:
-    """The weights of a program's columns, in steps along K of a block of 64 for each of PARTS."""
+    """The weights of a program's columns, in steps along K of a block of 64 for each of K_PARTS."""
 
     words: gl.tensor  # pointers, of the first step
     scales: gl.tensor
     word_part: gl.tensor
     scale_part: gl.tensor
     BLOCKS: gl.constexpr
-    PARTS: gl.constexpr
+    K_PARTS: gl.constexpr
 
 
 @gluon.jit
-def weights_of(p, rows, tile, program, PARTS: gl.constexpr, ROWS: gl.constexpr):
-    """The Stream of columns `program` * 16 * ROWS and on; a warp has 16 of them in one part of K."""
-    WARPS: gl.constexpr = PARTS * ROWS
+def first_fragment(program, COLUMN_WARPS: gl.constexpr, N: gl.constexpr):
+    """(block of 64 columns, quarter of it) where a program's columns begin: 16 are a quarter of a block, and a warp's.
+
+    gate_up's last programs may lie past N, where they write the zeros that pad the activations.
+    """
+    COLUMN_BLOCKS: gl.constexpr = (N + 63) // 64
+    return gl.minimum(program * COLUMN_WARPS // 4, COLUMN_BLOCKS - 1), program * COLUMN_WARPS % 4
+
+
+@gluon.jit
+def to_k_part(warp, COLUMN_WARPS: gl.constexpr, FRAGMENT: gl.constexpr, BLOCK: gl.constexpr):
+    """How much further than warp * FRAGMENT a warp's weights lie: each COLUMN_WARPS of them share a block along K."""
+    return warp // COLUMN_WARPS * (BLOCK - COLUMN_WARPS * FRAGMENT)
+
+
+@gluon.jit
+def weights_of(p, rows, tile, program, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr):
+    """The Stream of columns `program` * 16 * COLUMN_WARPS and on; a warp has 16 of them in one part of K."""
+    WARPS: gl.constexpr = K_PARTS * COLUMN_WARPS
     W: gl.constexpr = words_layout(WARPS)
     S: gl.constexpr = scales_layout(WARPS)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
     COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
-    # gate_up's last programs may lie past N, where they write the zeros that pad the activations.
-    column_block = gl.minimum(program * ROWS // 4, COLUMN_BLOCKS - 1)
-    row_of_block = program * ROWS % 4
+    column_block, quarter = first_fragment(program, COLUMN_WARPS, p.N)
     matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS).to(gl.int64)
     block = (matrix * COLUMN_BLOCKS + column_block) * BLOCKS
-    word_part = (
-        gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None] // ROWS
-    )
+    word_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
     words = (
-        p.words_ptr + block * 512 + row_of_block * 128 + word_offsets(WARPS, 128, W) + word_part * (512 - ROWS * 128)
-    )
-    scale_part = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None] // ROWS
-    scales = p.scales_ptr + block * 32 + row_of_block * 8 + scale_offsets(WARPS, 8, S) + scale_part * (32 - ROWS * 8)
-    return Stream(words, scales, word_part, scale_part, BLOCKS, PARTS)
+        p.words_ptr + block * 512 + quarter * 128 + word_offsets(WARPS, 128, W)
+        + to_k_part(word_warp, COLUMN_WARPS, 128, 512)
+    )  # fmt: skip
+    scale_warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
+    scales = (
+        p.scales_ptr + block * 32 + quarter * 8 + scale_offsets(WARPS, 8, S)
+        + to_k_part(scale_warp, COLUMN_WARPS, 8, 32)
+    )  # fmt: skip
+    return Stream(words, scales, word_warp // COLUMN_WARPS, scale_warp // COLUMN_WARPS, BLOCKS, K_PARTS)
 
 
 @gluon.jit
 def load_weights(stream, step, MASK: gl.constexpr):
     """(words, scales) of a step, which nobody reads again soon; zero past the last block, if MASK."""
-    block = step * stream.PARTS
+    block = step * stream.K_PARTS
     words = stream.words + block * 512
     scales = stream.scales + block * 32
     if MASK:
@@ -97,33 +116,29 @@ def multiply(acc, nan, weights, stage, step: gl.constexpr, A: gl.constexpr, B: g
 
 
 @gluon.jit
-def load_shrunk_blocks(lora, rows, tile, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr):
+def load_shrunk_blocks(lora, rows, tile, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr):
     """(x A^T)^T of the tile's rows, each by its own adapter, as the products take it: a block for each BLOCK_R ranks.
 
     Of the parts of K the first has it and the others zeros.
     """
-    B: gl.constexpr = gl.DotOperandLayout(1, accumulator_layout(PARTS, ROWS), 2)
-    RANK_PADDED: gl.constexpr = (lora.RANK + lora.BLOCK_R - 1) // lora.BLOCK_R * lora.BLOCK_R
+    B: gl.constexpr = gl.DotOperandLayout(1, accumulator_layout(K_PARTS, COLUMN_WARPS), 2)
     blocks = ()
-    for rank in gl.static_range(0, RANK_PADDED, lora.BLOCK_R):
-        shrunk = load_shrunk(
-            lora.shrunk_ptr, tile.first, tile.end, rank, rows.pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R,
-            PARTS * ROWS,
-        )  # fmt: skip
+    for rank in gl.static_range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        shrunk = load_shrunk(lora, tile.first, tile.end, rank, rows.pairs, BLOCK_M, K_PARTS * COLUMN_WARPS)
         shrunk = shrunk.permute((1, 0)).reshape([1, lora.BLOCK_R, BLOCK_M])
-        zeros = gl.zeros([PARTS, lora.BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
-        part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
+        zeros = gl.zeros([K_PARTS, lora.BLOCK_R, BLOCK_M], gl.bfloat16, shrunk.type.layout)
+        part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, shrunk.type.layout)))[:, None, None]
         blocks = blocks + (gl.convert_layout(gl.where(part == 0, shrunk, zeros), B),)
     return blocks
 
 
 @gluon.jit
-def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr):
+def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr):
     """acc + B (x A^T)^T for the matrix of an adapter and expert: the first part's work."""
-    A: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(PARTS, ROWS), 2)
-    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
-    fragment_row = gl.arange(0, 16 * ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
-    column = program * (16 * ROWS) + packed_column(fragment_row)
+    A: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(K_PARTS, COLUMN_WARPS), 2)
+    part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
+    fragment_row = gl.arange(0, 16 * COLUMN_WARPS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
+    column = program * (16 * COLUMN_WARPS) + packed_column(fragment_row)
     ranks = gl.arange(0, lora.BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
     for i in gl.static_range(len(shrunk)):
         rank = i * lora.BLOCK_R + ranks
@@ -135,36 +150,36 @@ def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, PARTS: gl.conste
 
 @gluon.jit
 def add_lora(
-    acc, p, rows, tile, program, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr
+    acc, p, rows, tile, program, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr
 ):  # fmt: skip
     """acc with each row's own adapter, if it has one."""
     expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
-    shrunk = load_shrunk_blocks(p.lora, rows, tile, BLOCK_M, PARTS, ROWS)
+    shrunk = load_shrunk_blocks(p.lora, rows, tile, BLOCK_M, K_PARTS, COLUMN_WARPS)
     if rows.adapter_ids_ptr is None:
-        acc = expand(acc, shrunk, p.lora, expert, program, p.N, PARTS, ROWS)
+        acc = expand(acc, shrunk, p.lora, expert, program, p.N, K_PARTS, COLUMN_WARPS)
     else:
-        COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, accumulator_layout(PARTS, ROWS)))
-        used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, tile.first, tile.end, rows.TOP_K, BLOCK_M, COLUMN)
+        COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, accumulator_layout(K_PARTS, COLUMN_WARPS)))
+        used = load_adapters(rows, tile.first, tile.end, BLOCK_M, COLUMN)
         for adapter in range(rows.ADAPTERS):
             mine = used == adapter
             if gl.max(mine.to(gl.int32), axis=0) > 0:
                 own = adapter * rows.EXPERTS + expert
-                expanded = expand(acc, shrunk, p.lora, own, program, p.N, PARTS, ROWS)
+                expanded = expand(acc, shrunk, p.lora, own, program, p.N, K_PARTS, COLUMN_WARPS)
                 acc = gl.where(mine[None, None, :], expanded, acc)
     return acc
 
 
 @gluon.jit
-def even_and_odd(acc, nan, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, OUT: gl.constexpr):
-    """The even and the odd columns of the products, (8 * ROWS, BLOCK_M) each: gate and up. NaN where a scale is."""
+def even_and_odd(acc, nan, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr, OUT: gl.constexpr):
+    """The products' even and odd columns, gate and up, (8 * COLUMN_WARPS, BLOCK_M) each. NaN where a scale is."""
     # Fragment rows g and g + 8 are columns 2g and 2g + 1.
-    total = gl.sum(acc, axis=0).reshape([ROWS, 2, 8, BLOCK_M])
+    total = gl.sum(acc, axis=0).reshape([COLUMN_WARPS, 2, 8, BLOCK_M])
     even, odd = gl.split(gl.permute(total, (0, 2, 3, 1)))
-    even = gl.convert_layout(even.reshape([8 * ROWS, BLOCK_M]), OUT)
-    odd = gl.convert_layout(odd.reshape([8 * ROWS, BLOCK_M]), OUT)
-    nan = nan.reshape([PARTS, 8 * ROWS])
-    nan_even = gl.max(((nan & 0x00800080) != 0).to(gl.int32), axis=0)
-    nan_odd = gl.max(((nan & -2147450880) != 0).to(gl.int32), axis=0)
+    even = gl.convert_layout(even.reshape([8 * COLUMN_WARPS, BLOCK_M]), OUT)
+    odd = gl.convert_layout(odd.reshape([8 * COLUMN_WARPS, BLOCK_M]), OUT)
+    nan = nan.reshape([K_PARTS, 8 * COLUMN_WARPS])
+    nan_even = gl.max(((nan & NAN_OF_EVEN_ROWS) != 0).to(gl.int32), axis=0)
+    nan_odd = gl.max(((nan & NAN_OF_ODD_ROWS) != 0).to(gl.int32), axis=0)
     COLUMNS: gl.constexpr = gl.SliceLayout(1, OUT)
     even = gl.where(gl.convert_layout(nan_even, COLUMNS)[:, None] != 0, float("nan"), even)
     odd = gl.where(gl.convert_layout(nan_odd, COLUMNS)[:, None] != 0, float("nan"), odd)
@@ -172,26 +187,26 @@ def even_and_odd(acc, nan, BLOCK_M: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.
 
 
 @gluon.jit
-def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
-    """Columns `program` * 16 * ROWS and on, of a tile of at most BLOCK_M rows, with four warps.
+def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.constexpr):
+    """Columns `program` * 16 * COLUMN_WARPS and on, of a tile of at most BLOCK_M rows, with four warps.
 
     A warp has 16 columns and takes turns along K with the others of the same. gate_up's N is padded to 128.
     """
-    PARTS: gl.constexpr = 4 // ROWS
+    K_PARTS: gl.constexpr = 4 // COLUMN_WARPS
     # Layouts of the accumulators, of the product's two operands, and of tokens in registers and on their way.
-    C: gl.constexpr = accumulator_layout(PARTS, ROWS)
+    C: gl.constexpr = accumulator_layout(K_PARTS, COLUMN_WARPS)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, ROWS)
+    X: gl.constexpr = tokens_layout(BLOCK_M, K_PARTS, COLUMN_WARPS)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    STEPS: gl.constexpr = (BLOCKS + PARTS - 1) // PARTS
-    WHOLE: gl.constexpr = BLOCKS // PARTS  # steps whose blocks are all there
+    STEPS: gl.constexpr = (BLOCKS + K_PARTS - 1) // K_PARTS
+    WHOLE: gl.constexpr = BLOCKS // K_PARTS  # steps whose blocks are all there
     # A stage has a row's blocks for one step, or two where a step takes one block.
-    STAGE_STEPS: gl.constexpr = max(1, 2 // PARTS)
-    STAGE_WIDTH: gl.constexpr = STAGE_STEPS * PARTS * 64
+    STAGE_STEPS: gl.constexpr = max(1, 2 // K_PARTS)
+    STAGE_WIDTH: gl.constexpr = STAGE_STEPS * K_PARTS * 64
     # Stages of the loop, which loads weights for whole steps alone.
     LOOP: gl.constexpr = max(0, (WHOLE - p.AHEAD) // STAGE_STEPS) // p.STAGES * p.STAGES
-    stream = weights_of(p, rows, tile, program, PARTS, ROWS)
+    stream = weights_of(p, rows, tile, program, K_PARTS, COLUMN_WARPS)
     weights = ()
     for i in gl.static_range(min(p.AHEAD, STEPS)):
         weights = weights + (load_weights(stream, i, i >= WHOLE),)
@@ -201,11 +216,11 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
     for _ in gl.static_range(p.STAGES):
         stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, STAGE_WIDTH], swizzled_stage()),)
 
-    wait_for(tile.counter, p.X_READY)
+    wait(tile.counter, p.X_READY)
     for i in gl.static_range(p.STAGES - 1):
         copy_stage(stages[i], x, there, i, p.K, STAGE_WIDTH)
-    acc = gl.zeros([PARTS, 16 * ROWS, BLOCK_M], gl.float32, C)
-    nan = gl.zeros([PARTS * ROWS, 8], gl.int32, scales_layout(PARTS * ROWS))
+    acc = gl.zeros([K_PARTS, 16 * COLUMN_WARPS, BLOCK_M], gl.float32, C)
+    nan = gl.zeros([K_PARTS * COLUMN_WARPS, 8], gl.int32, scales_layout(K_PARTS * COLUMN_WARPS))
     for start in range(0, LOOP, p.STAGES):
         for i in gl.static_range(p.STAGES):
             async_copy.wait_group(p.STAGES - 2)
@@ -217,8 +232,8 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
                 weights = weights[1:] + (load_weights(stream, step, False),)
 
     # What the end needs is loaded now, behind the last weights.
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * ROWS, 4 // ROWS], [1, 4], [0, 1])
-    column = program * (8 * ROWS) + gl.arange(0, 8 * ROWS, gl.SliceLayout(1, OUT))
+    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [8 * COLUMN_WARPS, 4 // COLUMN_WARPS], [1, 4], [0, 1])
+    column = program * (8 * COLUMN_WARPS) + gl.arange(0, 8 * COLUMN_WARPS, gl.SliceLayout(1, OUT))
     column_ok = 2 * column < p.N
     out_position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     row_ok = out_position < tile.end
@@ -244,22 +259,22 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
     async_copy.wait_group(0)
 
     if p.lora.b_ptr is not None:
-        wait_for(tile.counter, p.SHRUNK_READY)
-        acc = add_lora(acc, p, rows, tile, program, BLOCK_M, PARTS, ROWS)
-    even, odd = even_and_odd(acc, nan, BLOCK_M, PARTS, ROWS, OUT)
+        wait(tile.counter, p.SHRUNK_READY)
+        acc = add_lora(acc, p, rows, tile, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
+    even, odd = even_and_odd(acc, nan, BLOCK_M, K_PARTS, COLUMN_WARPS, OUT)
     if p.bias_ptr is not None:
         even += bias_even.to(gl.float32)[:, None]
         odd += bias_odd.to(gl.float32)[:, None]
     ok = column_ok[:, None] & row_ok[None, :]
     if p.GATE_UP:
         out = activate(even, odd, p.ACTIVATION).to(gl.bfloat16)
-        slot = column - column % 32 + column % 8 // 2 * 8 + column // 16 % 2 * 4 + column // 8 % 2 * 2 + column % 2
+        slot = mma_k_slot(column)
         # Columns that pad the width are written too, as zero: the next product reads them.
         out = gl.where(column_ok[:, None], out, 0.0)
         padded_ok = (column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
         at = p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + slot[:, None]
         gl.store(at, out, mask=padded_ok)
-        finish(tile.counter)
+        signal(tile.counter)
     else:
         at = p.out_ptr + pair.to(gl.int64)[None, :] * p.N + 2 * column[:, None]
         gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)

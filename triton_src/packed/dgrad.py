@@ -11,8 +11,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk
-from jmoe.triton_src.packed.transposed import STEP, decode_transposed, part_layout, spread_scales, transposed_column
-from jmoe.triton_src.packed.weight import nan_bits
+from jmoe.triton_src.packed.operands import Lora, OptionalPointer, Rows, Tile
+from jmoe.triton_src.packed.transposed import (
+    STEP,
+    decode_transposed,
+    part_layout,
+    spread_scales,
+    transposed_column,
+    transposed_word,
+)
+from jmoe.triton_src.packed.weight import NAN_OF_FIRST_GROUP, NAN_OF_SECOND_GROUP, nan_bits
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.portable.dgrad import dgrad_lora_operands, dgrad_output
 from jmoe.triton_src.portable.shrink import lora_constexprs
@@ -24,6 +32,24 @@ BLOCK_K = 128
 """Columns of a program."""
 
 
+@gluon.aggregate
+class InputGradient:
+    """The gradient of gate_up's rows or of down's."""
+
+    grad_ptr: gl.tensor  # bf16, by position for gate_up and by token for down; (., N)
+    words_ptr: gl.tensor  # (E, N / 64, K / 64, 512) int32
+    scales_ptr: gl.tensor  # (E, N / 64, K / 64, 32) int32
+    layer_ptr: OptionalPointer  # (1,) int32: which layer's weights, of several; None: there is one layer's
+    out_ptr: gl.tensor  # (P, K) bf16, by pair for gate_up and by position for down
+    lora: Lora  # A, and what B has shrunk
+    N: gl.constexpr
+    K: gl.constexpr
+    GATE_UP: gl.constexpr
+    BLOCK_K: gl.constexpr
+    STAGES: gl.constexpr  # of rows in shared memory
+    AHEAD: gl.constexpr  # blocks of weights in flight
+
+
 @gluon.jit(do_not_specialize=["pairs"])
 def packed_dgrad_kernel(
     grad_ptr,  # gate_up: (P, N) bf16 by position; down: (T, N) bf16
@@ -33,7 +59,7 @@ def packed_dgrad_kernel(
     lora_a_ptr,  # (A, E, R, K) bf16 or float32, or None without LoRA
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, K) bf16 by pair; down: (P, K) bf16 by position
@@ -58,34 +84,27 @@ def packed_dgrad_kernel(
 
     A tile's last rows go through a product of fewer rows where that is enough, down to SMALLEST_M.
     AHEAD: blocks of 64 rows of the weights that are loaded ahead.
-    Grid: (cdiv(K, BLOCK_K), slots).
+    Grid: (cdiv(K, BLOCK_K), max_tiles).
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
-    tile = gl.program_id(1)
-    expert = gl.load(tiles_ptr + tile * 3)
+    rows = Rows(order_ptr, tiles_ptr, None, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
+    lora = Lora(lora_a_ptr, None, None, lora_layer_ptr, shrunk_ptr, RANK, RANK_PADDED, BLOCK_R, SPLITS)
+    p = InputGradient(
+        grad_ptr, words_ptr, scales_ptr, layer_ptr, out_ptr, lora,
+        N=N, K=K, GATE_UP=GATE_UP, BLOCK_K=BLOCK_K, STAGES=STAGES, AHEAD=AHEAD,
+    )  # fmt: skip
+    index = gl.program_id(1)
+    expert = gl.load(tiles_ptr + index * 3)
     if expert >= 0:
-        first = gl.load(tiles_ptr + tile * 3 + 1)
-        end = gl.load(tiles_ptr + tile * 3 + 2)
-        lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
-        expert = in_stack(expert, layer_ptr, EXPERTS)
+        first = gl.load(tiles_ptr + index * 3 + 1)
+        end = gl.load(tiles_ptr + index * 3 + 2)
+        tile = Tile(expert, first, end, None)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
-            dgrad_tile(
-                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
-                SPLITS, GATE_UP, max(BLOCK_M // 4, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
-            )  # fmt: skip
+            dgrad_tile(p, rows, tile, max(BLOCK_M // 4, SMALLEST_M))
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
-            dgrad_tile(
-                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
-                SPLITS, GATE_UP, max(BLOCK_M // 2, SMALLEST_M), BLOCK_K, STAGES, AHEAD,
-            )  # fmt: skip
+            dgrad_tile(p, rows, tile, max(BLOCK_M // 2, SMALLEST_M))
         else:
-            dgrad_tile(
-                grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-                pairs, expert, lora_expert, first, end, N, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R,
-                SPLITS, GATE_UP, BLOCK_M, BLOCK_K, STAGES, AHEAD,
-            )  # fmt: skip
+            dgrad_tile(p, rows, tile, BLOCK_M)
 
 
 @gluon.jit
@@ -107,79 +126,58 @@ def load_words(words, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def dgrad_tile(
-    grad_ptr, words_ptr, scales_ptr, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, out_ptr,
-    pairs, expert, lora_expert, first, end,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    RANK_PADDED: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-):  # fmt: skip
-    """One tile of positions of an expert by BLOCK_K columns."""
+def dgrad_tile(p, rows, tile, BLOCK_M: gl.constexpr):
+    """BLOCK_K columns of a tile of at most BLOCK_M positions."""
+    STAGES: gl.constexpr = p.STAGES
+    BLOCK_K: gl.constexpr = p.BLOCK_K
     WARPS: gl.constexpr = BLOCK_K // 32
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     W: gl.constexpr = part_layout(WARPS)
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    BLOCKS: gl.constexpr = (N + 63) // 64
-    COLUMN_BLOCKS: gl.constexpr = (K + 63) // 64
+    BLOCKS: gl.constexpr = (p.N + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.K + 63) // 64
     PARTS: gl.constexpr = 64 // STEP
 
     # Rows past the end are computed from the last one and not stored.
-    position = gl.minimum(first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X)), end - 1)
+    position = gl.minimum(tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X)), tile.end - 1)
     row = position
-    if not GATE_UP:
-        row = gl.load(order_ptr + position) // TOP_K
+    if not p.GATE_UP:
+        row = gl.load(rows.order_ptr + position) // rows.TOP_K
     n_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
-    grad = grad_ptr + row.to(gl.int64)[:, None] * N + n_in_stage
+    grad = p.grad_ptr + row.to(gl.int64)[:, None] * p.N + n_in_stage
     stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
     for i in gl.static_range(STAGES - 1):
-        grad = copy_rows(stages, i, grad, n_in_stage, 128 * i, N)
+        grad = copy_rows(stages, i, grad, n_in_stage, 128 * i, p.N)
 
     # Two warps share a block of 64 columns; the last block's are taken again past K, and not stored.
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, W)))[:, None, None]
     column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
     row_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))[None, None, :]
     block = gl.minimum(gl.program_id(0) * (BLOCK_K // 64) + warp // 2, COLUMN_BLOCKS - 1)
-    block += expert.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
-    words = words_ptr + block * 512 + row_pair * 16 + column % 4 * 4 + warp % 2 * 2 + column // 4
-    scales = scales_ptr + block * 32 + column * 4 + row_pair
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
+    block += matrix.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
+    words = transposed_word(p.words_ptr + block * 512, warp, column, row_pair)
+    scales = p.scales_ptr + block * 32 + column * 4 + row_pair
     acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
-    if lora_a_ptr is not None:
+    if p.lora.a_ptr is not None:
+        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
         # The last stage holds no rows until the loop below fills it.
-        shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
-        if adapter_ids_ptr is None:
-            acc = expand(
-                acc, shrunk, shrunk_ptr, lora_a_ptr, pairs, lora_expert.to(gl.int64) * RANK, first, end,
-                K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, BLOCK_K, A,
-            )  # fmt: skip
+        shrunk = stages.index(STAGES - 1).slice(0, p.lora.BLOCK_R, dim=1)
+        if rows.adapter_ids_ptr is None:
+            acc = expand(acc, shrunk, p, rows, expert, tile.first, tile.end, BLOCK_M)
         else:
             # Half of the tile at a time: a whole second accumulator does not fit beside the first.
             HALF: gl.constexpr = BLOCK_M // 2
-            low = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
-                first, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
-            )  # fmt: skip
-            high = expand_mixed(
-                shrunk.slice(0, HALF, dim=0), shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, lora_expert,
-                first + HALF, end, K, EXPERTS, TOP_K, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, HALF, BLOCK_K,
-            )  # fmt: skip
+            part_of_shrunk = shrunk.slice(0, HALF, dim=0)
+            low = expand_mixed(part_of_shrunk, p, rows, expert, tile.first, tile.end, HALF)
+            high = expand_mixed(part_of_shrunk, p, rows, expert, tile.first + HALF, tile.end, HALF)
             both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([BLOCK_K, BLOCK_M])
             acc = gl.convert_layout(both, C)
     w = ()
     s = ()
-    for i in gl.static_range(AHEAD):
+    for i in gl.static_range(p.AHEAD):
         w = w + (load_words(words, i, COLUMN_BLOCKS * 512, BLOCKS),)
         s = s + (gl.load(scales + min(i, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
     nan = nan_bits(s[0])
@@ -191,16 +189,16 @@ def dgrad_tile(
         async_copy.wait_group(STAGES - 2)
         for half in gl.static_range(2):
             for part in gl.static_range(PARTS):
-                rows = stages.index(read).slice(64 * half + STEP * part, STEP, dim=1)
-                acc = warpgroup_mma(operand, rows.permute((1, 0)), acc, is_async=True)
+                grads = stages.index(read).slice(64 * half + STEP * part, STEP, dim=1)
+                acc = warpgroup_mma(operand, grads.permute((1, 0)), acc, is_async=True)
                 if part == PARTS - 1:
-                    ahead = block + half + AHEAD
+                    ahead = block + half + p.AHEAD
                     w = w[1:] + (load_words(words, ahead, COLUMN_BLOCKS * 512, BLOCKS),)
                     s = s[1:] + (gl.load(scales + gl.minimum(ahead, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
                     nan = nan | nan_bits(s[0])
                     factors = spread_scales(s[0], warp % 2)
                 if half == 1 and part == PARTS - 1:
-                    grad = copy_rows(stages, write, grad, n_in_stage, (block + 2 * (STAGES - 1)) * 64, N)
+                    grad = copy_rows(stages, write, grad, n_in_stage, (block + 2 * (STAGES - 1)) * 64, p.N)
                 # The next operand is among what the wait is for, so that it is decoded while the product runs.
                 operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
                 acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
@@ -209,34 +207,28 @@ def dgrad_tile(
     if BLOCKS % 2:
         async_copy.wait_group(STAGES - 2)
         for part in gl.static_range(PARTS):
-            rows = stages.index(read).slice(STEP * part, STEP, dim=1)
-            acc = warpgroup_mma(operand, rows.permute((1, 0)), acc, is_async=True)
+            grads = stages.index(read).slice(STEP * part, STEP, dim=1)
+            acc = warpgroup_mma(operand, grads.permute((1, 0)), acc, is_async=True)
             operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
             acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
     async_copy.wait_group(0)
-    store_tile(acc, nan, order_ptr, out_ptr, first, end, K, GATE_UP, BLOCK_M, BLOCK_K)
+    store_tile(acc, nan, p, rows, tile, BLOCK_M)
 
 
 @gluon.jit
-def expand(
-    acc, shared, shrunk_ptr, lora_a_ptr, pairs, rows, first, end,
-    K: gl.constexpr,
-    RANK: gl.constexpr,
-    RANK_PADDED: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    A: gl.constexpr,
-):  # fmt: skip
-    """acc + A^T (scale * grad B)^T for the adapter whose rows of A begin at `rows`."""
-    WARPS: gl.constexpr = BLOCK_K // 32
-    column = gl.program_id(0) * BLOCK_K + transposed_column(gl.arange(0, BLOCK_K, gl.SliceLayout(1, A)), WARPS)
-    for rank in range(0, RANK_PADDED, BLOCK_R):
-        shared.store(load_shrunk(shrunk_ptr, first, end, rank, pairs, RANK_PADDED, SPLITS, BLOCK_M, BLOCK_R, WARPS))
-        ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, A))
-        ok = (column < K)[:, None] & (ranks < RANK)[None, :]
-        a = gl.load(lora_a_ptr + (rows + ranks)[None, :] * K + column[:, None], mask=ok, other=0.0)
+def expand(acc, shared, p, rows, matrix, first, end, BLOCK_M: gl.constexpr):
+    """acc + A^T (scale * grad B)^T for the matrix of an adapter and expert."""
+    lora = p.lora
+    WARPS: gl.constexpr = p.BLOCK_K // 32
+    A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    fragment_row = gl.arange(0, p.BLOCK_K, gl.SliceLayout(1, A))
+    column = gl.program_id(0) * p.BLOCK_K + transposed_column(fragment_row, WARPS)
+    first_rank = matrix.to(gl.int64) * lora.RANK
+    for rank in range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        shared.store(load_shrunk(lora, first, end, rank, rows.pairs, BLOCK_M, WARPS))
+        ranks = rank + gl.arange(0, lora.BLOCK_R, gl.SliceLayout(0, A))
+        ok = (column < p.K)[:, None] & (ranks < lora.RANK)[None, :]
+        a = gl.load(lora.a_ptr + (first_rank + ranks)[None, :] * p.K + column[:, None], mask=ok, other=0.0)
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(a.to(gl.bfloat16), shared.permute((1, 0)), acc)
@@ -244,52 +236,30 @@ def expand(
 
 
 @gluon.jit
-def expand_mixed(
-    shared, shrunk_ptr, lora_a_ptr, adapter_ids_ptr, order_ptr, pairs, expert, first, end,
-    K: gl.constexpr,
-    EXPERTS: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ADAPTERS: gl.constexpr,
-    RANK: gl.constexpr,
-    RANK_PADDED: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-):  # fmt: skip
+def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
     """(BLOCK_K, BLOCK_M) expand of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[BLOCK_K // 32, 1], instr_shape=[16, BLOCK_M, 16]
+        version=[3, 0], warps_per_cta=[p.BLOCK_K // 32, 1], instr_shape=[16, BLOCK_M, 16]
     )
-    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
-    acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
-    used = load_adapters(adapter_ids_ptr, order_ptr, first, end, TOP_K, BLOCK_M, gl.SliceLayout(0, C))
-    for adapter in range(ADAPTERS):
+    acc = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
+    used = load_adapters(rows, first, end, BLOCK_M, gl.SliceLayout(0, C))
+    for adapter in range(rows.ADAPTERS):
         mine = used == adapter
         if gl.max(mine.to(gl.int32), axis=0) > 0:
-            rows = (adapter * EXPERTS + expert).to(gl.int64) * RANK
-            zero = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
-            expanded = expand(
-                zero, shared, shrunk_ptr, lora_a_ptr, pairs, rows, first, end,
-                K, RANK, RANK_PADDED, BLOCK_R, SPLITS, BLOCK_M, BLOCK_K, A,
-            )  # fmt: skip
+            zero = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
+            expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, BLOCK_M)
             acc = gl.where(mine[None, :], expanded, acc)
     return acc
 
 
 @gluon.jit
-def store_tile(
-    acc, nan, order_ptr, out_ptr, first, end,
-    K: gl.constexpr,
-    GATE_UP: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-):  # fmt: skip
+def store_tile(acc, nan, p, rows, tile, BLOCK_M: gl.constexpr):
     """NaN where a scale says so, columns in their order, and the store."""
+    BLOCK_K: gl.constexpr = p.BLOCK_K
     WARPS: gl.constexpr = BLOCK_K // 32
     # A warp's columns are of one group: of the first and third bytes' groups in turn.
     group = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, nan.type.layout)))[:, None, None] % 2
-    bad = gl.where(group == 0, nan & 0x00008080, nan & -2139095040) != 0
+    bad = gl.where(group == 0, nan & NAN_OF_FIRST_GROUP, nan & NAN_OF_SECOND_GROUP) != 0
     bad = gl.max(gl.max(bad.to(gl.int32), axis=2), axis=1)
     parts = acc.reshape([2, WARPS, 16, BLOCK_M])
     WARP: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
@@ -300,13 +270,13 @@ def store_tile(
     parts = gl.permute(parts, (1, 2, 4, 0, 5, 3, 6)).reshape([BLOCK_K, BLOCK_M])
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
     out = gl.convert_layout(parts, OUT)
-    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     row = position
-    if GATE_UP:
-        row = gl.load(order_ptr + position, mask=position < end, other=0)
+    if p.GATE_UP:
+        row = gl.load(rows.order_ptr + position, mask=position < tile.end, other=0)
     column = gl.program_id(0) * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, OUT))
-    ok = (column < K)[:, None] & (position < end)[None, :]
-    gl.store(out_ptr + row.to(gl.int64)[None, :] * K + column[:, None], out, mask=ok)
+    ok = (column < p.K)[:, None] & (position < tile.end)[None, :]
+    gl.store(p.out_ptr + row.to(gl.int64)[None, :] * p.K + column[:, None], out, mask=ok)
 
 
 def plan_packed_dgrad(product: Projection, problem: MoeProblem, tile: DgradTile, routed: RowTile) -> Plan:
@@ -318,7 +288,7 @@ def plan_packed_dgrad(product: Projection, problem: MoeProblem, tile: DgradTile,
     constants = lora_constexprs(product, p, routed)
     return Plan(
         kernel=packed_dgrad_kernel,
-        grid=(cdiv(k, BLOCK_K), p.slots(routed)),
+        grid=(cdiv(k, BLOCK_K), p.max_tiles(routed)),
         operands={
             "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
             "words_ptr": product.name,

@@ -31,9 +31,9 @@ def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, P
     if expert >= 0:
         first = gl.load(rows.tiles_ptr + index * 3 + 1)
         end = gl.load(rows.tiles_ptr + index * 3 + 2)
-        counter = rows.finished_ptr
-        if rows.finished_ptr is not None:
-            counter = rows.finished_ptr + index
+        counter = rows.ready_counters_ptr
+        if rows.ready_counters_ptr is not None:
+            counter = rows.ready_counters_ptr + index
         tile = Tile(expert, first, end, counter)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 4, SMALLEST_M))
@@ -43,7 +43,7 @@ def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, P
             packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M)
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots"])
+@gluon.jit(do_not_specialize=["pairs", "max_tiles"])
 def packed_grouped_matmul_kernel(
     x_ptr,  # (T, H) bf16, or None without gate_up
     gate_up_words_ptr,  # (E, 2 I / 64, H / 64, 512) int32; this and what follows of gate_up None without it
@@ -59,15 +59,15 @@ def packed_grouped_matmul_kernel(
     gates_ptr,  # (P,) float32, routing weight by pair, or None without down
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    finished_ptr,  # (slots,) int32, zero at first: a tile's programs of gate_up that have finished; None unless both
+    ready_counters_ptr,  # (max_tiles,) int32, zero at first: a tile's programs that have signalled; None unless both
     activations_ptr,  # (P, I) bf16 by position
     pre_activations_ptr,  # (P, 2 I) bf16 by position, or None unless they are kept for gradients
     pair_out_ptr,  # (P, H) bf16 by pair, or None without down
     pairs,
-    slots,
+    max_tiles,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     EXPERTS: gl.constexpr,
@@ -89,27 +89,31 @@ def packed_grouped_matmul_kernel(
     """gate_up, down, or both of grouped_matmul_kernel; a program has 128 columns of a tile. Eight warps.
 
     Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows. GATE_UP and
-    DOWN are programs a tile, 0 of what is not computed. Grid: (slots * (GATE_UP + DOWN),).
+    DOWN are programs a tile, 0 of what is not computed. Grid: (max_tiles * (GATE_UP + DOWN),).
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
-    rows = Rows(order_ptr, tiles_ptr, finished_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
+    rows = Rows(order_ptr, tiles_ptr, ready_counters_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
     program = gl.program_id(0)
     if GATE_UP > 0:
         gate_up = Product(
             x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
             Lora(
-                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
+                None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
+                rank_blocks(GATE_UP_RANK)[1], GATE_UP_BLOCK_R, SPLITS,
             ),
             N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
-        if program < slots * GATE_UP:
+        if program < max_tiles * GATE_UP:
             tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
-        program -= slots * GATE_UP
+        program -= max_tiles * GATE_UP
     if DOWN > 0:
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
-            Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
+            Lora(
+                None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK,
+                rank_blocks(DOWN_RANK)[1], DOWN_BLOCK_R, SPLITS,
+            ),
             N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip
@@ -135,7 +139,7 @@ def plan_packed_grouped_matmul(
         "adapter_ids_ptr": "adapter_ids" if lora and p.adapter_ids else None,
         "order_ptr": "order",
         "tiles_ptr": "tiles",
-        "finished_ptr": "finished" if both else None,
+        "ready_counters_ptr": "ready_counters" if both else None,
         **p.stacked.weights_operand,
         **p.stacked.lora_operand,
     }
@@ -175,13 +179,13 @@ def plan_packed_grouped_matmul(
         outputs["pair_out_ptr"] = Buffer("pair_out", (p.pairs, p.hidden), "bfloat16")
     else:
         operands["pair_out_ptr"] = None
-    slots = p.slots(tile)
+    max_tiles = p.max_tiles(tile)
     return Plan(
         kernel=packed_grouped_matmul_kernel,
-        grid=(slots * (constexprs["GATE_UP"] + constexprs["DOWN"]),),
+        grid=(max_tiles * (constexprs["GATE_UP"] + constexprs["DOWN"]),),
         operands=operands,
-        updates=("finished_ptr",) if both else (),
-        scalars={"pairs": p.pairs, "slots": slots},
+        updates=("ready_counters_ptr",) if both else (),
+        scalars={"pairs": p.pairs, "max_tiles": max_tiles},
         outputs=outputs,
         constexprs={
             **constexprs,

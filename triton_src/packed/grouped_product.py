@@ -11,8 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from jmoe.triton_src.activation_tile import activate, keep_clamped
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.weight import (
+    NAN_OF_EVEN_ROWS,
+    NAN_OF_ODD_ROWS,
     nan_bits,
     scale_offsets,
     scales_layout,
@@ -20,7 +22,6 @@ from jmoe.triton_src.packed.weight import (
     word_offsets,
     words_layout,
 )
-from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.stacked import in_stack
 
 
@@ -35,6 +36,15 @@ def copy_tokens(stages, stage, x, row_ok, k_in_stage, k, K: gl.constexpr):
 def load_ahead(pointers, offsets, block, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
     """A block's words or scales; zero past the last block."""
     return gl.load(pointers + block * STRIDE, mask=(offsets >= 0) & (block < BLOCKS), other=0)
+
+
+@gluon.jit
+def in_column_blocks(offset, stride, BLOCK: gl.constexpr):
+    """An offset into two blocks of 64 columns side by side, as one into the weights, where these lie `stride` apart.
+
+    The stride is in blocks, and 0 where there is no second block: the first is taken twice, and stored once.
+    """
+    return offset + offset // BLOCK * (stride * BLOCK - BLOCK)
 
 
 @gluon.jit
@@ -59,14 +69,11 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
     x = p.x_ptr + row.to(gl.int64)[:, None] * p.K + k_in_stage
 
-    # Of an odd number of blocks of 64 columns the last is taken twice; its second half is not stored.
     stride = gl.where(program * 2 + 1 < COLUMN_BLOCKS, BLOCKS, 0)
     matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
     block = (matrix.to(gl.int64) * COLUMN_BLOCKS + program * 2) * BLOCKS
-    word = word_offsets(8, 128, W)
-    word += word // 512 * (stride * 512 - 512)
-    scale = scale_offsets(8, 8, S)
-    scale += scale // 32 * (stride * 32 - 32)
+    word = in_column_blocks(word_offsets(8, 128, W), stride, 512)
+    scale = in_column_blocks(scale_offsets(8, 8, S), stride, 32)
     words = p.words_ptr + block * 512 + word
     scales = p.scales_ptr + block * 32 + scale
     w = ()
@@ -75,7 +82,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
         w = w + (load_ahead(words, word, i, 512, BLOCKS),)
         s = s + (load_ahead(scales, scale, i, 32, BLOCKS),)
 
-    wait_for(tile.counter, p.X_READY)
+    wait(tile.counter, p.X_READY)
     stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
     for i in gl.static_range(STAGES - 1):
         copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, p.K)
@@ -128,7 +135,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M)
     if p.GATE_UP:  # noqa: SIM102
         if tile.counter is not None:
-            finish(tile.counter)
+            signal(tile.counter)
 
 
 @gluon.jit
@@ -136,14 +143,9 @@ def expand(acc, shared, p, pairs, matrix, first, end, program, BLOCK_M: gl.const
     """acc + B (x A^T)^T for the matrix of an adapter and expert."""
     lora = p.lora
     A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    # Of a shrunk row, of which this may take fewer ranks at once than the shrink did.
-    RANK_PADDED: gl.constexpr = rank_blocks(lora.RANK)[1]
-    for rank in range(0, RANK_PADDED, lora.BLOCK_R):
-        shrunk = load_shrunk(
-            lora.shrunk_ptr, first, end, rank, pairs, RANK_PADDED, lora.SPLITS, BLOCK_M, lora.BLOCK_R, 8
-        )
-        shared.store(shrunk)
-        b = load_lora_b(lora.b_ptr, matrix.to(gl.int64) * p.N, program * 128, rank, p.N, lora.RANK, lora.BLOCK_R, A, 8)
+    for rank in range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        shared.store(load_shrunk(lora, first, end, rank, pairs, BLOCK_M, 8))
+        b = load_lora_b(lora, matrix, program * 128, rank, p.N, A, 8)
         fence_async_shared()
         gl.barrier()
         acc = warpgroup_mma(b, shared.permute((1, 0)), acc)
@@ -155,7 +157,7 @@ def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.const
     """(128, BLOCK_M) B (x A^T)^T of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
-    used = load_adapters(rows.adapter_ids_ptr, rows.order_ptr, first, end, rows.TOP_K, BLOCK_M, gl.SliceLayout(0, C))
+    used = load_adapters(rows, first, end, BLOCK_M, gl.SliceLayout(0, C))
     for adapter in range(rows.ADAPTERS):
         mine = used == adapter
         if gl.max(mine.to(gl.int32), axis=0) > 0:
@@ -180,8 +182,8 @@ def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BL
     COLUMNS: gl.constexpr = gl.SliceLayout(1, even.type.layout)
     ROWS: gl.constexpr = gl.SliceLayout(0, even.type.layout)
     nan = gl.convert_layout(nan.reshape([64]), COLUMNS)[:, None]
-    even = gl.where((nan & 0x00800080) != 0, float("nan"), even)
-    odd = gl.where((nan & -2147450880) != 0, float("nan"), odd)
+    even = gl.where((nan & NAN_OF_EVEN_ROWS) != 0, float("nan"), even)
+    odd = gl.where((nan & NAN_OF_ODD_ROWS) != 0, float("nan"), odd)
     if p.bias_ptr is not None:
         pair_column = column + 2 * gl.arange(0, 64, COLUMNS)
         bias = p.bias_ptr + matrix.to(gl.int64) * p.N + pair_column

@@ -5,44 +5,26 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def load_adapters(
-    adapter_ids_ptr,  # (T,) int32
-    order_ptr,  # (P,) int32
-    first,
-    end,
-    TOP_K: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """The adapters of the tile's positions, in the layout ROWS; -1 past the end."""
-    position = first + gl.arange(0, BLOCK_M, ROWS)
-    pair = gl.load(order_ptr + position, mask=position < end, other=0)
-    return gl.load(adapter_ids_ptr + pair // TOP_K, mask=position < end, other=-1)
+def load_adapters(rows, first, end, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """The adapters of the positions from `first` on; -1 past the end."""
+    position = first + gl.arange(0, BLOCK_M, LAYOUT)
+    pair = gl.load(rows.order_ptr + position, mask=position < end, other=0)
+    return gl.load(rows.adapter_ids_ptr + pair // rows.TOP_K, mask=position < end, other=-1)
 
 
 @gluon.jit
-def load_shrunk(
-    shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
-    first,
-    end,
-    rank,
-    pairs,
-    RANK_PADDED: gl.constexpr,
-    SPLITS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """(BLOCK_M, BLOCK_R) bf16: x A^T of the tile's positions from `rank` on, summed over its parts."""
+def load_shrunk(lora, first, end, rank, pairs, BLOCK_M: gl.constexpr, WARPS: gl.constexpr):
+    """(BLOCK_M, BLOCK_R) bf16: what is shrunk of the positions, from `first` and `rank` on, summed over its parts."""
+    BLOCK_R: gl.constexpr = lora.BLOCK_R
     THREADS: gl.constexpr = BLOCK_R // 4 if BLOCK_R < 64 else 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32 // THREADS, THREADS], [WARPS, 1], [1, 0])
     position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     ok = (position < end)[:, None]
     ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, LAYOUT))
-    at = shrunk_ptr + position.to(gl.int64)[:, None] * RANK_PADDED + ranks[None, :]
+    at = lora.shrunk_ptr + position.to(gl.int64)[:, None] * lora.RANK_PADDED + ranks[None, :]
     total = gl.load(at, mask=ok, other=0.0)
-    for split in gl.static_range(1, SPLITS):
-        total += gl.load(at + split * pairs.to(gl.int64) * RANK_PADDED, mask=ok, other=0.0)
+    for split in gl.static_range(1, lora.SPLITS):
+        total += gl.load(at + split * pairs.to(gl.int64) * lora.RANK_PADDED, mask=ok, other=0.0)
     return total.to(gl.bfloat16)
 
 
@@ -53,21 +35,10 @@ def packed_column(fragment_row):
 
 
 @gluon.jit
-def load_lora_b(
-    lora_b_ptr,  # (A, E, N, R) bf16 or float32
-    rows,
-    column,
-    rank,
-    N: gl.constexpr,
-    RANK: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    A: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """(16 * WARPS, BLOCK_R) bf16: B from `column` and `rank` on in the order of packed rows; rows = (a E + e) N."""
-    fragment_row = gl.arange(0, 16 * WARPS, gl.SliceLayout(1, A))
-    columns = column + packed_column(fragment_row)
-    ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, A))
-    ok = (columns < N)[:, None] & (ranks < RANK)[None, :]
-    at = lora_b_ptr + (rows + columns)[:, None] * RANK + ranks[None, :]
+def load_lora_b(lora, matrix, column, rank, N: gl.constexpr, A: gl.constexpr, WARPS: gl.constexpr):
+    """(16 * WARPS, BLOCK_R) bf16: B of an adapter and expert, from `column` and `rank` on, in packed order."""
+    columns = column + packed_column(gl.arange(0, 16 * WARPS, gl.SliceLayout(1, A)))
+    ranks = rank + gl.arange(0, lora.BLOCK_R, gl.SliceLayout(0, A))
+    ok = (columns < N)[:, None] & (ranks < lora.RANK)[None, :]
+    at = lora.b_ptr + (matrix.to(gl.int64) * N + columns)[:, None] * lora.RANK + ranks[None, :]
     return gl.load(at, mask=ok, other=0.0).to(gl.bfloat16)

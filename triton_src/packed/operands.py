@@ -14,8 +14,8 @@ class Rows:
     """The rows of all experts, in tiles."""
 
     order_ptr: gl.tensor  # (P,) int32, position -> pair
-    tiles_ptr: gl.tensor  # (slots, 3) int32: expert or -1, first position, end position
-    finished_ptr: OptionalPointer  # (slots,) int32: a tile's programs that have finished, if others wait for them
+    tiles_ptr: gl.tensor  # (max_tiles, 3) int32: expert or -1, first position, end position
+    ready_counters_ptr: OptionalPointer  # (max_tiles,) int32: how many of a tile's programs have signalled
     adapter_ids_ptr: OptionalPointer  # (T,) int32, -1 for none; None: adapter 0 for all
     pairs: gl.tensor
     EXPERTS: gl.constexpr
@@ -32,8 +32,9 @@ class Lora:
     b_ptr: OptionalPointer  # (A, E, N, R) bf16 or float32
     scale_ptr: OptionalPointer  # (A,) float32
     layer_ptr: OptionalPointer  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    shrunk_ptr: OptionalPointer  # (SPLITS, P, rank padded to BLOCK_R) float32 by position
+    shrunk_ptr: OptionalPointer  # (SPLITS, P, RANK_PADDED) float32 by position
     RANK: gl.constexpr
+    RANK_PADDED: gl.constexpr  # of a shrunk row
     BLOCK_R: gl.constexpr
     SPLITS: gl.constexpr
 
@@ -42,13 +43,13 @@ class Lora:
 class Product:
     """gate_up or down."""
 
-    x_ptr: gl.tensor  # bf16, by token for gate_up and by position for down; (., K), or (., K padded) interleaved
+    x_ptr: gl.tensor  # bf16, by token for gate_up and by position for down; (., K), or (., K padded) in mma K order
     words_ptr: gl.tensor  # (E, N / 64, K / 64, 512) int32
     scales_ptr: gl.tensor  # (E, N / 64, K / 64, 32) int32
     bias_ptr: OptionalPointer  # (E, N) bf16 or float32
     layer_ptr: OptionalPointer  # (1,) int32: which layer's weights, of several; None: there is one layer's
     gates_ptr: OptionalPointer  # (P,) float32, routing weight by pair: down's
-    out_ptr: gl.tensor  # (P, OUT_WIDTH) bf16: by position for gate_up, interleaved if x is, and by pair for down
+    out_ptr: gl.tensor  # (P, OUT_WIDTH) bf16: by position for gate_up, in x's order, and by pair for down
     lora: Lora
     N: gl.constexpr
     K: gl.constexpr
@@ -68,4 +69,4 @@ class Tile:
     expert: gl.tensor
     first: gl.tensor  # position
     end: gl.tensor
-    counter: OptionalPointer  # of Rows.finished_ptr
+    counter: OptionalPointer  # of Rows.ready_counters_ptr

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def wait_for(counter, COUNT: gl.constexpr):
+def wait(counter, COUNT: gl.constexpr):
     """Until COUNT programs have called finish; what they wrote before is there then."""
     if COUNT > 0:
         finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
@@ -18,7 +18,7 @@ def wait_for(counter, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def finish(counter):
+def signal(counter):
     """Tells those who wait that this program has written."""
     gl.barrier()
     gl.atomic_add(counter, 1, sem="release", scope="gpu")

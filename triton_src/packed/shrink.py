@@ -1,11 +1,11 @@
-"""LoRA's shrink of interleaved rows, a role of the programs that multiply by packed weights."""
+"""LoRA's shrink of rows in mma K order, a role of the programs that multiply by packed weights."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from jmoe.triton_src.packed.decode_product import accumulator_layout
-from jmoe.triton_src.packed.ready_counters import finish, wait_for
+from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import row_pointers, tokens_layout, tokens_operand
 from jmoe.triton_src.stacked import in_stack
 
@@ -18,15 +18,15 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
     BLOCK_R: gl.constexpr = lora.BLOCK_R
     SPLITS: gl.constexpr = lora.SPLITS
     ADAPTERS: gl.constexpr = rows.ADAPTERS
-    PARTS: gl.constexpr = 4
-    C: gl.constexpr = accumulator_layout(PARTS, 1)
+    K_PARTS: gl.constexpr = 4
+    C: gl.constexpr = accumulator_layout(K_PARTS, 1)
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
-    X: gl.constexpr = tokens_layout(BLOCK_M, PARTS, 1)
+    X: gl.constexpr = tokens_layout(BLOCK_M, K_PARTS, 1)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    RANK_PADDED: gl.constexpr = (lora.RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
+    RANK_PADDED: gl.constexpr = lora.RANK_PADDED
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1])
-    STEPS: gl.constexpr = (BLOCKS + SPLITS * PARTS - 1) // (SPLITS * PARTS)
+    STEPS: gl.constexpr = (BLOCKS + SPLITS * K_PARTS - 1) // (SPLITS * K_PARTS)
     tile = work // PROGRAMS
     part_of_tile = work % PROGRAMS
     expert = gl.load(rows.tiles_ptr + tile * 3)
@@ -47,24 +47,24 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             # Rows without an adapter are the first adapter's to write.
             written = mine | (written & (adapter == 0) & ((used < 0) | (used >= ADAPTERS)))
         # Programs with nothing to write wait as well: what finishes early would count for what others wait for.
-        wait_for(rows.finished_ptr + tile, p.X_READY)
+        wait(rows.ready_counters_ptr + tile, p.X_READY)
         if gl.max(written.to(gl.int32), axis=0) > 0:
             x, row_ok = row_pointers(p, rows, first, end, BLOCK_M, X)
-            interleaved = gl.arange(0, 64 * PARTS, gl.SliceLayout(0, X))[None, :]
-            part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
+            slot = gl.arange(0, 64 * K_PARTS, gl.SliceLayout(0, X))[None, :]
+            part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
             ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
             k = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
             matrix = in_stack(adapter * rows.EXPERTS + expert, lora.layer_ptr, ADAPTERS * rows.EXPERTS).to(gl.int64)
             a = lora.a_ptr + matrix * (lora.RANK * p.K) + ranks * p.K + part * 64 + k
             scale = gl.load(lora.scale_ptr + in_stack(adapter, lora.layer_ptr, ADAPTERS))
-            acc = gl.zeros([PARTS, BLOCK_R, BLOCK_M], gl.float32, C)
+            acc = gl.zeros([K_PARTS, BLOCK_R, BLOCK_M], gl.float32, C)
             for i in gl.static_range(STEPS):
                 step = split * STEPS + i
-                at = step * (64 * PARTS) + interleaved
+                at = step * (64 * K_PARTS) + slot
                 tokens = gl.load(x + at, mask=row_ok & (at < BLOCKS * 64), other=0.0)
-                there = (ranks < lora.RANK) & ((step * PARTS + part) * 64 + k < p.K)
-                values = gl.load(a + step * (PARTS * 64), mask=there, other=0.0).to(gl.bfloat16)
-                acc = mma_v2(values, tokens_operand(tokens, PARTS, B), acc)
+                there = (ranks < lora.RANK) & ((step * K_PARTS + part) * 64 + k < p.K)
+                values = gl.load(a + step * (K_PARTS * 64), mask=there, other=0.0).to(gl.bfloat16)
+                acc = mma_v2(values, tokens_operand(tokens, K_PARTS, B), acc)
             total = gl.convert_layout(gl.sum(acc, axis=0), OUT)
             # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
             ranks = rank + gl.arange(0, BLOCK_R, gl.SliceLayout(1, OUT))
@@ -72,4 +72,4 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
             out = lora.shrunk_ptr + split.to(gl.int64) * rows.pairs * RANK_PADDED
             at = out + position.to(gl.int64)[None, :] * RANK_PADDED + ranks[:, None]
             gl.store(at, shrunk, mask=written[None, :] & (ranks < RANK_PADDED)[:, None])
-        finish(rows.finished_ptr + tile)
+        signal(rows.ready_counters_ptr + tile)

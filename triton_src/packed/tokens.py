@@ -1,28 +1,30 @@
-"""Interleaved tokens on their way to the tensor cores, which take them as operand B."""
+"""Tokens in mma K order on their way to the tensor cores, which take them as operand B."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from jmoe.triton_src.routing.mma_k_order import from_mma_k_order
+
 
 @gluon.constexpr_function
-def tokens_layout(tokens, parts, rows):
-    """Of parts * 64 interleaved values of so many tokens, as the products take them; `rows` warps read the same."""
+def tokens_layout(tokens, k_parts, column_warps):
+    """Of k_parts * 64 values of tokens in mma K order, as the products take them; column_warps warps read the same."""
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 32]] + [[token, 0] for token in (8, 16, 32) if token < tokens],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[0, 0] for row in (1, 2) if row < rows] + [[0, 64 * part] for part in (1, 2) if part < parts],
+        [[0, 0] for warp in (1, 2) if warp < column_warps] + [[0, 64 * part] for part in (1, 2) if part < k_parts],
         [],
-        [tokens, 64 * parts],
+        [tokens, 64 * k_parts],
     )
 
 
 @gluon.jit
-def tokens_operand(x, PARTS: gl.constexpr, B: gl.constexpr):
-    """Interleaved tokens (tokens, PARTS * 64) as operand (PARTS, 64, tokens), in the natural order: no data moves."""
+def tokens_operand(x, K_PARTS: gl.constexpr, B: gl.constexpr):
+    """Tokens (tokens, K_PARTS * 64) in mma K order as operand (K_PARTS, 64, tokens) in natural order: no data moves."""
     TOKENS: gl.constexpr = x.shape[0]
-    natural = gl.permute(x.reshape([TOKENS, PARTS, 2, 4, 2, 2, 2]), (1, 2, 4, 5, 3, 6, 0))
-    return gl.convert_layout(natural.reshape([PARTS, 64, TOKENS]), B)
+    natural = from_mma_k_order(x.reshape([TOKENS * K_PARTS, 64]))
+    return gl.convert_layout(gl.permute(natural.reshape([TOKENS, K_PARTS, 64]), (1, 2, 0)), B, assert_trivial=True)
 
 
 @gluon.jit

@@ -47,6 +47,16 @@ def part_layout(warps):
 
 
 @gluon.jit
+def transposed_word(block, warp, column, row_pair):
+    """Where a lane's first word is, from where its block of 64 by 64 begins; its eight are 64 apart, each of 8 rows.
+
+    A warp has 32 of the block's columns, in two fragments of rows c = 0 and 1. `column` is a fragment's row without c:
+    the bit 4 a step of 16, the others the quad.
+    """
+    return block + row_pair * 16 + column % 4 * 4 + warp % 2 * 2 + column // 4
+
+
+@gluon.jit
 def transposed_column(row, WARPS: gl.constexpr):
     """The column of the weights, of 32 * WARPS, that stands in a row of the products' operand A.
 
@@ -90,4 +100,4 @@ def decode_transposed(words, scales, part: gl.constexpr, A: gl.constexpr):
     for i in gl.static_range(PER_STEP // 2):
         pairs = pairs + (gl.join(tiles[2 * i], tiles[2 * i + 1]),)
     tile = gl.permute(gl.join(pairs[0], pairs[1]), (5, 0, 4, 1, 7, 6, 2, 3))
-    return gl.convert_layout(tile.reshape([32 * WARPS, STEP]), A)
+    return gl.convert_layout(tile.reshape([32 * WARPS, STEP]), A, assert_trivial=True)

@@ -49,22 +49,32 @@ def scales_layout(warps):
 
 
 @gluon.jit
+def word_offset(warp, row_pair, quad, step, WARP_STRIDE: gl.constexpr):
+    """Where a word is, from its program's first: warps lie WARP_STRIDE apart, the rest as jmoe.PackedMxfp4 says."""
+    return warp * WARP_STRIDE + row_pair * 16 + quad * 4 + step
+
+
+@gluon.jit
+def scale_offset(warp, row_pair, WARP_STRIDE: gl.constexpr):
+    """word_offset for scales."""
+    return warp * WARP_STRIDE + row_pair
+
+
+@gluon.jit
 def word_offsets(warps: gl.constexpr, WARP_STRIDE: gl.constexpr, W: gl.constexpr):
-    """Where the words (warps, 8, 4, 4) of one product are, from the first warp's; each warp WARP_STRIDE on."""
-    return (
-        gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
-        * WARP_STRIDE
-        + gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, W))))[None, :, None, None] * 16
-        + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, W))))[None, None, :, None] * 4
-        + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, W))))[None, None, None, :]
-    )
+    """(warps, 8, 4, 4) word_offset of a product's words."""
+    warp = gl.arange(0, warps, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, W))))[:, None, None, None]
+    row_pair = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, W))))[None, :, None, None]
+    quad = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, W))))[None, None, :, None]
+    step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, W))))[None, None, None, :]
+    return word_offset(warp, row_pair, quad, step, WARP_STRIDE)
 
 
 @gluon.jit
 def scale_offsets(warps: gl.constexpr, WARP_STRIDE: gl.constexpr, S: gl.constexpr):
-    """word_offsets for scales (warps, 8)."""
-    warp = gl.arange(0, warps, gl.SliceLayout(1, S))
-    return warp[:, None] * WARP_STRIDE + gl.arange(0, 8, gl.SliceLayout(0, S))[None, :]
+    """(warps, 8) scale_offset of a product's scales."""
+    warp = gl.arange(0, warps, gl.SliceLayout(1, S))[:, None]
+    return scale_offset(warp, gl.arange(0, 8, gl.SliceLayout(0, S))[None, :], WARP_STRIDE)
 
 
 @gluon.jit
@@ -100,7 +110,21 @@ def unpack_weights(words, scales, A: gl.constexpr):
     tile = gl.permute(decode_words(words, scales), (0, 6, 1, 3, 4, 7, 2, 5))
     PARTS: gl.constexpr = A.parent.warps_per_cta[0]
     SHAPE: gl.constexpr = [16 * WARPS, 64] if A.parent.rank == 2 else [PARTS, 16 * WARPS // PARTS, 64]
-    return gl.convert_layout(tile.reshape(SHAPE), A)
+    return gl.convert_layout(tile.reshape(SHAPE), A, assert_trivial=True)
+
+
+def as_int32(bits: int) -> int:
+    """The int32 of these 32 bits: Triton takes no larger constant beside an int32."""
+    return bits - (bits >> 31 << 32)
+
+
+NAN_OF_EVEN_ROWS = gl.constexpr(0x00800080)
+NAN_OF_ODD_ROWS = gl.constexpr(as_int32(0x80008000))
+"""Of nan_bits: a scale's bytes are of the even and the odd row in turn, first for 32 columns and then for the next."""
+
+NAN_OF_FIRST_GROUP = gl.constexpr(0x00008080)
+NAN_OF_SECOND_GROUP = gl.constexpr(as_int32(0x80800000))
+"""Of nan_bits: those of either group of 32 columns, for both rows."""
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ def dgrad_kernel(
     lora_a_ptr,  # (A, E, R, K) bf16 or float32, or None without LoRA
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, K) bf16 by pair; down: (P, K) bf16 by position
@@ -40,7 +40,7 @@ def dgrad_kernel(
 ):
     """out = grad W[e] + LoRA by tiles of rows that share expert e.
 
-    Grid: (cdiv(K, BLOCK_K), slots); one program = one expert's tile of positions by BLOCK_K columns.
+    Grid: (cdiv(K, BLOCK_K), max_tiles); one program = one expert's tile of positions by BLOCK_K columns.
     """
     tile = tl.program_id(1)
     expert = tl.load(tiles_ptr + tile * 3)
@@ -135,7 +135,7 @@ def plan_dgrad(product: Projection, problem: MoeProblem, tile: PortableDgradTile
     p, n, k = problem, product.n, product.k
     return Plan(
         kernel=dgrad_kernel,
-        grid=(cdiv(k, tile.block_k), p.slots(routed)),
+        grid=(cdiv(k, tile.block_k), p.max_tiles(routed)),
         operands={
             "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
             "weight_ptr": product.name,

@@ -23,7 +23,7 @@ def grouped_matmul_kernel(
     lora_b_ptr,  # (A, E, N, R) bf16 or float32, or None without LoRA
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     out_ptr,  # gate_up: (P, N / 2) bf16 by position; down: (P, N) bf16 by pair
@@ -47,7 +47,7 @@ def grouped_matmul_kernel(
     """out = x W[e]^T + LoRA + bias[e] by tiles of rows that share expert e, and what follows it.
 
     gate_up: out[p] = activation of (product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
-    Grid: (cdiv(N, BLOCK_N), slots); one program = one expert's tile of positions by BLOCK_N columns.
+    Grid: (cdiv(N, BLOCK_N), max_tiles); one program = one expert's tile of positions by BLOCK_N columns.
     """
     tile = tl.program_id(1)
     expert = tl.load(tiles_ptr + tile * 3)
@@ -125,7 +125,7 @@ def plan_grouped_matmul(product: Projection, problem: MoeProblem, tile: GroupedM
         out = Buffer("activations", (p.pairs, n // 2), "bfloat16")
     return Plan(
         kernel=grouped_matmul_kernel,
-        grid=(cdiv(n, tile.block_n), p.slots(tile)),
+        grid=(cdiv(n, tile.block_n), p.max_tiles(tile)),
         operands={
             "x_ptr": "x" if product.is_gate_up else "activations",
             "weight_ptr": product.name,

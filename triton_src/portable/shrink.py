@@ -16,7 +16,7 @@ def shrink_kernel(
     scale_ptr,  # (A,) float32
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
     shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
     pairs,
@@ -37,7 +37,7 @@ def shrink_kernel(
     """Parts, over K, of shrunk[p] = scale[a] * x[p] A[a, e]^T for the pair's adapter a and expert e.
 
     Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, with one
-    adapter, and one part of K. Grid: (RANK_PADDED / BLOCK_R, slots, SPLITS * ADAPTERS).
+    adapter, and one part of K. Grid: (RANK_PADDED / BLOCK_R, max_tiles, SPLITS * ADAPTERS).
     """
     expert = tl.load(tiles_ptr + tl.program_id(1) * 3)
     if expert < 0:
@@ -183,7 +183,7 @@ def plan_shrink(
     splits = routed.shrink_splits
     return Plan(
         kernel=shrink_kernel,
-        grid=(rank_padded // block_r, p.slots(routed), splits * p.adapters),
+        grid=(rank_padded // block_r, p.max_tiles(routed), splits * p.adapters),
         operands={
             "x_ptr": source,
             "a_ptr": f"{product.name}_{matrix}",

@@ -18,7 +18,7 @@ def swiglu_backward_kernel(
     bias_ptr,  # (E, H) bf16 or float32, or None
     gates_ptr,  # (P,) float32, routing weight by pair
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     pre_activations_grad_ptr,  # (P, 2 I) bf16 by position
     weighted_activations_ptr,  # (P, I) bf16 by position: gate weight * activation
@@ -33,7 +33,7 @@ def swiglu_backward_kernel(
     """One position a program.
 
     The gate weight's gradient is <activation, down_dgrad> + <dy, down bias>, for which the experts' outputs need not be
-    kept (SonicMoE, arXiv 2512.14080). Grid: (slots, rows of a tile).
+    kept (SonicMoE, arXiv 2512.14080). Grid: (max_tiles, rows of a tile).
     """
     expert = tl.load(tiles_ptr + tl.program_id(0) * 3)
     row = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1) + tl.program_id(1)
@@ -82,7 +82,7 @@ def plan_swiglu_backward(problem: MoeProblem, tile: SwigluBackwardTile, routed: 
     p, bias = problem, problem.down.bias
     return Plan(
         kernel=swiglu_backward_kernel,
-        grid=(p.slots(routed), routed.block_m),
+        grid=(p.max_tiles(routed), routed.block_m),
         operands={
             "pre_activations_ptr": "pre_activations",
             "down_dgrad_ptr": "down_dgrad",

@@ -10,12 +10,12 @@ from jmoe.triton_src.tiles import BiasGradTile, LoraGradTile
 
 
 @triton.jit
-def expert_rows(tiles_ptr, expert, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr):
+def expert_rows(tiles_ptr, expert, MAX_TILES: tl.constexpr, MAX_TILES_PADDED: tl.constexpr):
     """(first, end) of an expert's positions, which are without gaps; (0, 0) if it has none."""
-    slot = tl.arange(0, SLOTS_PADDED)
-    mine = tl.load(tiles_ptr + slot * 3, mask=slot < SLOTS, other=-1) == expert
-    first = tl.min(tl.load(tiles_ptr + slot * 3 + 1, mask=mine, other=2147483647), axis=0)
-    end = tl.max(tl.load(tiles_ptr + slot * 3 + 2, mask=mine, other=0), axis=0)
+    tile = tl.arange(0, MAX_TILES_PADDED)
+    mine = tl.load(tiles_ptr + tile * 3, mask=tile < MAX_TILES, other=-1) == expert
+    first = tl.min(tl.load(tiles_ptr + tile * 3 + 1, mask=mine, other=2147483647), axis=0)
+    end = tl.max(tl.load(tiles_ptr + tile * 3 + 2, mask=mine, other=0), axis=0)
     return tl.minimum(first, end), end
 
 
@@ -25,7 +25,7 @@ def lora_grad_kernel(
     shrunk_ptr,  # (SPLITS, P, RANK_PADDED) float32 by position
     adapter_ids_ptr,  # (T,) int32, -1 for none; None: adapter 0 for all
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     out_ptr,  # (A, E, R, K), or (A, E, K, R) if TRANSPOSED
     pairs,
     K: tl.constexpr,
@@ -36,8 +36,8 @@ def lora_grad_kernel(
     SPLITS: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOTS_PADDED: tl.constexpr,
+    MAX_TILES: tl.constexpr,
+    MAX_TILES_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,7 +52,7 @@ def lora_grad_kernel(
     ranks = tl.program_id(2) % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column_ok = columns < K
-    first, end = expert_rows(tiles_ptr, expert, SLOTS, SLOTS_PADDED)
+    first, end = expert_rows(tiles_ptr, expert, MAX_TILES, MAX_TILES_PADDED)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -101,7 +101,7 @@ def plan_lora_grad(
     k = product.n if transposed else product.k
     block_r, rank_padded = rank_blocks(rank)
     shape = (p.adapters, p.experts, k, rank) if transposed else (p.adapters, p.experts, rank, k)
-    slots = p.slots(routed)
+    max_tiles = p.max_tiles(routed)
     return Plan(
         kernel=lora_grad_kernel,
         grid=(cdiv(k, tile.block_k), p.experts, p.adapters * rank_padded // block_r),
@@ -123,8 +123,8 @@ def plan_lora_grad(
             "SPLITS": routed.shrink_splits,
             "GATHER": wide in BY_TOKEN,
             "TRANSPOSED": transposed,
-            "SLOTS": slots,
-            "SLOTS_PADDED": next_power_of_2(slots),
+            "MAX_TILES": max_tiles,
+            "MAX_TILES_PADDED": next_power_of_2(max_tiles),
             "BLOCK_M": tile.block_m,
             "BLOCK_K": tile.block_k,
             "BLOCK_R": block_r,
@@ -141,20 +141,20 @@ def bias_grad_kernel(
     grad_ptr,  # (T, N) bf16 by token, or (P, N) by position
     gates_ptr,  # (P,) float32, routing weight by pair, or None
     order_ptr,  # (P,) int32, position -> pair
-    tiles_ptr,  # (slots, 3) int32: expert or -1, first position, end position
+    tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     out_ptr,  # (E, N)
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOTS_PADDED: tl.constexpr,
+    MAX_TILES: tl.constexpr,
+    MAX_TILES_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out[e] = sum over the positions of expert e of gate * grad; zero without any. Grid: (cdiv(N, BLOCK_N), E)."""
     expert = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, end = expert_rows(tiles_ptr, expert, SLOTS, SLOTS_PADDED)
+    first, end = expert_rows(tiles_ptr, expert, MAX_TILES, MAX_TILES_PADDED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -171,7 +171,7 @@ def bias_grad_kernel(
 def plan_bias_grad(product: Projection, problem: MoeProblem, tile: BiasGradTile, routed: RowTile, dtype: str) -> Plan:
     """The gradient of gate_up_bias [E, 2I] from pre_activations_grad, or of down_bias [E, H] from dy."""
     p, n = problem, product.n
-    slots = p.slots(routed)
+    max_tiles = p.max_tiles(routed)
     return Plan(
         kernel=bias_grad_kernel,
         grid=(cdiv(n, tile.block_n), p.experts),
@@ -186,8 +186,8 @@ def plan_bias_grad(product: Projection, problem: MoeProblem, tile: BiasGradTile,
             "N": n,
             "TOP_K": p.top_k,
             "GATHER": not product.is_gate_up,
-            "SLOTS": slots,
-            "SLOTS_PADDED": next_power_of_2(slots),
+            "MAX_TILES": max_tiles,
+            "MAX_TILES_PADDED": next_power_of_2(max_tiles),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
         },

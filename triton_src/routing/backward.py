@@ -13,8 +13,8 @@ from jmoe.triton_src.tiles import RouteBackwardTile
 def route_backward_kernel(
     experts_ptr,  # (T, k) int32
     weights_ptr,  # (T, k) float32
-    pair_gates_grad_ptr,  # (P,) float32 by pair; not read for pairs not held here
-    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    pair_gates_grad_ptr,  # (P,) float32 by pair; read for local pairs alone
+    expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
     weights_grad_ptr,  # (T, k) float32, or None
     logits_grad_ptr,  # (T, COLUMNS), or None
     tokens,
@@ -26,7 +26,7 @@ def route_backward_kernel(
 ):
     """logits_grad = weight * (gate's gradient - the sum of weight * gate's gradient) at chosen experts, zero elsewhere.
 
-    Pairs of experts that are not held here have no gradient from here. Grid: (cdiv(T, BLOCK_T),).
+    Pairs of experts that are not of this shard have no gradient from here. Grid: (cdiv(T, BLOCK_T),).
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ok = token < tokens
@@ -35,8 +35,8 @@ def route_backward_kernel(
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
         expert = tl.load(experts_ptr + pair, mask=ok, other=0) - offset
-        held = ok & (expert >= 0) & (expert < EXPERTS)
-        grad = tl.load(pair_gates_grad_ptr + pair, mask=held, other=0.0)
+        local = ok & (expert >= 0) & (expert < EXPERTS)
+        grad = tl.load(pair_gates_grad_ptr + pair, mask=local, other=0.0)
         if weights_grad_ptr is not None:
             tl.store(weights_grad_ptr + pair, grad, mask=ok)
         sum_ += grad * tl.load(weights_ptr + pair, mask=ok, other=0.0)
@@ -46,8 +46,8 @@ def route_backward_kernel(
         for j in tl.static_range(TOP_K):
             pair = token * TOP_K + j
             known = tl.load(experts_ptr + pair, mask=ok, other=0)
-            held = ok & (known - offset >= 0) & (known - offset < EXPERTS)
-            grad = tl.load(pair_gates_grad_ptr + pair, mask=held, other=0.0)
+            local = ok & (known - offset >= 0) & (known - offset < EXPERTS)
+            grad = tl.load(pair_gates_grad_ptr + pair, mask=local, other=0.0)
             grad = tl.load(weights_ptr + pair, mask=ok, other=0.0) * (grad - sum_)
             out = tl.where(column[None, :] == known[:, None], grad[:, None], out)
         at = logits_grad_ptr + token.to(tl.int64)[:, None] * COLUMNS + column[None, :]

@@ -12,7 +12,7 @@ from jmoe.triton_src.tiles import CombineTile
 def combine_kernel(
     pair_out_ptr,  # (P, H) bf16 by pair
     experts_ptr,  # (T, k) int32
-    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
     adapter_ids_ptr,  # (T,) int32, or None
     y_ptr,  # (T, H) bf16
     H: tl.constexpr,
@@ -21,7 +21,7 @@ def combine_kernel(
     ADAPTERS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """y[t] = sum over j of pair_out[t * k + j], leaving out pairs of experts that are not held here.
+    """y[t] = sum over j of pair_out[t * k + j], leaving out pairs of experts that are not of this shard.
 
     A token whose adapter does not exist becomes NaN: its result would otherwise be that of no adapter.
     Grid: (T, cdiv(H, BLOCK_H)).
@@ -32,10 +32,10 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for j in tl.static_range(TOP_K):
         expert = tl.load(experts_ptr + token * TOP_K + j) - offset
-        held = (expert >= 0) & (expert < EXPERTS)
+        local = (expert >= 0) & (expert < EXPERTS)
         # P * H may pass 2^31.
         pair = token.to(tl.int64) * TOP_K + j
-        acc += tl.load(pair_out_ptr + pair * H + h, mask=held & (h < H), other=0.0).to(tl.float32)
+        acc += tl.load(pair_out_ptr + pair * H + h, mask=local & (h < H), other=0.0).to(tl.float32)
     if adapter_ids_ptr is not None:
         adapter = tl.load(adapter_ids_ptr + token)
         acc = tl.where((adapter >= -1) & (adapter < ADAPTERS), acc, float("nan"))

@@ -5,31 +5,31 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
 from jmoe.triton_src.routing.problem import RouteProblem
-from jmoe.triton_src.routing.side_work import interleave_or_fetch
+from jmoe.triton_src.routing.side_work import do_side_work
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
-from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, held_pairs
+from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, local_pairs
 from jmoe.triton_src.tiles import LaunchTable, tile_for
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots", "interleave_programs"])
+@triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "max_tiles", "reorder_programs"])
 def route_few_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
-    expert_offset_ptr,  # (1,) int32, first expert held here; None: 0
+    expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
     x_ptr,  # (T, K) bf16, or None
-    words_ptr,  # as in fetch_lines, or None
-    scales_ptr,  # as in fetch_lines, or None
-    layer_ptr,  # as in fetch_lines
+    words_ptr,  # as in prefetch_lines, or None
+    scales_ptr,  # as in prefetch_lines, or None
+    layer_ptr,  # as in prefetch_lines
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32; None where experts are given
-    order_ptr,  # (P,) int32: position -> pair; positions past the held pairs are not written
+    order_ptr,  # (P,) int32: position -> pair; positions past the local pairs' are not written
     tiles_ptr,  # as in write_tiles
-    finished_ptr,  # as in write_tiles
-    x_interleaved_ptr,  # (T, K padded to 64) bf16, or None
+    ready_counters_ptr,  # as in write_tiles
+    x_in_mma_order_ptr,  # (T, K padded to 64) bf16, or None
     rows,
     tokens,
     tiles_an_expert,
-    slots,
-    interleave_programs,
+    max_tiles,
+    reorder_programs,
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -38,16 +38,16 @@ def route_few_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_UNUSED: tl.constexpr,
     K: tl.constexpr,
-    INTERLEAVE_BLOCKS: tl.constexpr,
+    REORDER_BLOCKS: tl.constexpr,
     MATRICES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    FETCHED_MATRICES: tl.constexpr,
-    FETCHED_BLOCKS: tl.constexpr,
+    PREFETCHED_MATRICES: tl.constexpr,
+    PREFETCHED_BLOCKS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """All of routing in the first program; the others do what interleave_or_fetch does.
+    """All of routing in the first program; the others do side work.
 
     Rows and columns are those of chosen_columns.
     """
@@ -61,12 +61,12 @@ def route_few_kernel(
         )
         column = tl.arange(0, COLUMNS_PADDED)
         expert = column if GIVEN else column - offset
-        held = (expert >= 0) & (expert < EXPERTS)
+        local = (expert >= 0) & (expert < EXPERTS)
         earlier, count = count_earlier(choice >= 0, STRIPS)
-        count = tl.where(held, count, 0)
+        count = tl.where(local, count, 0)
         begin = tl.cumsum(count, axis=0) - count
         position = at_columns(begin, used) + bytes_of_choices(earlier, choice, CHOICES)
-        pair, here = held_pairs(used, offset, row, rows, GIVEN, EXPERTS, CHOICES)
+        pair, here = local_pairs(used, offset, row, rows, GIVEN, EXPERTS, CHOICES)
         tl.store(order_ptr + position, pair, mask=here)
         write_tiles(
             tiles_ptr,
@@ -74,18 +74,18 @@ def route_few_kernel(
             begin,
             count,
             tiles_an_expert,
-            slots,
-            finished_ptr,
+            max_tiles,
+            ready_counters_ptr,
             0,
             1,
             BLOCK_M,
             BLOCK_TILES,
-            BLOCK_SLOTS,
+            BLOCK_UNUSED,
         )
     else:
-        interleave_or_fetch(
-            x_ptr, x_interleaved_ptr, words_ptr, scales_ptr, layer_ptr, tokens, tl.program_id(0) - 1,
-            interleave_programs, K, INTERLEAVE_BLOCKS, MATRICES, BLOCKS, FETCHED_MATRICES, FETCHED_BLOCKS, LINES,
+        do_side_work(
+            x_ptr, x_in_mma_order_ptr, words_ptr, scales_ptr, layer_ptr, tokens, tl.program_id(0) - 1,
+            reorder_programs, K, REORDER_BLOCKS, MATRICES, BLOCKS, PREFETCHED_MATRICES, PREFETCHED_BLOCKS, LINES,
         )  # fmt: skip
 
 
@@ -111,21 +111,21 @@ def fits(problem: RouteProblem, table: LaunchTable) -> bool:
 
 
 def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
-    """All of routing, and x_interleaved if asked for."""
+    """All of routing, and x_in_mma_order if asked for."""
     p = problem
     tile, side_work = tile_for(table.route_few, elements(p)), tile_for(table.side_work, p.tokens)
     return Plan(
         kernel=route_few_kernel,
-        grid=(1 + p.interleave_programs(side_work) + p.fetch_programs(side_work),),
-        operands=p.operands | p.sort_operands | p.fetch_operands,
+        grid=(1 + p.reorder_programs(side_work) + p.prefetch_programs(side_work),),
+        operands=p.operands | p.sort_operands | p.prefetch_operands,
         scalars={
             "rows": p.rows,
             "tokens": p.tokens,
             "tiles_an_expert": cdiv(p.pairs, p.block_m),
-            "slots": p.slots,
-            "interleave_programs": p.interleave_programs(side_work),
+            "max_tiles": p.max_tiles,
+            "reorder_programs": p.reorder_programs(side_work),
         },
-        outputs=p.choice_outputs | p.sort_outputs | p.interleave_outputs,
+        outputs=p.choice_outputs | p.sort_outputs | p.reorder_outputs,
         constexprs={
             "COLUMNS": p.columns,
             "COLUMNS_PADDED": p.columns_padded,
@@ -135,9 +135,9 @@ def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
             "ROWS": padded_rows(p) // STRIPS,
             "BLOCK_M": p.block_m,
             "BLOCK_TILES": tile.block_tiles,
-            "BLOCK_SLOTS": tile.block_slots,
+            "BLOCK_UNUSED": tile.block_unused,
             **p.side_work_constexprs(side_work),
         },
         num_warps=tile.num_warps,
-        bytes_accessed=p.choice_bytes + p.interleave_bytes,
+        bytes_accessed=p.choice_bytes + p.reorder_bytes,
     )

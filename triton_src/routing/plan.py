@@ -8,5 +8,5 @@ from jmoe.triton_src.tiles import LaunchTable
 
 
 def plan_routing(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
-    """experts and weights [T, k] unless given, order [P] and tiles [slots, 3], and x_interleaved if asked for."""
+    """experts and weights [T, k] unless given, order [P] and tiles [max_tiles, 3], and x_in_mma_order if asked for."""
     return [plan_route_few(problem, table)] if fits(problem, table) else plan_route_many(problem, table)

@@ -3,8 +3,8 @@
 import dataclasses
 
 from jmoe.triton_src.plan import Buffer, cdiv, next_power_of_2
-from jmoe.triton_src.routing.l2_prefetch import Fetch
-from jmoe.triton_src.routing.mma_k_order import interleaved_width
+from jmoe.triton_src.routing.l2_prefetch import Prefetch
+from jmoe.triton_src.routing.mma_k_order import mma_k_width
 from jmoe.triton_src.tiles import SideWorkTile
 
 
@@ -14,13 +14,13 @@ class RouteProblem:
 
     tokens: int
     top_k: int
-    experts: int  # held here
+    experts: int  # of this shard
     router_experts: int | None  # columns of the router's logits; None: experts and weights are given
     expert_offset: bool
     block_m: int  # rows of a tile
-    hidden: int | None  # of x, if it is to be interleaved
+    hidden: int | None  # of x, if it is to be put into mma K order
     counters: bool = False  # a zero for each tile, where programs of a launch wait for others
-    fetch: Fetch | None = None  # weights to fetch meanwhile
+    prefetch: Prefetch | None = None  # weights to fetch meanwhile
 
     @property
     def pairs(self) -> int:
@@ -33,7 +33,7 @@ class RouteProblem:
 
     @property
     def columns(self) -> int:
-        """The router's experts, or those held here where experts are given."""
+        """The router's experts, or those of this shard where experts are given."""
         return self.experts if self.router_experts is None else self.router_experts
 
     @property
@@ -41,12 +41,12 @@ class RouteProblem:
         return padded_experts(self.columns)
 
     @property
-    def slots(self) -> int:
-        return tile_slots(self.pairs, self.experts, self.block_m)
+    def max_tiles(self) -> int:
+        return max_tiles(self.pairs, self.experts, self.block_m)
 
     @property
     def operands(self) -> dict[str, str | None]:
-        """What choice and interleaving read, and None for what they do not write either."""
+        """What choice and reordering read, and None for what they do not write either."""
         given = self.router_experts is None
         operands = {
             "logits_ptr": None if given else "router_logits",
@@ -55,7 +55,7 @@ class RouteProblem:
         }
         if given:
             operands |= {"experts_ptr": "experts", "weights_ptr": None}
-        return operands if self.hidden is not None else operands | {"x_interleaved_ptr": None}
+        return operands if self.hidden is not None else operands | {"x_in_mma_order_ptr": None}
 
     @property
     def choice_outputs(self) -> dict[str, Buffer]:
@@ -70,50 +70,52 @@ class RouteProblem:
     def sort_outputs(self) -> dict[str, Buffer]:
         outputs = {
             "order_ptr": Buffer("order", (self.pairs,), "int32"),
-            "tiles_ptr": Buffer("tiles", (self.slots, 3), "int32"),
+            "tiles_ptr": Buffer("tiles", (self.max_tiles, 3), "int32"),
         }
         if self.counters:
-            outputs["finished_ptr"] = Buffer("finished", (self.slots,), "int32")
+            outputs["ready_counters_ptr"] = Buffer("ready_counters", (self.max_tiles,), "int32")
         return outputs
 
     @property
     def sort_operands(self) -> dict[str, str | None]:
         """None for what sorting does not write."""
-        return {} if self.counters else {"finished_ptr": None}
+        return {} if self.counters else {"ready_counters_ptr": None}
 
     @property
-    def interleave_outputs(self) -> dict[str, Buffer]:
+    def reorder_outputs(self) -> dict[str, Buffer]:
         if self.hidden is None:
             return {}
-        shape = (self.tokens, interleaved_width(self.hidden))
-        return {"x_interleaved_ptr": Buffer("x_interleaved", shape, "bfloat16")}
+        shape = (self.tokens, mma_k_width(self.hidden))
+        return {"x_in_mma_order_ptr": Buffer("x_in_mma_order", shape, "bfloat16")}
 
-    def interleave_programs(self, tile: SideWorkTile) -> int:
+    def reorder_programs(self, tile: SideWorkTile) -> int:
         if self.hidden is None:
             return 0
-        return cdiv(self.tokens * interleaved_width(self.hidden), 64 * tile.interleave_blocks)
+        return cdiv(self.tokens * mma_k_width(self.hidden), 64 * tile.reorder_blocks)
 
-    def fetch_programs(self, tile: SideWorkTile) -> int:
-        return 0 if self.fetch is None else self.fetch.programs(tile.prefetch_lines)
+    def prefetch_programs(self, tile: SideWorkTile) -> int:
+        return 0 if self.prefetch is None else self.prefetch.programs(tile.prefetch_lines)
 
     @property
-    def fetch_operands(self) -> dict[str, str | None]:
-        return dict.fromkeys(("words_ptr", "scales_ptr", "layer_ptr")) if self.fetch is None else self.fetch.operands
+    def prefetch_operands(self) -> dict[str, str | None]:
+        return (
+            dict.fromkeys(("words_ptr", "scales_ptr", "layer_ptr")) if self.prefetch is None else self.prefetch.operands
+        )
 
     def side_work_constexprs(self, tile: SideWorkTile) -> dict[str, int]:
-        constexprs = {"MATRICES": 1, "BLOCKS": 1, "FETCHED_MATRICES": 0, "FETCHED_BLOCKS": 1}
-        if self.fetch is not None:
-            constexprs = self.fetch.constexprs
-        blocks = {"K": self.hidden or 64, "INTERLEAVE_BLOCKS": tile.interleave_blocks}
+        constexprs = {"MATRICES": 1, "BLOCKS": 1, "PREFETCHED_MATRICES": 0, "PREFETCHED_BLOCKS": 1}
+        if self.prefetch is not None:
+            constexprs = self.prefetch.constexprs
+        blocks = {"K": self.hidden or 64, "REORDER_BLOCKS": tile.reorder_blocks}
         return blocks | constexprs | {"LINES": tile.prefetch_lines}
 
     @property
     def choice_bytes(self) -> int:
-        return self.tokens * (4 * self.columns + 8 * self.top_k) + 12 * self.slots
+        return self.tokens * (4 * self.columns + 8 * self.top_k) + 12 * self.max_tiles
 
     @property
-    def interleave_bytes(self) -> int:
-        return 0 if self.hidden is None else 2 * self.tokens * (self.hidden + interleaved_width(self.hidden))
+    def reorder_bytes(self) -> int:
+        return 0 if self.hidden is None else 2 * self.tokens * (self.hidden + mma_k_width(self.hidden))
 
 
 def padded_experts(experts: int) -> int:
@@ -121,16 +123,16 @@ def padded_experts(experts: int) -> int:
     return max(16, next_power_of_2(experts))
 
 
-def tile_slots(pairs: int, experts: int, block_m: int) -> int:
+def max_tiles(pairs: int, experts: int, block_m: int) -> int:
     """The most tiles of block_m rows that `pairs` rows of at most `experts` experts can need."""
     active = min(pairs, experts)
     return (pairs - active) // block_m + active
 
 
-def spread_slots(pairs: int, experts: int, block_m: int) -> int:
+def first_wave_tiles(pairs: int, experts: int, block_m: int) -> int:
     """Tiles that have programs of their own; those past them are extra work for the first ones'.
 
-    Where experts mostly have one tile few slots are used beyond one an expert, and programs without work cost time.
+    Where experts mostly have one tile few tiles are used beyond one an expert, and programs without work cost time.
     """
     active = min(pairs, experts)
-    return active if 2 * pairs <= active * block_m else tile_slots(pairs, experts, block_m)
+    return active if 2 * pairs <= active * block_m else max_tiles(pairs, experts, block_m)

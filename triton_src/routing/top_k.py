@@ -2,6 +2,17 @@
 
 A block is a cube (STRIPS, ROWS, columns): row s * ROWS + r of the block lies at [s, r]. Every product of the cube keeps
 its layout, so that the few values a token needs never cross the threads that hold its logits.
+
+A token's choice of 2 of 6 experts, say:
+
+    expert       0     1     2     3     4     5
+    logits     0.5   2.0  -1.0   2.0   0.0   1.0
+    keys       the logits' bits as integers in the logits' order, below them 15, 14, ...: the first 2.0 is larger
+    choice      -1     0    -1     1    -1    -1     by column: the number of the token's choice, 0 the best
+    used         1     3                             by choice: the column
+    weights    0.5   0.5                             by choice: softmax over the chosen logits
+
+From `choice` the rows that chose a column are counted (sort_positions.py); through `used` a token finds its counts.
 """
 
 import triton
@@ -51,7 +62,7 @@ def logit_of(key):
 
 
 @triton.jit
-def choose(
+def select_top_k(
     logits_ptr,  # (T, COLUMNS) bf16 or float32
     experts_ptr,  # (T, k) int32, written
     weights_ptr,  # (T, k) float32, written
@@ -61,10 +72,12 @@ def choose(
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(choice, experts), the former as its how-manieth choice a token uses a column's expert: -1 if it does not.
+    """(choice, experts) of tokens; writes the experts and their weights too.
 
-    The latter are the token's experts side by side, best first. Writes them and the softmax over their logits, which is
-    summed from the largest to the least and so has the same bits whatever the block's shape.
+    choice (STRIPS, ROWS, columns): the number of the choice that a column's expert is of the token, or -1.
+    experts (STRIPS, ROWS, choices): the experts by choice, best first.
+    The weights' softmax is summed from the largest logit to the least, and so has the same bits whatever the block's
+    shape.
     """
     column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
     token_ok = token < tokens
@@ -89,8 +102,8 @@ def choose(
         experts = experts + (expert_of(best[j], COLUMNS_PADDED),)  # noqa: RUF005
         weights = weights + (tl.exp(logit_of(best[j]) - logit_of(best[0])) / total,)  # noqa: RUF005
     experts = side_by_side(experts, TOP_K)
-    at = token[:, :, None] * TOP_K + slots(TOP_K)
-    ok = token_ok[:, :, None] & (slots(TOP_K) < TOP_K)
+    at = token[:, :, None] * TOP_K + choice_numbers(TOP_K)
+    ok = token_ok[:, :, None] & (choice_numbers(TOP_K) < TOP_K)
     tl.store(experts_ptr + at, experts, mask=ok)
     tl.store(weights_ptr + at, side_by_side(weights, TOP_K), mask=ok)
     choice = tl.where(token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32), -1)
@@ -98,32 +111,33 @@ def choose(
 
 
 @triton.jit
-def slots(CHOICES: tl.constexpr):
-    """(1, 1, slots): numbers of a row's choices, padded to a power of two."""
+def choice_numbers(CHOICES: tl.constexpr):
+    """(1, 1, choices): the numbers of a row's choices, padded to a power of two."""
     return tl.arange(0, triton.next_power_of_2(CHOICES))[None, None, :]
 
 
 @triton.jit
 def side_by_side(values, CHOICES: tl.constexpr):
-    """(STRIPS, ROWS, slots) of a tuple of CHOICES blocks (STRIPS, ROWS): one store of all, not one of each."""
-    block = values[0][:, :, None] + tl.zeros_like(slots(CHOICES)).to(values[0].dtype)
+    """(STRIPS, ROWS, choices) of a tuple of CHOICES blocks (STRIPS, ROWS): one store of all, not one of each."""
+    block = values[0][:, :, None] + tl.zeros_like(choice_numbers(CHOICES)).to(values[0].dtype)
     for j in tl.static_range(1, CHOICES):
-        block = tl.where(slots(CHOICES) == j, values[j][:, :, None], block)
+        block = tl.where(choice_numbers(CHOICES) == j, values[j][:, :, None], block)
     return block
 
 
 @triton.jit
 def bytes_of_choices(values, choice, CHOICES: tl.constexpr):
-    """(STRIPS, ROWS, slots): values, from 0 to 255, of the columns chosen.
+    """(STRIPS, ROWS, choices): a row's values of the columns that it chose, from 0 to 255.
 
-    values, and choice as of chosen_columns: (STRIPS, ROWS, columns). Four of a row's are picked out at once, in a word.
+    values, and choice as of chosen_columns: (STRIPS, ROWS, columns). One sum over the columns gathers four choices:
+    each value moves to the byte of its choice. With values 7 and 9 of the choices 1 and 0 the sum is 0x0709.
     """
-    slot = slots(CHOICES)
-    block = tl.zeros_like(slot)
+    number = choice_numbers(CHOICES)
+    block = tl.zeros_like(number)
     for first in tl.static_range(0, CHOICES, 4):
         mine = choice >= 0 if CHOICES <= 4 else (choice >= first) & (choice < first + 4)
         word = tl.sum(tl.where(mine, values << (choice & 3) * 8, 0), axis=2)
-        block = tl.where(slot // 4 == first // 4, (word[:, :, None] >> slot % 4 * 8) & 0xFF, block)
+        block = tl.where(number // 4 == first // 4, (word[:, :, None] >> number % 4 * 8) & 0xFF, block)
     return block
 
 
@@ -132,22 +146,22 @@ def chosen_columns(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32, written; None where experts are given
-    offset,  # first expert held here
+    offset,  # first expert of this shard
     row,  # (STRIPS, ROWS): token, or pair where experts are given
     rows,
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """(choice, used), the former as its how-manieth choice a row uses a column's expert: -1 where it does not.
+    """(choice, used) of rows, as in this file's example.
 
-    The latter (STRIPS, ROWS, slots) is the other way round: the columns that a row uses, best first.
-
-    Columns are the router's experts, or those held here where experts are given; a row then is a pair, whose only
-    choice is 0, as nothing keeps a given token's experts apart. A given expert that is not held here is no column.
+    choice (STRIPS, ROWS, columns): the number of the choice that a column is of the row, or -1.
+    used (STRIPS, ROWS, choices): the column by choice, best first.
+    Columns are the router's experts, or those of this shard where experts are given. A row then is a pair, whose only
+    choice is 0, as nothing keeps a given token's experts apart, and an expert of another shard has no column.
     """
     if logits_ptr is not None:
-        choice, used = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
+        choice, used = select_top_k(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
     else:
         column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
         used = (tl.load(experts_ptr + row, mask=row < rows, other=0) - offset)[:, :, None]
@@ -157,7 +171,7 @@ def chosen_columns(
 
 @triton.jit
 def at_columns(values, used):
-    """(STRIPS, ROWS, slots): values (columns,) of the columns used; any of them where that is no column."""
+    """(STRIPS, ROWS, choices): values (columns,) of the columns used; any of them where that is no column."""
     COLUMNS: tl.constexpr = values.shape[0]
     column = tl.reshape(used, (used.shape[0] * used.shape[1] * used.shape[2],))
     column = tl.where((column >= 0) & (column < COLUMNS), column, 0)
@@ -165,16 +179,16 @@ def at_columns(values, used):
 
 
 @triton.jit
-def held_pairs(
+def local_pairs(
     used,  # as of chosen_columns
-    offset,  # first expert held here
+    offset,  # first expert of this shard
     row,  # (STRIPS, ROWS), as in chosen_columns
     rows,
     GIVEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
 ):
-    """(pair, held), both (STRIPS, ROWS, slots): its number, and whether it is one whose expert is held here."""
+    """(pair, local), both (STRIPS, ROWS, choices): the pair's number, and whether its expert is of this shard."""
     expert = used if GIVEN else used - offset
-    held = (row < rows)[:, :, None] & (slots(CHOICES) < CHOICES) & (expert >= 0) & (expert < EXPERTS)
-    return row[:, :, None] * CHOICES + slots(CHOICES), held
+    local = (row < rows)[:, :, None] & (choice_numbers(CHOICES) < CHOICES) & (expert >= 0) & (expert < EXPERTS)
+    return row[:, :, None] * CHOICES + choice_numbers(CHOICES), local

@@ -143,8 +143,8 @@ def route_and_sort(
 ) -> dict[str, jax.Array]:
     """The launches that precede a layer's products on packed experts, alone, for a GPU. For measuring them.
 
-    zeros: int32, of which the first is read. The result's "finished" are zeros: given to the next call, they make the
-    calls run one after another, which as nodes of one CUDA graph would run side by side.
+    zeros: int32, of which the first is read. The result's "ready_counters" are zeros: given to the next call, they make
+    the calls run one after another, which as nodes of one CUDA graph would run side by side.
     """
     gpu = gpu_of(target)
     from jmoe.triton_src.routing.plan import plan_routing
@@ -166,7 +166,7 @@ def route_and_sort(
     )
     given = {"router_logits": router_logits, "expert_offset": zeros}
     buffers = launch(plan_routing(problem, gpu.table), given, gpu.capability)
-    return {name: buffers[name] for name in ("weights", "order", "tiles", "finished")}
+    return {name: buffers[name] for name in ("weights", "order", "tiles", "ready_counters")}
 
 
 def check_triton_takes(call: Call) -> None:

@@ -12,7 +12,7 @@ from jmoe.triton_src.plan import Plan
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
 KINDS |= {"gate_up_grad_shrunk": "*fp32", "down_grad_shrunk": "*fp32"}
-KINDS |= {"finished": "*i32", "gate_up_scale": "*fp32", "down_scale": "*fp32"}
+KINDS |= {"ready_counters": "*i32", "gate_up_scale": "*fp32", "down_scale": "*fp32"}
 KINDS |= {"tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32", "gate_up_shrunk": "*fp32", "down_shrunk": "*fp32"}
 
 

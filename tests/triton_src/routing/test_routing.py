@@ -13,7 +13,7 @@ from jmoe.interop.reference import route
 from jmoe.triton_src.plan import Buffer
 from jmoe.triton_src.routing.few import plan_route_few
 from jmoe.triton_src.routing.many import plan_route_many
-from jmoe.triton_src.routing.mma_k_order import interleaved_width
+from jmoe.triton_src.routing.mma_k_order import mma_k_width
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem
 from jmoe.triton_src.tile_tables import own_table
@@ -147,15 +147,15 @@ def test_chosen_experts_are_sorted_where_they_are_held(
 
 @pytest.mark.parametrize("plan", ["one launch", "two launches"])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 32), (5, 96), (3, 2880)])
-def test_x_is_interleaved_beside_the_routing(plan: str, tokens: int, hidden: int) -> None:
+def test_x_is_put_into_mma_k_order_beside_the_routing(plan: str, tokens: int, hidden: int) -> None:
     x = torch.randn(tokens, hidden).bfloat16()
     logits = torch.randn(tokens, 8).bfloat16()
     with bfloat16_arithmetic():
         done = launch(PLANS[plan](problem(tokens, 2, 8, hidden=hidden)), {"x": x, "router_logits": logits})
-    width = interleaved_width(hidden)
+    width = mma_k_width(hidden)
     padded = torch.nn.functional.pad(x, (0, width - hidden))
     want = padded.reshape(tokens, width // 64, 2, 2, 2, 4, 2).permute(0, 1, 2, 5, 3, 4, 6).reshape(tokens, width)
-    assert torch.equal(done["x_interleaved"], want)
+    assert torch.equal(done["x_in_mma_order"], want)
 
 
 @pytest.mark.parametrize("plan", ["one launch", "two launches"])
@@ -169,8 +169,8 @@ def test_every_tile_has_a_counter_at_zero(plan: str, tokens: int, monkeypatch: p
     buffers = {"x": torch.randn(tokens, 64).bfloat16(), "router_logits": torch.randn(tokens, 30).bfloat16()}
     with bfloat16_arithmetic():
         done = launch(PLANS[plan](few), buffers)
-    assert done["finished"].shape == done["tiles"].shape[:1]
-    assert not done["finished"].any()
+    assert done["ready_counters"].shape == done["tiles"].shape[:1]
+    assert not done["ready_counters"].any()
 
 
 @pytest.mark.parametrize("plan", ["one launch", "two launches"])
