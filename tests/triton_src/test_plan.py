@@ -105,10 +105,10 @@ def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 4, 16, 60, 64])
 def test_an_even_routing_gives_every_tile_a_program_and_few_are_idle(tokens: int) -> None:
     experts = next(
-        plan for plan in plan_moe(dataclasses.replace(PACKED, tokens=tokens), 90) if "spread" in plan.scalars
+        plan for plan in plan_moe(dataclasses.replace(PACKED, tokens=tokens), 90) if "first_wave_tiles" in plan.scalars
     )
     active = min(PACKED.top_k * tokens, PACKED.experts)
-    assert active <= experts.scalars["spread"] <= min(experts.scalars["slots"], active + active // 4)
+    assert active <= experts.scalars["first_wave_tiles"] <= min(experts.scalars["max_tiles"], active + active // 4)
 
 
 def test_routing_fetches_no_weights_that_there_are_not() -> None:
