@@ -63,7 +63,12 @@ def examine_machine() -> Machine:
         Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
         for device in jax.local_devices()
     )
-    tiles = tiles_here() if no_triton is None else None
+    tiles = None
+    if no_triton is None:
+        try:
+            tiles = tiles_here()
+        except ValueError as error:
+            missing.append(f"launch parameters (until then jmoe's layers raise an error on this GPU): {error}")
     return Machine(versions, devices, gpu, no_triton, tiles, no_flash, tuple(missing))
 
 
