@@ -139,7 +139,8 @@ def buffers_of(call: Call) -> dict[str, Any]:
 
 def like_call(call: Call, named: dict[str, Any]) -> Call:
     """A call's structure with what is named for leaves, and None for the others: the inverse of buffers_of."""
-    leaves, tree = jax.tree.flatten(call)
-    places = buffers_of(tree.unflatten(range(len(leaves))))
+    tree: Any = jax.tree.structure(call)
+    leaves = range(tree.num_leaves)
+    places = buffers_of(tree.unflatten(leaves))
     found = {place: named[name] for name, place in places.items() if name in named}
-    return tree.unflatten([found.get(place) for place in range(len(leaves))])
+    return tree.unflatten([found.get(place) for place in leaves])

@@ -7,7 +7,7 @@ before the activation.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def on_platform(
 
     operands: the call, what it kept and dy, the last two None in the forward pass.
     """
-    leaves, tree = jax.tree.flatten(operands)
+    leaves, tree = jax.tree.leaves(operands), cast(Any, jax.tree.structure(operands))
     launches = functools.partial(moe_p.bind, tree=tree, results=results, options=options)
     if options.forced:
         return launches(*leaves)
@@ -58,8 +58,10 @@ def moe_xla(options: Options, call: Call) -> jax.Array:
 
 def _routing(options: Options, call: Call) -> Routing:
     """The call's routing, given or by its logits."""
-    tokens = call.tokens
-    return route(tokens.router_logits, options.top_k) if tokens.routing is None else tokens.routing
+    if call.tokens.routing is not None:
+        return call.tokens.routing
+    assert call.tokens.router_logits is not None
+    return route(call.tokens.router_logits, options.top_k)
 
 
 def _xla(options: Options, call: Call, *_: None) -> list[jax.Array]:
@@ -108,7 +110,7 @@ def _backward(options: Options, kept: tuple[Names, Call, Kept], dy: Any) -> tupl
 
 def _backward_xla(options: Options, wanted: Names, call: Call, _: Kept, dy: jax.Array) -> list[jax.Array]:
     """The gradients of what is wanted, by JAX's rules for moe_xla."""
-    leaves, tree = jax.tree.flatten(call)
+    leaves, tree = jax.tree.leaves(call), cast(Any, jax.tree.structure(call))
     places = buffers_of(tree.unflatten(range(len(leaves))))
     point = [leaves[places[name]] for name in wanted]
 

@@ -32,9 +32,9 @@ batching.primitive_batchers[moe_p] = functools.partial(batch_launches, moe_p.bin
 
 
 @moe_p.def_abstract_eval
-def _result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Options) -> list[Any]:
+def result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Options) -> list[Any]:
     call: Call = tree.unflatten(avals)[0]
-    x = call.tokens.x
+    x: Any = call.tokens.x
     tokens, pairs = x.shape[0], x.shape[0] * options.top_k
     by_name = {
         "y": x,
@@ -66,7 +66,7 @@ def launch_layer(*leaves: jax.Array, tree: Any, results: tuple[str, ...], option
     if set(results) & set(WEIGHT_GRADIENTS):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
     if call.tokens.x.size == 0 or not results:
-        avals = _result_avals(*map(jax.typeof, leaves), tree=tree, results=results, options=options)
+        avals = result_avals(*map(jax.typeof, leaves), tree=tree, results=results, options=options)
         return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
     gpu = gpu_of(options.target)
     if dy is not None:
