@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.decode_product import product
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
+from jmoe.triton_src.packed.ready_counters import take_ticket
 from jmoe.triton_src.packed.shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -75,7 +76,7 @@ def packed_decode_kernel(
     tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    ready_counters_ptr,  # (max_tiles,) int32, zero at first: how many of a tile's programs have signalled
+    ready_counters_ptr,  # (max_tiles + 1,) int32, zero at first: a tile's programs that have signalled; tickets taken
     gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     activations_ptr,  # (P, IP) bf16 by position, in mma K order
     down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
@@ -105,8 +106,8 @@ def packed_decode_kernel(
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. A program waits for those before it that have its rows. Tiles past the first wave's, of
-    which there are some if routing is uneven, are further work for the programs of these.
+    grouped_matmul_kernel. A program waits for those with earlier tickets that have its rows. Tiles past the first
+    wave's, of which there are some if routing is uneven, are further work for the programs of these.
     Grid: (first_wave_tiles * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (first_wave_tiles - tail_tiles) * DOWN
     + tail_tiles * TAIL_DOWN,).
     """
@@ -141,7 +142,7 @@ def packed_decode_kernel(
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
     # Each role's programs follow the last one's, and down's tail the others of down.
-    program = gl.program_id(0)
+    program = take_ticket(ready_counters_ptr, max_tiles)
     gate_up_begin = first_wave_tiles * GATE_UP_SHRINK
     down_shrink_begin = gate_up_begin + first_wave_tiles * GATE_UP
     down_begin = down_shrink_begin + first_wave_tiles * DOWN_SHRINK

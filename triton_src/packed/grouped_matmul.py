@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.grouped_product import packed_tile
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
+from jmoe.triton_src.packed.ready_counters import take_ticket
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.grouped_matmul import pre_activations
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -62,7 +63,7 @@ def packed_grouped_matmul_kernel(
     tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    ready_counters_ptr,  # (max_tiles,) int32, zero at first: a tile's programs that have signalled; None unless both
+    ready_counters_ptr,  # (max_tiles + 1,) int32, zero at first, as of decode; None unless both
     activations_ptr,  # (P, I) bf16 by position
     pre_activations_ptr,  # (P, 2 I) bf16 by position, or None unless they are kept for gradients
     pair_out_ptr,  # (P, H) bf16 by pair, or None without down
@@ -93,7 +94,7 @@ def packed_grouped_matmul_kernel(
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, ready_counters_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
-    program = gl.program_id(0)
+    program = gl.program_id(0) if ready_counters_ptr is None else take_ticket(ready_counters_ptr, max_tiles)
     if GATE_UP > 0:
         gate_up = Product(
             x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,

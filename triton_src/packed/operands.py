@@ -15,7 +15,7 @@ class Rows:
 
     order_ptr: gl.tensor  # (P,) int32, position -> pair
     tiles_ptr: gl.tensor  # (max_tiles, 3) int32: expert or -1, first position, end position
-    ready_counters_ptr: OptionalPointer  # (max_tiles,) int32: how many of a tile's programs have signalled
+    ready_counters_ptr: OptionalPointer  # (max_tiles + 1,) int32: a tile's programs that have signalled; tickets
     adapter_ids_ptr: OptionalPointer  # (T,) int32, -1 for none; None: adapter 0 for all
     pairs: gl.tensor
     EXPERTS: gl.constexpr

@@ -19,7 +19,7 @@ class RouteProblem:
     expert_offset: bool
     block_m: int  # rows of a tile
     hidden: int | None  # of x, if it is to be put into mma K order
-    counters: bool = False  # a zero for each tile, where programs of a launch wait for others
+    counters: bool = False  # a zero for each tile and one for tickets, where programs of a launch wait for others
     prefetch: Prefetch | None = None  # weights to fetch meanwhile
 
     @property
@@ -73,7 +73,7 @@ class RouteProblem:
             "tiles_ptr": Buffer("tiles", (self.max_tiles, 3), "int32"),
         }
         if self.counters:
-            outputs["ready_counters_ptr"] = Buffer("ready_counters", (self.max_tiles,), "int32")
+            outputs["ready_counters_ptr"] = Buffer("ready_counters", (self.max_tiles + 1,), "int32")
         return outputs
 
     @property

@@ -47,7 +47,7 @@ def write_tiles(
     count,  # (columns,) positions
     tiles_an_expert,  # the most that one expert can have
     max_tiles,
-    ready_counters_ptr,  # (max_tiles,) int32, to be zero; or None
+    ready_counters_ptr,  # (max_tiles + 1,) int32, to be zero; or None
     program,
     programs,
     BLOCK_M: tl.constexpr,
@@ -80,6 +80,8 @@ def write_tiles(
         tl.store(tile, expert[None, :] + tl.zeros_like(nth), mask=ok)
         tl.store(tile + 1, begin[None, :] + nth * BLOCK_M, mask=ok)
         tl.store(tile + 2, (begin + count)[None, :] + tl.zeros_like(nth), mask=ok)
+    if ready_counters_ptr is not None and program == 0:
+        tl.store(ready_counters_ptr + max_tiles, 0)
     for start in range(program * BLOCK_UNUSED, max_tiles, programs * BLOCK_UNUSED):
         index = start + tl.arange(0, BLOCK_UNUSED)
         if ready_counters_ptr is not None:

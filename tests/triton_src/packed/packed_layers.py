@@ -118,7 +118,7 @@ def packed_layer(problem: MoeProblem, block_m: int, slots: int, held: float = 0.
         for start in range(0, len(positions), block_m):
             tiles[used] = e, positions[0] + start, positions[-1] + 1
             used += 1
-    buffers |= {"order": order, "tiles": tiles, "ready_counters": np.zeros(slots, np.int32)}
+    buffers |= {"order": order, "tiles": tiles, "ready_counters": np.zeros(slots + 1, np.int32)}
     for name in ("gate_up", "down"):
         if p.stacked.weights:
             stack(buffers, (name, f"{name}_scales", f"{name}_bias"))

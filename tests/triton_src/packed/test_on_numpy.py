@@ -132,6 +132,20 @@ def test_dgrad(problem: MoeProblem) -> None:
     assert_same(buffers["pair_dx"][layer.pair], layer.input_gradient(rows["gate_up"], "gate_up"))
 
 
+@pytest.mark.parametrize(
+    "problem", [problem_of(9, 96, 160, experts=5, top_k=3, **PLAIN), problem_of(40, 160, 96, 3, 2)]
+)
+def test_programs_may_start_in_any_order(problem: MoeProblem) -> None:
+    layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
+    buffers = layer.buffers | {"x_in_mma_order": in_mma_k_order(layer.buffers["x"])}
+    results = []
+    for programs in (range(plan.grid[0]), range(plan.grid[0])[::-1]):
+        own = buffers | {"ready_counters": buffers["ready_counters"].copy()}
+        results.append(run_plan(plan, own, programs)["pair_out"].astype(np.float32))
+        assert own["ready_counters"][-1] == plan.grid[0]
+    np.testing.assert_array_equal(*results)
+
+
 def check_layer(layer: PackedLayer, activations: np.ndarray, pair_out: np.ndarray) -> None:
     """Both products, down's of the activations that gate_up wrote; pairs that are not here are not written."""
     assert_same(activations, swiglu(layer.product(layer.x, "gate_up")))
