@@ -147,7 +147,6 @@ def moe(
     check_activation(activation, packed)
     options = Options(
         intermediate=intermediate,
-        packed=packed,
         top_k=top_k,
         activation=activation,
         recompute=recompute,
@@ -155,7 +154,7 @@ def moe(
     capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)
-    if options.packed and x.device.type == "cpu":
+    if packed and x.device.type == "cpu":
         raise NotImplementedError("packed weights are read on a GPU alone: Triton's interpreter takes no Gluon kernels")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in buffers.values()):
         check_gradient(buffers)

@@ -84,7 +84,9 @@ def test_peers_are_torch_and_what_is_measured() -> None:
 
 
 TUNING = ("jmoe/bench/tune.py", "jmoe/commands/tune.py")
-"""What writes a user's tile tables; they are data, and the file that holds their form imports no triton."""
+"""What writes a user's launch parameters; they are data, and the files that hold their form import no triton."""
+
+TABLES = ("jmoe.triton_src.tile_tables", "jmoe.triton_src.tile_candidates")
 
 
 def test_triton_has_one_door() -> None:
@@ -92,7 +94,7 @@ def test_triton_has_one_door() -> None:
         if starts(found.module, "jax_triton", "triton", "jmoe.triton_src"):
             if starts(found.module, "jmoe.triton_src.activation"):
                 continue  # everybody's value, in a file that imports the standard library alone
-            tables = starts(found.module, "jmoe.triton_src.tile_tables") and found.file in TUNING
+            tables = starts(found.module, *TABLES) and found.file in TUNING
             assert found.file.startswith("jmoe/ops/launch/") or tables, found
             assert found.inside_function, found
 
@@ -234,7 +236,7 @@ def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     use = f"import pathlib, tempfile, importlib.util as u\nassert not any(map(u.find_spec, {HIDDEN}))\n" + USE
     # The rooms that lie beside jmoe are in the wheel; looked for as files, since importing jmoe.interop takes torch.
     use += "home = pathlib.Path(jmoe.__file__).parent\n"
-    use += "assert all((home / name).is_file() for name in ('triton_src/plan.py', 'interop/dlpack.py', 'py.typed'))\n"
+    use += "assert all((home / name).is_file() for name in ('triton_src/tables/default.json', 'interop/dlpack.py', 'py.typed'))\n"
     use += "import importlib.metadata\nassert importlib.metadata.version('jmoe') == jmoe.__version__\n"
     run = subprocess.run([python, "-c", use + PARTS], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "Traceback" not in run.stderr, run.stderr

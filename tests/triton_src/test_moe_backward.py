@@ -7,8 +7,7 @@ import pytest
 from jmoe.triton_src.moe import MoeProblem
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.tiles import TILES
-from tests.triton_src.test_plan import PROBLEM, VARIANTS
+from tests.triton_src.test_plan import CAPABILITIES, PROBLEM, VARIANTS
 
 LORA = {f"{projection}_{part}": "bfloat16" for projection in ("gate_up", "down") for part in "ab"}
 BIASES = {"gate_up_bias": "float32", "down_bias": "bfloat16"}
@@ -30,7 +29,7 @@ def plans_of(problem: MoeProblem, wanted: dict[str, str], capability: int = 90, 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("problem", [*VARIANTS, dataclasses.replace(PROBLEM, packed=True)])
-@pytest.mark.parametrize("capability", TILES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plans_name_every_parameter_and_read_only_what_was_written(
     problem: MoeProblem, capability: int, kept: bool
 ) -> None:

@@ -12,7 +12,10 @@ from jmoe.triton_src.portable.shrink import rank_blocks
 from jmoe.triton_src.routing.many import plan_route_many
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem, tile_slots
-from jmoe.triton_src.tiles import TILES, choose_packed_tile, choose_tile
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import bound_of, packed_tile_for, tile_for
+
+CAPABILITIES = (80, 90, 100)
 
 PROBLEM = MoeProblem(
     tokens=16,
@@ -52,7 +55,7 @@ PACKED = dataclasses.replace(
 
 
 @pytest.mark.parametrize("problem", VARIANTS)
-@pytest.mark.parametrize("capability", TILES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plans_name_every_parameter_and_read_only_what_was_written(problem: MoeProblem, capability: int) -> None:
     given = {"x", "gate_up", "down", "gate_up_scales", "down_scales", "gate_up_bias", "down_bias", "adapter_ids"}
     given |= {f"{projection}_{part}" for projection in ("gate_up", "down") for part in ("a", "b", "scale")}
@@ -103,7 +106,7 @@ def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m:
 @pytest.mark.parametrize("tokens", [1, 64, 257, 4096, 131072])
 def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bool) -> None:
     problem = RouteProblem(tokens, 4, experts, None if given else experts, False, 128, None)
-    count, sort = plan_route_many(problem)
+    count, sort = plan_route_many(problem, own_table(90))
     assert count.grid == sort.grid
     assert sort.grid[0] <= min(128, sort.constexprs["COUNT_BLOCKS"] * sort.constexprs["BLOCK_COUNTS"])
     assert sort.grid[0] * sort.constexprs["RUN"] >= problem.pairs
@@ -111,7 +114,7 @@ def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bo
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (64, 32), (32, 128)])
 def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
-    assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880))) == 1
+    assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880), own_table(90))) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 60, 64])
@@ -142,13 +145,13 @@ def test_ranks_are_padded_to_whole_blocks(rank: int) -> None:
     assert padded - rank < block
 
 
-def test_tables_reach_any_load_and_newer_gpus_use_the_last_family() -> None:
+def test_tables_reach_any_load_on_any_gpu() -> None:
     for capability in (80, 86, 89, 90, 100, 103, 120):
         for pairs in (1, 64, 10**6):
-            tile = choose_tile(capability, pairs, 32)
-            assert tile.block_k % 32 == 0
+            tile = tile_for(own_table(capability).grouped_matmul, pairs / 32)
+            assert pairs / 32 <= tile.rows
     with pytest.raises(NotImplementedError, match=r"need compute capability 8.0 or later, got sm_75"):
-        choose_tile(75, 1, 1)
+        own_table(75)
 
 
 @pytest.mark.parametrize("problem", VARIANTS[:5])
@@ -187,4 +190,5 @@ def test_packed_weights_without_a_kernel_are_refused(capability: int) -> None:
 @pytest.mark.parametrize("pairs", [1, 8, 9, 100, 5000, 10**6])
 @pytest.mark.parametrize("experts", [1, 32, 256])
 def test_some_packed_tile_takes_every_size(pairs: int, experts: int) -> None:
-    assert pairs / experts <= choose_packed_tile(90, pairs, experts).rows
+    rows = pairs / experts
+    assert rows <= bound_of(packed_tile_for(own_table(90), rows))

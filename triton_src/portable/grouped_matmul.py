@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.activation_tile import activate, gate_up_row, keep_clamped
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs, lora_operands
-from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import Tile
+from jmoe.triton_src.problem import Layout, MoeProblem, Projection
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import GroupedMatmulTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -109,69 +109,52 @@ def grouped_matmul_kernel(
     )
 
 
-def pre_activations(pairs: int, n: int) -> dict[str, Buffer]:
+def pre_activations(problem: MoeProblem) -> dict[str, Buffer]:
     """The output of gate_up's launch that is kept for gradients."""
-    return {"pre_activations_ptr": Buffer("pre_activations", (pairs, n), "bfloat16")}
+    return {"pre_activations_ptr": Buffer("pre_activations", (problem.pairs, problem.gate_up.n), "bfloat16")}
 
 
-def plan_grouped_matmul(
-    projection: str,
-    *,
-    n: int,
-    k: int,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    mxfp4: bool,
-    bias: bool,
-    adapters: int,
-    rank: int | None,
-    adapter_ids: bool,
-    stacked: Stacked,
-    activation: SwiGLU,
-    tile: Tile,
-    keep: bool = False,
-) -> Plan:
+def plan_grouped_matmul(product: Projection, problem: MoeProblem, tile: GroupedMatmulTile, keep: bool = False) -> Plan:
     """gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
 
     down: pair_out [P, H] from activations.
     """
-    gate_up = projection == "gate_up"
-    out = Buffer("activations", (pairs, n // 2), "bfloat16") if gate_up else Buffer("pair_out", (pairs, n), "bfloat16")
-    weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
+    p, n, k = problem, product.n, product.k
+    out = Buffer("pair_out", (p.pairs, n), "bfloat16")
+    if product.is_gate_up:
+        out = Buffer("activations", (p.pairs, n // 2), "bfloat16")
     return Plan(
         kernel=grouped_matmul_kernel,
-        grid=(cdiv(n, tile.block_n), slots),
+        grid=(cdiv(n, tile.block_n), p.slots(tile)),
         operands={
-            "x_ptr": "x" if gate_up else "activations",
-            "weight_ptr": projection,
-            "scales_ptr": f"{projection}_scales" if mxfp4 else None,
-            "bias_ptr": f"{projection}_bias" if bias else None,
-            "gates_ptr": None if gate_up else "weights",
-            **lora_operands(projection, rank, adapter_ids),
+            "x_ptr": "x" if product.is_gate_up else "activations",
+            "weight_ptr": product.name,
+            "scales_ptr": None if product.layout is Layout.DENSE else f"{product.name}_scales",
+            "bias_ptr": f"{product.name}_bias" if product.bias else None,
+            "gates_ptr": None if product.is_gate_up else "weights",
+            **lora_operands(product, p),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
-            **stacked.lora_operand,
+            **p.stacked.weights_operand,
+            **p.stacked.lora_operand,
             **({} if keep else {"pre_activations_ptr": None}),
         },
-        scalars={"pairs": pairs},
-        outputs={"out_ptr": out, **(pre_activations(pairs, n) if keep else {})},
+        scalars={"pairs": p.pairs},
+        outputs={"out_ptr": out, **(pre_activations(p) if keep else {})},
         constexprs={
             "N": n,
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            **lora_constexprs(adapters, rank, tile.shrink_splits),
-            "GATE_UP": gate_up,
-            "ACTIVATION": activation,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            **lora_constexprs(product, p, tile),
+            "GATE_UP": product.is_gate_up,
+            "ACTIVATION": p.activation,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        flops=2 * pairs * n * (k + (rank or 0)),
-        bytes_accessed=weight_bytes + 2 * pairs * (k + out.shape[1]),
+        flops=2 * p.pairs * n * (k + (product.rank or 0)),
+        bytes_accessed=p.active_experts * product.layout.bytes(n, k) + 2 * p.pairs * (k + out.shape[1]),
     )

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.activation_tile import activate, activate_backward, gate_up_row
 from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
-from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.problem import MoeProblem, RowTile
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import SwigluBackwardTile
 
 
 @triton.jit
@@ -76,23 +77,12 @@ def swiglu_backward_kernel(
     tl.store(pair_gates_grad_ptr + pair, tl.sum(total, axis=0))
 
 
-def plan_swiglu_backward(
-    *,
-    hidden: int,
-    intermediate: int,
-    pairs: int,
-    slots: int,
-    tile_m: int,
-    top_k: int,
-    experts: int,
-    bias: bool,
-    stacked: Stacked,
-    activation: SwiGLU,
-) -> Plan:
+def plan_swiglu_backward(problem: MoeProblem, tile: SwigluBackwardTile, routed: RowTile) -> Plan:
     """pre_activations_grad [P, 2I], weighted_activations [P, I] and pair_gates_grad [P] from pre_activations."""
+    p, bias = problem, problem.down.bias
     return Plan(
         kernel=swiglu_backward_kernel,
-        grid=(slots, tile_m),
+        grid=(p.slots(routed), routed.block_m),
         operands={
             "pre_activations_ptr": "pre_activations",
             "down_dgrad_ptr": "down_dgrad",
@@ -101,23 +91,23 @@ def plan_swiglu_backward(
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
+            **p.stacked.weights_operand,
         },
         outputs={
-            "pre_activations_grad_ptr": Buffer("pre_activations_grad", (pairs, 2 * intermediate), "bfloat16"),
-            "weighted_activations_ptr": Buffer("weighted_activations", (pairs, intermediate), "bfloat16"),
-            "pair_gates_grad_ptr": Buffer("pair_gates_grad", (pairs,), "float32"),
+            "pre_activations_grad_ptr": Buffer("pre_activations_grad", (p.pairs, 2 * p.intermediate), "bfloat16"),
+            "weighted_activations_ptr": Buffer("weighted_activations", (p.pairs, p.intermediate), "bfloat16"),
+            "pair_gates_grad_ptr": Buffer("pair_gates_grad", (p.pairs,), "float32"),
         },
         constexprs={
-            "H": hidden,
-            "I": intermediate,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            "ACTIVATION": activation,
-            "BLOCK": min(512, next_power_of_2(intermediate)),
+            "H": p.hidden,
+            "I": p.intermediate,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ACTIVATION": p.activation,
+            "BLOCK": min(tile.block, next_power_of_2(p.intermediate)),
         },
-        num_warps=4,
-        num_stages=1,
-        flops=20 * pairs * intermediate,
-        bytes_accessed=2 * pairs * (6 * intermediate + hidden * bias),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=20 * p.pairs * p.intermediate,
+        bytes_accessed=2 * p.pairs * (6 * p.intermediate + p.hidden * bias),
     )

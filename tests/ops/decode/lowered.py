@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops.decode.cached_attention import cached_attention
+from jmoe.ops.target import Target
 from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, lowered
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 128), (16, 1088), (3, 100)])
-def test_attention_to_a_cache_compiles_and_writes_it_in_place(capability: int, batch: int, slots: int) -> None:
+def test_attention_to_a_cache_compiles_and_writes_it_in_place(architecture: str, batch: int, slots: int) -> None:
     positions, factors = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch, 32), jnp.float32)
-    call = lambda *arrays: cached_attention(*arrays, capability=capability)  # noqa: E731
+    call = lambda *arrays: cached_attention(*arrays, target=Target(architecture))  # noqa: E731
     cache = bf16(12, batch, 8, slots, 128)
     program = lowered(call, bf16(batch, 80, 64), factors, factors, cache, INDEX, positions, bf16(24, 64), INDEX)
     calls = [line for line in program.splitlines() if "@triton_kernel_call_ffi" in line]

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops.decode.linear import MOST_ROWS, Expand, decode_linear
+from jmoe.ops.target import Target
 from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, launches
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rank", [None, 48])
 @pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
-def test_a_product_of_few_rows_compiles(capability: int, rank: int | None, rows: int) -> None:
+def test_a_product_of_few_rows_compiles(architecture: str, rank: int | None, rows: int) -> None:
     lora = None if rank is None else Expand(bf16(rows, rank), bf16(24, 5120, rank))
-    call = lambda *arrays: decode_linear(*arrays, capability=capability)  # noqa: E731
+    call = lambda *arrays: decode_linear(*arrays, target=Target(architecture))  # noqa: E731
     assert launches(call, bf16(rows, 2880), bf16(24, 5120, 2880), bf16(24, 5120), INDEX, lora) == 1
 
 

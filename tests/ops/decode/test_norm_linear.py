@@ -6,25 +6,26 @@ import pytest
 
 from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
+from jmoe.ops.target import Target
 from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, launches
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
-def test_a_norm_and_what_is_made_of_it_compile(capability: int, rows: int) -> None:
+def test_a_norm_and_what_is_made_of_it_compile(architecture: str, rows: int) -> None:
     x, norm, weight, bias = bf16(rows, 2880), bf16(24, 2880), bf16(24, 2 * 48, 2880), bf16(24, 2 * 48)
     scale = jax.ShapeDtypeStruct(bias.shape, jnp.float32)
 
     def route(x: jax.Array, addend: jax.Array, *stacks: jax.Array) -> tuple:
         norm, weight, bias, index = stacks
         narrow = Narrow(weight, 96, bias=bias)
-        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, capability=capability)
+        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, target=Target(architecture))
 
     def shrink(x: jax.Array, weight: jax.Array, scale: jax.Array, index: jax.Array) -> tuple:
-        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), capability=capability)
+        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), target=Target(architecture))
 
     def alone(x: jax.Array, norm: jax.Array, index: jax.Array) -> tuple:
-        return norm_linear(x, index, norm=norm, eps=1e-5, capability=capability)
+        return norm_linear(x, index, norm=norm, eps=1e-5, target=Target(architecture))
 
     assert launches(route, x, x, norm, weight, bias, INDEX) == 1
     assert launches(shrink, x, weight, scale, INDEX) == 1

@@ -11,7 +11,8 @@ from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.packed.transposed import transposed_column
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.stacked import ONE_LAYER
-from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, PACKED_TILES, GroupedTile
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import tile_for
 from tests.triton_src.packed.assembled import assemble
 
 SIZES = {"gate_up": (5760, 2880), "down": (2880, 2880)}
@@ -20,11 +21,12 @@ SIZES = {"gate_up": (5760, 2880), "down": (2880, 2880)}
 def plan_of(projection: str, block_m: int, rank: int | None = None, adapters: int = 1) -> Plan:
     """A plan at gpt-oss-20b's sizes; more adapters than one are mixed."""
     n, k = SIZES[projection]
-    routed = next(tile for tile in PACKED_TILES[90] if isinstance(tile, GroupedTile) and tile.block_m == block_m)
+    table = own_table(90)
+    routed = next(tile for tile in table.packed_grouped_matmul if tile.block_m == block_m)
     return plan_packed_dgrad(
         projection, n=n, k=k, slots=160, pairs=16384, top_k=4, experts=32,
         adapters=adapters, rank=rank, adapter_ids=adapters > 1, stacked=ONE_LAYER, routed=routed,
-        tile=PACKED_DGRAD_TILES[90][block_m],
+        tile=tile_for(table.packed_dgrad, block_m),
     )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def test_products_overlap_with_mixed_adapters_too(block_m: int, rank: int, tmp_p
     assert "serialized" not in assemble(plan_of("gate_up", block_m, rank, adapters=8), tmp_path)[0]
 
 
-@pytest.mark.parametrize("capability", PACKED_DGRAD_TILES)
-def test_every_tile_of_the_routing_has_one(capability: int) -> None:
-    routed = {tile.block_m for tile in PACKED_TILES[capability] if isinstance(tile, GroupedTile)}
-    assert routed == set(PACKED_DGRAD_TILES[capability])
+def test_every_tile_of_the_routing_has_one() -> None:
+    table = own_table(90)
+    routed = [tile.block_m for tile in table.packed_grouped_matmul]
+    assert [tile_for(table.packed_dgrad, block_m).block_m for block_m in routed] == routed
