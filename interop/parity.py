@@ -41,7 +41,7 @@ MOST_INTERPRETED_STEPS = 20_000
 """Inner-loop steps that the interpreter is asked to take: about 5 ms each."""
 
 
-type Layout = Literal["checkpoint", "packed"]
+type LayerLayout = Literal["checkpoint", "packed"]
 """How the experts lie in memory when jmoe runs: as a checkpoint has them, or as jmoe.pack lays them out."""
 
 
@@ -50,7 +50,7 @@ class Row:
     """One layer's results. A column holds a relative error, or the reason why it has none."""
 
     label: str
-    layout: Layout
+    layout: LayerLayout
     xla: float
     triton_jax: float | str
     triton_torch: float | str
@@ -90,12 +90,12 @@ def real_shapes() -> list[LayerShape]:
     ]
 
 
-def compare_random(shape: LayerShape, layouts: Sequence[Layout] | None = None) -> list[Row]:
+def compare_random(shape: LayerShape, layouts: Sequence[LayerLayout] | None = None) -> list[Row]:
     """The rows of a random layer; see compare."""
     return compare(str(shape), random_layer(shape), shape.top_k, layouts)
 
 
-def compare(label: str, layer: Layer, top_k: int, layouts: Sequence[Layout] | None = None) -> list[Row]:
+def compare(label: str, layer: Layer, top_k: int, layouts: Sequence[LayerLayout] | None = None) -> list[Row]:
     """Runs the layer through everything that this machine can run, and returns a row for each of the layouts.
 
     jmoe's implementations route for themselves, by one rule; the references and the peer are given that routing, since
@@ -134,14 +134,14 @@ def peer_error(t: Any, routing: Any, exact: torch.Tensor) -> float | str:
     return relative_error(block(t.x, triton_kernels.route_as(routing, t.router_logits)), exact)
 
 
-def layouts_read_here(layer: Layer) -> tuple[Layout, ...]:
+def layouts_read_here(layer: Layer) -> tuple[LayerLayout, ...]:
     """The layouts of a layer's experts that this machine's kernels read."""
     packs = isinstance(layer.experts.gate_up, Mxfp4) and reads_packed_here()
     return ("checkpoint", "packed") if packs else ("checkpoint",)
 
 
 def run_everywhere(
-    layer: Layer, layout: Layout, top_k: int, exact: torch.Tensor
+    layer: Layer, layout: LayerLayout, top_k: int, exact: torch.Tensor
 ) -> tuple[float, float | str, float | str, bool | str]:
     """(errors of XLA, of Triton from JAX and of Triton from torch, whether these two are the same bits)."""
     t = jax.tree.map(to_torch, layer)

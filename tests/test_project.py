@@ -236,7 +236,8 @@ def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     use = f"import pathlib, tempfile, importlib.util as u\nassert not any(map(u.find_spec, {HIDDEN}))\n" + USE
     # The rooms that lie beside jmoe are in the wheel; looked for as files, since importing jmoe.interop takes torch.
     use += "home = pathlib.Path(jmoe.__file__).parent\n"
-    use += "assert all((home / name).is_file() for name in ('triton_src/tables/default.json', 'interop/dlpack.py', 'py.typed'))\n"
+    use += "carried = ('triton_src/tables/default.json', 'interop/dlpack.py', 'py.typed')\n"
+    use += "assert all((home / name).is_file() for name in carried)\n"
     use += "import importlib.metadata\nassert importlib.metadata.version('jmoe') == jmoe.__version__\n"
     run = subprocess.run([python, "-c", use + PARTS], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "Traceback" not in run.stderr, run.stderr
