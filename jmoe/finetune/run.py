@@ -129,7 +129,7 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
             run = Run(
                 config,
                 trainer,
-                lambda step: stacked(batches.batch(step), config.accumulate),
+                lambda step: in_micro_batches(batches.batch(step), config.accumulate),
                 held_out,
                 steps,
                 out,
@@ -219,6 +219,6 @@ def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None 
     return model.with_adapters(start_adapter(config, model.config) if lora is None else lora)
 
 
-def stacked(batch: Batch, accumulate: int) -> Batch:
+def in_micro_batches(batch: Batch, accumulate: int) -> Batch:
     """[accumulate * B, T] -> [accumulate, B, T] of each array."""
     return Batch(*(array.reshape(accumulate, -1, array.shape[-1]) for array in batch))

@@ -17,7 +17,7 @@ from jmoe.gpt_oss.rope import Heads
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodeState:
     """Sequences so far; a pytree of static shapes.
 
     cache: see jmoe.gpt_oss.cache.
@@ -40,8 +40,8 @@ def prefill(
     capacity: int,
     adapter_ids: Int32[Array, " B"] | None = None,
     prefill_chunk: int | None = None,
-) -> tuple[Float[Array, "B V"], Decoding]:
-    """(float32 logits of each prompt's last token, what decoding goes on from).
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """(float32 logits of each prompt's last token, what decode goes on from).
 
     Args:
       tokens: prompts, padded at their ends with any tokens of the vocabulary.
@@ -68,7 +68,7 @@ def prefill(
         last, cache = at_once(model, tokens, lengths, ids, cache, attention_lora)
     else:
         last, cache = in_chunks(model, tokens, lengths, ids, cache, attention_lora, prefill_chunk)
-    return model.logits(last[:, None])[:, 0], Decoding(cache, lengths, adapter_ids, attention_lora)
+    return model.logits(last[:, None])[:, 0], DecodeState(cache, lengths, adapter_ids, attention_lora)
 
 
 def at_once(
@@ -88,7 +88,7 @@ def at_once(
 
         return attend_and_keep
 
-    hidden, cache = model.through_layers(
+    hidden, cache = model.run_layers(
         tokens,
         positions_in_segments(tokens.shape, None),
         adapter_ids,
@@ -128,7 +128,7 @@ def in_chunks(
 
             return attend_and_keep
 
-        hidden, cache = model.through_layers(
+        hidden, cache = model.run_layers(
             tokens,
             jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape),
             ids,
@@ -146,7 +146,7 @@ def in_chunks(
     return lax.scan(step, (nothing, cache), inputs)[0]
 
 
-def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
+def decode(model: GptOss, tokens: Int32[Array, " B"], state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
     """(float32 logits after each sequence's next token, the sequences with it).
 
     A sequence may not come to have more tokens than the capacity that prefill was given: the first would be lost.
@@ -163,7 +163,7 @@ def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[
         return attend_and_keep
 
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
-    hidden, cache = model.through_layers(
+    hidden, cache = model.run_layers(
         tokens[:, None],
         state.lengths[:, None],
         ids,

@@ -29,7 +29,7 @@ def expert_counts(
 
     groups = config.num_hidden_layers // model.period
     nothing = jnp.zeros((groups, config.num_local_experts), jnp.int32)
-    _, counts = model.through_layers(
+    _, counts = model.run_layers(
         tokens,
         positions_in_segments(tokens.shape, segment_ids),
         adapter_ids,

@@ -105,7 +105,7 @@ def layer[S](
     if observe is not None:
         kept = observe(router_logits, kept)
     with jax.named_scope("experts"):
-        y = through_experts(
+        y = moe_block(
             normal,
             router_logits,
             weights.experts,
@@ -118,7 +118,7 @@ def layer[S](
     return x + y, kept
 
 
-def through_experts(
+def moe_block(
     x: Float[Array, "B T H"],
     router_logits: Float[Array, "B T E"],
     experts: Experts,

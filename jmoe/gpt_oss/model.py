@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from jmoe.gpt_oss.attention import Implementation, attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.few_tokens import through_layers_of_few
+from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import layer
 from jmoe.gpt_oss.lora_dropout import LoraDropout
@@ -168,9 +168,9 @@ class GptOss(nnx.Module):
 
         attentions = attentions_within(self.config, segment_ids, attention, most_segments)
         states = [None] * self.period
-        return self.through_layers(tokens, positions, adapter_ids, attentions, states, dropout=dropout)[0]
+        return self.run_layers(tokens, positions, adapter_ids, attentions, states, dropout=dropout)[0]
 
-    def through_layers[S](
+    def run_layers[S](
         self,
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
@@ -203,7 +203,7 @@ class GptOss(nnx.Module):
         stack = self.layers.get_value()
         on_experts = None if self.lora is None else self.lora.on_experts
         if inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16 and observe is None:
-            return through_layers_of_few(
+            return run_decode_layers(
                 x,
                 stack,
                 self.norm.get_value(),

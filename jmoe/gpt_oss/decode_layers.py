@@ -1,4 +1,4 @@
-"""The layers for few tokens, as inference takes them: few launches, weights read in place from all layers'."""
+"""The layers of a decode step: few launches, weights read in place from all layers'."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import Attention, delta, through_experts
+from jmoe.gpt_oss.layer import Attention, delta, moe_block
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
 from jmoe.ops.decode.linear import Expand, decode_linear
@@ -18,7 +18,7 @@ from jmoe.ops.decode.norm_linear import Narrow, norm_linear
 from jmoe.ops.experts import Lora
 
 
-def through_layers_of_few[S](
+def run_decode_layers[S](
     x: Float[Array, "B T H"],
     stack: LayerWeights,
     norm: Float[Array, " H"],
@@ -31,7 +31,7 @@ def through_layers_of_few[S](
     rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
     adapter_ids: Int32[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
-    """(hidden, states) as GptOss.through_layers, from embedded tokens and the last norm's weight."""
+    """(hidden, states) as GptOss.run_layers, from embedded tokens and the last norm's weight."""
     period = len(states)
 
     def group(
@@ -40,7 +40,7 @@ def through_layers_of_few[S](
         x, addend, states = carry
         kept = []
         for i in range(period):
-            x, addend, state = layer_of_few(
+            x, addend, state = decode_layer(
                 x,
                 addend,
                 stack,
@@ -63,7 +63,7 @@ def through_layers_of_few[S](
     return last.reshape(x.shape), carried
 
 
-def layer_of_few[S](
+def decode_layer[S](
     x: Float[Array, "B T H"],
     addend: Float[Array, "B T H"],
     stack: LayerWeights,
@@ -112,7 +112,7 @@ def layer_of_few[S](
         narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)
         routed = norm_linear(before.sum, index, addend=addend, norm=stack.moe_norm, eps=eps, narrow=narrow)
     with jax.named_scope("experts"):
-        y = through_experts(
+        y = moe_block(
             routed.normal.reshape(x.shape),
             routed.product.reshape(*shape, -1),
             stack.experts,
