@@ -34,7 +34,7 @@ def read_json(file: Path) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         for name, value in pairs:
             if name in entries and entries[name] != value:
-                raise ValueError(f"{shown(name)} has two values, {shown(entries[name])} and {shown(value)}")
+                raise ValueError(f"{in_json(name)} has two values, {in_json(entries[name])} and {in_json(value)}")
             entries[name] = value
         return entries
 
@@ -49,7 +49,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def shown(value: Any) -> str:
+def in_json(value: Any) -> str:
     """A JSON value for an error: as the file has it, its end left out if it is long."""
     try:
         text = json.dumps(value)
@@ -193,7 +193,7 @@ class Config:
         required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         problems = [f"{name} is missing" for name in required if name not in given]
         problems += [
-            f"{name} must be a positive {kinds[name].__name__}, got {shown(entries[name])}"
+            f"{name} must be a positive {kinds[name].__name__}, got {in_json(entries[name])}"
             for name, value in given.items()
             if value is None
         ]

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jmoe.errors import in_short
 from jmoe.finetune.guard import check_conversation
 from jmoe.finetune.rows import Conversation
 from jmoe.finetune.sources import open_source
 from jmoe.finetune.tools import read_tools
-from jmoe.finetune.turns import read_turns, shorten
+from jmoe.finetune.turns import read_turns
 from jmoe.text import Message, chat_text, encode
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -132,7 +133,7 @@ def _of_row(place: str, content: bytes | Mapping[str, Any] | ValueError, reserve
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise ValueError(f"a row must be an object or a text, got {shorten(row)}")
+        raise ValueError(f"a row must be an object or a text, got {in_short(row)}")
     given = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
         raise ValueError(f"a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
@@ -176,7 +177,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         parameters = tool["function"].get("parameters")
         properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
         if parameters is not None and not isinstance(properties, dict):
-            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {shorten(parameters)}")
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {in_short(parameters)}")
     return tools
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
+from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import Attention, delta, moe_block
 from jmoe.gpt_oss.rope import Heads
@@ -84,7 +84,7 @@ def decode_layer[S](
     """
     eps = config.rms_norm_eps
 
-    def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: Factors | None) -> Array:
+    def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: ProductLora | None) -> Array:
         expand = None
         if factors is not None and shrunk is not None:
             expand = Expand(shrunk, factors.b.reshape(factors.b.shape[0], -1, factors.b.shape[-1]))
@@ -129,7 +129,7 @@ def rows_of(array: Array) -> Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def shrinking(factors: Factors | None, adapter_ids: Int32[Array, "B T"] | None) -> Narrow | None:
+def shrinking(factors: ProductLora | None, adapter_ids: Int32[Array, "B T"] | None) -> Narrow | None:
     """LoRA's first half as a narrow product, where all tokens have the first adapter; None where they do not."""
     if factors is None or adapter_ids is not None:
         return None

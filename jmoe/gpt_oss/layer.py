@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
+from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.lora_dropout import LoraDropout, shrink_dropped
 from jmoe.gpt_oss.products import linear_and_expand, product
@@ -23,7 +23,7 @@ type Attention[S] = Callable[[Heads, Array], tuple[Array, S]]
 def linear(
     x: Float[Array, "B T K"],
     weights: Linear,
-    lora: Factors | None = None,
+    lora: ProductLora | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
     dropout: LoraDropout | None = None,
 ) -> Float[Array, "B T N"]:
@@ -45,7 +45,9 @@ def shrink(x: Float[Array, "B T K"], a: Float[Array, "R K"], scale: Float[Array,
     return (product("btk,rk->btr", x, a) * scale).astype(x.dtype)
 
 
-def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T N"]:
+def delta(
+    x: Float[Array, "B T K"], lora: ProductLora, adapter_ids: Int32[Array, "B T"] | None
+) -> Float[Array, "B T N"]:
     """What each token's own adapter adds, in float32."""
 
     def of_one(a: Array, scale: Array, b: Array) -> Array:
@@ -54,7 +56,7 @@ def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B 
     if adapter_ids is None:
         return of_one(lora.a[0], lora.scale[0], lora.b[0])
 
-    def add(total: Array, adapter: tuple[Array, Factors]) -> tuple[Array, None]:
+    def add(total: Array, adapter: tuple[Array, ProductLora]) -> tuple[Array, None]:
         index, own = adapter
         # Selected, not multiplied by zero: another adapter may hold NaN. Unused, it is zero for gradients' sake.
         mine = (adapter_ids == index)[..., None]

@@ -42,7 +42,7 @@ QUANTIZATION = {
 """config.json's quantization_config as OpenAI's files have it, for checkpoints whose experts were dense."""
 
 
-class Factors(NamedTuple):
+class LowRankDelta(NamedTuple):
     """One adapter on one target of one layer: a [(E,) r, K], b [(E,) N, r], scale []."""
 
     a: Array
@@ -169,7 +169,7 @@ def merge(
     size = 0
     for layer in steps(layers + 1, f"merging {directory.name}", progress):
         if layer < layers:
-            tensors, of_layer = merge_layer(checkpoint, config, layer, own_factors(lora, layer, adapter_index), format)
+            tensors, of_layer = merge_layer(checkpoint, config, layer, layer_deltas(lora, layer, adapter_index), format)
             rows += of_layer
         else:
             tensors = {name: checkpoint.tensor(name) for name in (EMBEDDING, NORM, HEAD)}
@@ -221,17 +221,17 @@ def check_adapter(lora: LoraWeights, config: Config, index: int) -> None:
                 raise ValueError(f"LoRA on {target} must be for (layers, ..., N, K) {wanted}, got {got}")
 
 
-def own_factors(lora: LoraWeights, layer: int, adapter: int) -> dict[str, Factors]:
+def layer_deltas(lora: LoraWeights, layer: int, adapter: int) -> dict[str, LowRankDelta]:
     """One adapter on one layer, without what it leaves alone."""
     return {
-        target: Factors(lora.a[target][layer, adapter], lora.b[target][layer, adapter], scale[layer, adapter])
+        target: LowRankDelta(lora.a[target][layer, adapter], lora.b[target][layer, adapter], scale[layer, adapter])
         for target, scale in lora.scale.items()
         if scale[layer, adapter] != 0
     }
 
 
 def merge_layer(
-    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, Factors], format: Format
+    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, LowRankDelta], format: Format
 ) -> tuple[dict[str, np.ndarray], list[Merged]]:
     """(one layer's tensors as the merged model names them, what was merged)."""
     prefix = f"model.layers.{layer}."
@@ -285,7 +285,7 @@ def merged(layer: int, target: str, sums: Sums) -> Merged | None:
 
 
 def add_to_experts(
-    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+    weight: Mxfp4 | Float[Array, "E N K"], factors: LowRankDelta | None, format: Format
 ) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
     """(the experts with the delta, in bfloat16 columns first; sums). MXFP4 that nothing is added to stays as it is."""
     if format == "mxfp4" and factors is None and isinstance(weight, Mxfp4):
@@ -295,13 +295,13 @@ def add_to_experts(
 
 @functools.partial(jax.jit, static_argnames="format")
 def add_to_each_expert(
-    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+    weight: Mxfp4 | Float[Array, "E N K"], factors: LowRankDelta | None, format: Format
 ) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
     """As above, one expert after another, as their float32 sums are large."""
 
     def one_expert(own: tuple[Any, tuple[Array, Array] | None]) -> tuple[Mxfp4 | Array, Sums | None]:
         weight, pair = own
-        of_one = None if pair is None or factors is None else Factors(*pair, factors.scale)
+        of_one = None if pair is None or factors is None else LowRankDelta(*pair, factors.scale)
         total, sums = add_to_matrix(weight, of_one, requantize=True, format=format)
         return total if isinstance(total, Mxfp4) else total.T, sums
 
@@ -310,7 +310,7 @@ def add_to_each_expert(
 
 @functools.partial(jax.jit, static_argnames=("requantize", "format"))
 def add_to_matrix(
-    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, requantize: bool, format: Format = "bfloat16"
+    weight: Mxfp4 | Float[Array, "N K"], factors: LowRankDelta | None, *, requantize: bool, format: Format = "bfloat16"
 ) -> tuple[Mxfp4 | Float[Array, "N K"], Sums | None]:
     """(W + scale * B A in the format, sums that say how much of the delta is left)."""
     wide = dequantize(weight, jnp.float32) if isinstance(weight, Mxfp4) else weight.astype(jnp.float32)

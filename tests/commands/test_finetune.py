@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 from jmoe import cli
 from jmoe.finetune import prepare, run
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.config_file import read_file
 from jmoe.finetune.memory import GIB
+from jmoe.finetune.options_file import read_file
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_gpt_oss"

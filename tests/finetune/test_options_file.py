@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.config_file import EXAMPLES, Format, read_file, write_example
+from jmoe.finetune.options_file import EXAMPLES, Format, read_file, write_example
 
 
 def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
