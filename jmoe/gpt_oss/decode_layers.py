@@ -1,87 +1,61 @@
 """The layers of a decode step: few launches, weights read in place from all layers'."""
 
-import functools
-from collections.abc import Callable, Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
-from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layer import Attention, delta, moe_block
+from jmoe.gpt_oss.attention_lora import ProductLora
+from jmoe.gpt_oss.layer import LayerCall, LayerLora, Place, delta, moe_block
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
 from jmoe.ops.decode.linear import Expand, decode_linear
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
-from jmoe.ops.experts import Lora
 
 
 def run_decode_layers[S](
     x: Float[Array, "B T H"],
     stack: LayerWeights,
     norm: Float[Array, " H"],
-    lora: AttentionLora | None,
-    on_experts: Lora | None,
-    config: Config,
-    *,
-    attentions: Sequence[Callable[..., tuple[Array, S]]],
-    states: Sequence[S],
-    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    adapter_ids: Int32[Array, "B T"] | None,
+    lora: LayerLora,
+    call: LayerCall[S],
+    states: tuple[S, ...],
 ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
-    """(hidden, states) as GptOss.run_layers, from embedded tokens and the last norm's weight."""
-    period = len(states)
+    """(hidden, states) as GptOss.run_layers_in_place, from embedded tokens and the last norm's weight."""
 
-    def group(
-        carry: tuple[Array, Array, tuple[S, ...]], number: Array
+    def run_group(
+        carry: tuple[Array, Array, tuple[S, ...]], group: Array
     ) -> tuple[tuple[Array, Array, tuple[S, ...]], None]:
         x, addend, states = carry
         kept = []
-        for i in range(period):
-            x, addend, state = decode_layer(
-                x,
-                addend,
-                stack,
-                lora,
-                on_experts,
-                config,
-                attention=functools.partial(attentions[i], state=states[i], group=number),
-                rotary=rotary,
-                adapter_ids=adapter_ids,
-                index=number * period + i,
-            )
+        for within, state in enumerate(states):
+            place = Place(group, within, group * len(states) + within)
+            x, addend, state = decode_layer(x, addend, stack, lora, call, place, state)
             kept.append(state)
         return (x, addend, tuple(kept)), None
 
-    groups = jnp.arange(config.num_hidden_layers // period)
-    (x, addend, carried), _ = lax.scan(group, (x, jnp.zeros_like(x), tuple(states)), groups)
-    last = norm_linear(
-        rows_of(x), jnp.int32(0), addend=rows_of(addend), norm=norm[None], eps=config.rms_norm_eps
-    ).normal
-    return last.reshape(x.shape), carried
+    groups = jnp.arange(call.config.num_hidden_layers // len(states))
+    (x, addend, states), _ = lax.scan(run_group, (x, jnp.zeros_like(x), states), groups)
+    eps = call.config.rms_norm_eps
+    last = norm_linear(rows_of(x), jnp.int32(0), addend=rows_of(addend), norm=norm[None], eps=eps).normal
+    return last.reshape(x.shape), states
 
 
 def decode_layer[S](
     x: Float[Array, "B T H"],
     addend: Float[Array, "B T H"],
     stack: LayerWeights,
-    lora: AttentionLora | None,
-    on_experts: Lora | None,
-    config: Config,
-    *,
-    attention: Attention[S],
-    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    adapter_ids: Int32[Array, "B T"] | None,
-    index: Int32[Array, ""],
+    lora: LayerLora,
+    call: LayerCall[S],
+    place: Place,
+    state: S,
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"], S]:
-    """(x, addend, what the attention keeps): jmoe.gpt_oss.layer's result is x + addend, which the next norm adds.
+    """(x, addend, the attention's state): jmoe.gpt_oss.layer's result is x + addend, which the next norm adds.
 
     x, addend: likewise what goes in is their sum.
-    stack, lora, on_experts: of all layers.
-    attention: as there.
+    stack, lora: of all layers.
     """
+    config, adapter_ids, index = call.config, call.adapter_ids, place.index
     eps = config.rms_norm_eps
 
     def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: ProductLora | None) -> Array:
@@ -95,15 +69,15 @@ def decode_layer[S](
         return (y + rows_of(delta(x.reshape(*shape, -1), own, adapter_ids))).astype(x.dtype)
 
     shape = x.shape[:2]
-    on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
+    on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
     with jax.named_scope("attention"):
         narrow = shrinking(on_qkv, adapter_ids)
         before = norm_linear(
             rows_of(x), index, addend=rows_of(addend), norm=stack.attention_norm, eps=eps, narrow=narrow
         )
         heads = multiply(before.normal, before.product, stack.qkv, on_qkv)
-        heads = heads.reshape(*shape, -1, config.head_dim)
-        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), take(stack.sinks, index))
+        heads = Heads(heads.reshape(*shape, -1, config.head_dim), config.num_attention_heads, *call.rotary)
+        attended, state = call.attention.attend(heads, take(stack.sinks, index), state, place)
         attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
         narrow = shrinking(on_o, adapter_ids)
         shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow).product
@@ -112,16 +86,9 @@ def decode_layer[S](
         narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)
         routed = norm_linear(before.sum, index, addend=addend, norm=stack.moe_norm, eps=eps, narrow=narrow)
     with jax.named_scope("experts"):
-        y = moe_block(
-            routed.normal.reshape(x.shape),
-            routed.product.reshape(*shape, -1),
-            stack.experts,
-            on_experts,
-            config,
-            adapter_ids=adapter_ids,
-            index=index,
-        )
-    return routed.sum.reshape(x.shape), y, kept
+        normal, router_logits = routed.normal.reshape(x.shape), routed.product.reshape(*shape, -1)
+        y = moe_block(normal, router_logits, stack.experts, lora.experts, call, index)
+    return routed.sum.reshape(x.shape), y, state
 
 
 def rows_of(array: Array) -> Array:
