@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jmoe.conversations.rows import Conversation
+from jmoe.conversations.turns import ROLES
 from jmoe.errors import in_short
-from jmoe.finetune.rows import Conversation
-from jmoe.finetune.turns import ROLES
 from jmoe.text import Message, chat_text, without_marks
 
 STAND_IN = re.compile(r"zq(\d{6})qz")

@@ -1,14 +1,12 @@
 """A row of text to train on: its columns, in whichever of the forms that people use."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jmoe.conversations.tools import read_tools
+from jmoe.conversations.turns import Turn, check_text, from_json, once, read_turns, unknown_keys
 from jmoe.errors import in_short
-from jmoe.finetune.sources import open_source
-from jmoe.finetune.tools import read_tools
-from jmoe.finetune.turns import Turn, check_text, from_json, once, read_turns, unknown_keys
 from jmoe.text import Message
 
 
@@ -56,35 +54,14 @@ class Parsed(NamedTuple):
     unknown: frozenset[str] = frozenset()
 
 
-def read_rows(source: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a source, see jmoe.finetune.sources.open_source.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a row cannot be read. The message has its place, what was expected and what was seen.
-    """
-    for record in open_source(source).records:
-        try:
-            row = parse(record.content).row
-        except ValueError as error:
-            raise ValueError(f"{record.place}: {error}") from error
-        yield row
-
-
-def parse_row(content: bytes | Mapping[str, Any]) -> Row:
-    """The row that a line of JSON, or values by column, hold.
-
-    Raises:
-      ValueError: it is not JSON in UTF-8, or has none of the forms.
-    """
-    return parse(content).row
-
-
 def parse(content: bytes | Mapping[str, Any] | ValueError) -> Parsed:
-    """As parse_row, with how the row was read. Of several forms, the first counts: the others' columns are ignored.
+    """The row that a line of JSON, or values by column, hold, and how it was read.
+
+    Of several forms, the first counts: the others' columns are ignored.
 
     Raises:
-      ValueError: as parse_row; what is wrong with the row, where that is given in its place.
+      ValueError: it is not JSON in UTF-8, or has none of the forms; what is wrong with the row, where that is given in
+        its place.
     """
     if isinstance(content, ValueError):
         raise content

@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jmoe.finetune.turns import once
+from jmoe.conversations.turns import once
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jmoe.conversations.turns import check_text, from_json
 from jmoe.errors import in_short
-from jmoe.finetune.turns import check_text, from_json
 
 SCHEMA = ("parameters", "input_schema", "inputSchema")
 """What the schema of a function's parameters is called: by OpenAI, by Anthropic, and by MCP's servers."""

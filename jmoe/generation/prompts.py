@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jmoe.conversations.guard import check_conversation
+from jmoe.conversations.rows import Conversation
+from jmoe.conversations.sources import open_source
+from jmoe.conversations.tools import read_tools
+from jmoe.conversations.turns import read_turns
 from jmoe.errors import in_short
-from jmoe.finetune.guard import check_conversation
-from jmoe.finetune.rows import Conversation
-from jmoe.finetune.sources import open_source
-from jmoe.finetune.tools import read_tools
-from jmoe.finetune.turns import read_turns
 from jmoe.text import Message, chat_text, encode
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -85,8 +85,8 @@ def _read(standard_input: BinaryIO) -> str:
 def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
     """The prompts of a file; lines without anything are left out.
 
-    A name that ends in one of ROWS is of rows, read as jmoe.finetune.sources reads them: of each `prompt`, a text or a
-    list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
+    A name that ends in one of ROWS is of rows, read as jmoe.conversations.sources reads them: of each `prompt`, a text
+    or a list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
 
     Args:
       reserved: names that a row may not have, since its reply has them.
@@ -154,7 +154,7 @@ def _conversation(name: str, value: Any) -> list[Message]:
 
 
 def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a JSON file lists, in the form that chat templates take; see jmoe.finetune.tools.read_tools.
+    """The functions that a JSON file lists, in the form that chat templates take (jmoe.conversations.tools.read_tools).
 
     Raises:
       FileNotFoundError: there is no such file.

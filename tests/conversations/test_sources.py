@@ -16,10 +16,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from jmoe.conversations.rows import Completion, Conversation, Text
+from jmoe.conversations.sources import open_source
 from jmoe.finetune.examples import read_examples
-from jmoe.finetune.rows import Completion, Conversation, Text, read_rows
-from jmoe.finetune.sources import open_source
 from jmoe.text import load_tokenizer
+from tests.conversations.reading import read_rows
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jmoe.finetune.turns import Turn, read_turns
+from jmoe.conversations.turns import Turn, read_turns
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}
