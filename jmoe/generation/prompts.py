@@ -92,7 +92,7 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
       reserved: names that a row may not have, since its reply has them.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it holds no prompt, or a line none that can be read; the line's number is said.
     """
     prompts = list(_of_lines(file, reserved))
@@ -103,7 +103,7 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
 
 def _of_lines(file: Path, reserved: Sequence[str]) -> Iterator[Prompt]:
     if not file.exists() or file.is_dir():
-        raise FileNotFoundError(f"{file} does not exist, or is no file")
+        raise FileNotFoundError(f"{file} does not exist, or is not a file")
     if file.suffix.lower() in ROWS:
         for record in open_source(file).records:
             try:
@@ -157,7 +157,7 @@ def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
     """The functions that a JSON file lists, in the form that chat templates take (jmoe.conversations.tools.read_tools).
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it is not JSON, or not a list of functions with names.
     """
     try:
