@@ -140,7 +140,7 @@ def merge(
       How much of each delta is left in what was written, and how much would be in the other format.
 
     Raises:
-      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; there is no such adapter or format; a sum is not finite;
+      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; the adapter or format does not exist; a sum is not finite;
         MXFP4 cannot hold experts of this width.
       FileExistsError: out is not empty.
       OSError: a file cannot be written; the error names it.
@@ -151,38 +151,72 @@ def merge(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config, stacked=False)
-    if isinstance(adapter, LoraWeights):
-        if lora_b_layout is not None:
-            raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
-        lora = adapter
-    else:
-        lora = load_adapter(adapter, config, lora_b_layout=lora_b_layout)
+    lora = adapter_of(adapter, config, lora_b_layout)
     check_adapter(lora, config, adapter_index)
     if format == "mxfp4":
         check_blocks(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; a merged model is written to a new directory")
+    make_empty(folder)
     layers = config.num_hidden_layers
-    files: dict[str, str] = {}
+    shards = Shards(folder, layers)
     rows: list[Merged] = []
-    size = 0
     for layer in steps(layers + 1, f"merging {directory.name}", progress):
         if layer < layers:
             tensors, of_layer = merge_layer(checkpoint, config, layer, layer_deltas(lora, layer, adapter_index), format)
             rows += of_layer
         else:
             tensors = {name: checkpoint.tensor(name) for name in (EMBEDDING, NORM, HEAD)}
-        file = f"model-{layer:05}-of-{layers:05}.safetensors"
-        write_tensors(folder / file, tensors)
-        files |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        shards.write(layer, tensors)
     replace(folder / "config.json", json.dumps(settings(directory, format), indent=2).encode())
     for pattern in COPIED:
         for source in filter(Path.is_file, directory.glob(pattern)):
             copy(source, folder / source.name)
-    replace(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2).encode())
+    shards.write_index()
     return MergeReport(tuple(rows), format)
+
+
+def adapter_of(
+    adapter: str | os.PathLike[str] | LoraWeights, config: Config, lora_b_layout: LoraBLayout | None
+) -> LoraWeights:
+    """Adapters that were loaded, or a directory's.
+
+    Raises:
+      FileNotFoundError, ValueError: as load_adapter; lora_b_layout is given with adapters that were loaded.
+    """
+    if not isinstance(adapter, LoraWeights):
+        return load_adapter(adapter, config, lora_b_layout=lora_b_layout)
+    if lora_b_layout is not None:
+        raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
+    return adapter
+
+
+def make_empty(folder: Path) -> None:
+    """Makes the folder unless it exists; raises FileExistsError if something is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; a merged model is written to a new directory")
+
+
+class Shards:
+    """A checkpoint's safetensors files, written one after another, and their index."""
+
+    def __init__(self, folder: Path, last: int) -> None:
+        """None written yet; last: the number of the last, from 0."""
+        self._folder = folder
+        self._last = last
+        self._file_of: dict[str, str] = {}
+        self._size = 0
+
+    def write(self, number: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes one file; OSError names it."""
+        file = f"model-{number:05}-of-{self._last:05}.safetensors"
+        write_tensors(self._folder / file, tensors)
+        self._file_of |= dict.fromkeys(tensors, file)
+        self._size += sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_index(self) -> None:
+        """Writes what makes the directory a checkpoint: which file each tensor is in."""
+        index = {"metadata": {"total_size": self._size}, "weight_map": self._file_of}
+        replace(self._folder / INDEX, json.dumps(index, indent=2).encode())
 
 
 def settings(directory: Path, format: Format) -> dict[str, Any]:
