@@ -118,7 +118,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     if directory.is_dir():
         return directory
     if name.count("/") == 2 and name.endswith("/original") and not name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name} is no directory; of the Hub give {name.removesuffix('/original')}")
+        raise FileNotFoundError(f"{name} is not a directory; of the Hub give {name.removesuffix('/original')}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
     import huggingface_hub
@@ -127,7 +127,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
         raise FileNotFoundError(
-            f"{name} is no directory, and could not be fetched from the Hugging Face Hub: {first_line(error)}"
+            f"{name} is not a directory, and could not be fetched from the Hugging Face Hub: {first_line(error)}"
         ) from error
 
 
@@ -188,7 +188,7 @@ def check_layers(
     }
     for layer in range(layers):
         specs |= attention_specs(config, layer)
-        for part in moe_specs(checkpoint, layer):
+        for part in moe_specs(config, layer, checkpoint.is_packed):
             specs |= part
     check_specs(checkpoint, specs)
     for projection in EXPERTS if stacked else ():
