@@ -120,7 +120,7 @@ def model_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a checkpoint directory in Hugging Face's names, whichever it is written in.
 
     Raises:
-      FileNotFoundError: there is no config.json.
+      FileNotFoundError: config.json is missing.
       ValueError: it does not hold a JSON object.
     """
     folder = Path(path)
@@ -178,7 +178,7 @@ class Config:
         """Reads config.json of a checkpoint directory; `experts_per_token` may stand for `num_experts_per_tok`.
 
         Raises:
-          FileNotFoundError: there is no config.json.
+          FileNotFoundError: config.json is missing.
           ValueError: it is not JSON, it is for another architecture, or fields are missing or no positive numbers
             (all are listed).
         """

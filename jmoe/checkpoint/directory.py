@@ -191,7 +191,7 @@ class Checkpoint:
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, though {INDEX} places {name} there")
         with open_safetensors(file) as shard:
-            if name not in shard.keys():  # noqa: SIM118  the handle itself is no container
+            if name not in shard.keys():  # noqa: SIM118  the handle itself is not a container
                 raise ValueError(f"{file} has no tensor {name}, though {INDEX} places it there")
             yield shard
 
@@ -229,7 +229,7 @@ class Checkpoint:
         """Rows of a tensor, [*ids.shape, *row shape], as `tensor` has them; each row is read once, the rest never.
 
         Raises:
-          ValueError: ids are no integers, or outside the tensor; and as `tensor` does.
+          ValueError: ids are not integers, or outside the tensor; and as `tensor` does.
         """
         ids = np.asarray(ids)
         if not np.issubdtype(ids.dtype, np.integer):

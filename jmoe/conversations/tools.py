@@ -18,7 +18,8 @@ def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The functions that the assistant may call, each as {"type": "function", "function": {...}}.
 
     Raises:
-      ValueError: it is no list of functions with names; parameters are no JSON schema; a value is none that JSON has.
+      ValueError: it is not a list of functions with names; parameters are not a JSON schema; a value is not
+        one that JSON has.
     """
     tools = from_json(value, "[")
     if not isinstance(tools, list):

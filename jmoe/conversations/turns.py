@@ -49,7 +49,7 @@ def read_turns(name: str, value: Any) -> list[Turn]:
     """The turns of a list, or of one that is written as JSON.
 
     Raises:
-      ValueError: it is no list, or one of its turns cannot be read, which is named.
+      ValueError: it is not a list, or one of its turns cannot be read, which is named.
     """
     value = from_json(value, "[")
     if not isinstance(value, list) or not value:
@@ -114,7 +114,7 @@ def _with_content(name: str, message: dict[str, Any]) -> Message:
 
 
 def _join_parts(name: str, value: Any) -> Any:
-    """The text of a list of texts, one after the other; what is no list as it is."""
+    """The text of a list of texts, one after the other; what is not a list as it is."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -187,7 +187,7 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_trained(name: str, role: str, fields: Mapping[str, Any]) -> bool | None:

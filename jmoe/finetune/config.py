@@ -229,7 +229,7 @@ def parse_ranks(value: Any) -> dict[str, int]:
     """Target -> rank, from "gate_up=8,q=16", a list of such texts, or a table; nothing for None.
 
     Raises:
-      ValueError: the value is none of these, or has an unknown target, one twice, or a rank below 1.
+      ValueError: the value is not one of these, or has an unknown target, one twice, or a rank below 1.
     """
     wrong = f"ranks must be as gate_up=8,q=16, of {', '.join(TARGETS)}"
     if isinstance(value, Mapping):

@@ -71,7 +71,7 @@ def read_examples(
       bad_rows: whether a row that cannot be read or rendered is an error or is skipped.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: an argument is out of range; a source cannot be read; a row is bad or too long where that is an error,
         named by file and line; no example is left.
       ImportError: a source needs packages that are not installed.

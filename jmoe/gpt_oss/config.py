@@ -79,7 +79,7 @@ class Config(config_file.Config):
         stop_tokens are those of generation_config.json where it is there.
 
         Raises:
-          FileNotFoundError: there is no config.json.
+          FileNotFoundError: config.json is missing.
           ValueError: a field is missing or not one that this model has; an unknown kind of rope, of quantisation or of
             layer, each named with its value.
         """
@@ -144,7 +144,7 @@ def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]
     config.json of the released models lists <|return|> alone, which then stands for RELEASED_STOP_TOKENS.
 
     Raises:
-      ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
+      ValueError: a file is not a JSON object, or its eos_token_id neither a token id nor a list of them.
     """
     name = "eos_token_id"
     generation, model = Path(path) / "generation_config.json", Path(path) / "config.json"

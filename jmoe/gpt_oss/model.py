@@ -164,7 +164,7 @@ class GptOss(nnx.Module):
         """The last layer's results, after the norm, before the head.
 
         Args:
-          tokens: NaN follows from a traced one that is none of the vocabulary's.
+          tokens: NaN follows from a traced one that is not in the vocabulary.
           positions: None: 0, 1, ... in each segment.
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows

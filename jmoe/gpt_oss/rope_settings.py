@@ -76,7 +76,7 @@ def spelt(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
     """The settings in transformers 5's spelling, those that are null left out.
 
     Raises:
-      ValueError: they are no object, or both spellings are there and do not agree.
+      ValueError: they are not an object, or both spellings are there and do not agree.
     """
     spellings: list[Any] = [entries[name] for name in ("rope_parameters", "rope_scaling") if entries.get(name)]
     for given in spellings:

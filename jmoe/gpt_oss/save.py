@@ -51,7 +51,7 @@ def save_adapter(
         Never with portable.
 
     Raises:
-      ValueError: there is no such adapter, or all of its scales are 0.
+      ValueError: the adapter does not exist, or all of its scales are 0.
       OSError: a file cannot be written.
     """
     adapters = next(iter(lora.scale.values())).shape[1]

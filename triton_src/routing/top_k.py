@@ -144,7 +144,7 @@ def chosen_columns(
     The latter (STRIPS, ROWS, slots) is the other way round: the columns that a row uses, best first.
 
     Columns are the router's experts, or those held here where experts are given; a row then is a pair, whose only
-    choice is 0, as nothing keeps a given token's experts apart. A given expert that is not held here is no column.
+    choice is 0, as nothing keeps a given token's experts apart. A given expert that is not held here is not a column.
     """
     if logits_ptr is not None:
         choice, used = choose(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
@@ -157,7 +157,7 @@ def chosen_columns(
 
 @triton.jit
 def at_columns(values, used):
-    """(STRIPS, ROWS, slots): values (columns,) of the columns used; any of them where that is no column."""
+    """(STRIPS, ROWS, slots): values (columns,) of the columns used; any of them where that is not a column."""
     COLUMNS: tl.constexpr = values.shape[0]
     column = tl.reshape(used, (used.shape[0] * used.shape[1] * used.shape[2],))
     column = tl.where((column >= 0) & (column < COLUMNS), column, 0)
