@@ -9,10 +9,10 @@ from typing import Any, Literal, Self
 
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.errors import in_short
+from jmoe.gpt_oss.layer import Remat
 from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS
 
-type Remat = Literal["nothing", "experts", "layers"]
 type Schedule = Literal["cosine", "linear", "constant"]
 
 RANK, ALPHA = 16, 32.0

@@ -234,8 +234,7 @@ def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None 
     model = load(
         directory,
         dtype=jnp.dtype(config.dtype),
-        recompute=config.remat == "experts",
-        remat=config.remat == "layers",
+        remat=config.remat,
         progress=not config.quiet,
         quantize=config.quantize,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from jmoe.gpt_oss.weights import LayerWeights, Linear, slice_layers
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
 from jmoe.ops.norm import rms_norm
+
+type Remat = Literal["nothing", "experts", "layers"]
+"""What the backward pass computes again: nothing; experts' first product, as jmoe.moe does with recompute; or whole
+layers, of which it keeps the input alone."""
 
 
 class Place(NamedTuple):
@@ -59,7 +63,7 @@ class LayerCall[S]:
     """What is the same in every layer of one call.
 
     rotary: (cosine, sine) [B, T, D/2] of the tokens' positions.
-    recompute: as in jmoe.moe.
+    remat: what the backward pass computes again.
     dropout: of the inputs of LoRA on attention, in training.
     """
 
@@ -67,7 +71,7 @@ class LayerCall[S]:
     attention: LayerAttention[S]
     rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]
     adapter_ids: Int32[Array, "B T"] | None
-    recompute: bool = False
+    remat: Remat = "nothing"
     dropout: LoraDropout | None = None
 
 
@@ -170,7 +174,7 @@ def moe_block(
         adapter_ids=None if lora is None else call.adapter_ids,
         activation=call.config.activation,
         layer=index,
-        recompute=call.recompute,
+        recompute=call.remat == "experts",
         backend="xla" if x.dtype == jnp.float32 else None,
     )
 
@@ -183,7 +187,6 @@ def run_groups[S](
     states: tuple[S, ...],
     *,
     in_place: bool,
-    remat: bool,
 ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
     """(x, states) after all layers, one group of them compiled.
 
@@ -192,7 +195,6 @@ def run_groups[S](
     stack, lora: of all layers.
     states: for each layer of a group.
     in_place: LoRA is read in place too, for which it has no gradient.
-    remat: as in GptOss.
     """
     groups = call.config.num_hidden_layers // len(states)
 
@@ -209,7 +211,9 @@ def run_groups[S](
         kept = []
         for within, state in enumerate(states):
             run = functools.partial(one, group=group, within=within)
-            x, state = (jax.checkpoint(run) if remat else run)(x, group * len(states) + within, sliced, state)
+            if call.remat == "layers":
+                run = jax.checkpoint(run)
+            x, state = run(x, group * len(states) + within, sliced, state)
             kept.append(state)
         return (x, tuple(kept)), None
 

@@ -18,6 +18,7 @@ from jmoe.checkpoint.tensors import Spec
 from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layer import Remat
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LayerWeights, Linear, sizes
@@ -46,8 +47,7 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
     quantize: Quantize | None = None,
-    recompute: bool = False,
-    remat: bool = False,
+    remat: Remat = "nothing",
     progress: bool = True,
     lora_b_layout: LoraBLayout | None = None,
 ) -> GptOss:
@@ -64,7 +64,6 @@ def load(
       adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
         jmoe.gpt_oss.load_adapter.
       dtype: as in GptOss. The weights keep their own dtypes.
-      recompute: as in GptOss.
       remat: as in GptOss.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       quantize: "mxfp4" rounds dense experts to MXFP4, one at a time and from the file's own dtype, as jmoe.quantize
@@ -104,7 +103,6 @@ def load(
         head=head,
         lora=jax.device_put(lora, device),
         dtype=dtype,
-        recompute=recompute,
         remat=remat,
     )
 

@@ -1,6 +1,7 @@
 """gpt-oss as a Flax module."""
 
 import dataclasses
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.flash_attention import SEGMENTS
-from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Place, run_groups
+from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Place, Remat, run_groups
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
@@ -74,24 +75,24 @@ class GptOss(nnx.Module):
         head: Float[Array, "V H"],
         lora: LoraWeights | None = None,
         dtype: DTypeLike = jnp.bfloat16,
-        recompute: bool = False,
-        remat: bool = False,
+        remat: Remat = "nothing",
     ) -> None:
         """A model of these weights.
 
         Args:
           dtype: of activations: bfloat16, or float32, for which experts run by XLA.
-          recompute: as in jmoe.moe.
-          remat: the backward pass keeps a layer's input alone, and computes the layer again.
+          remat: what the backward pass computes again, which takes time and saves memory: "nothing"; "experts", as
+            recompute in jmoe.moe; or "layers", of which it keeps the input alone.
 
         Raises:
-          ValueError: another dtype.
+          ValueError: another dtype or remat.
         """
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}")
+        if remat not in typing.get_args(Remat.__value__):
+            raise ValueError(f'remat must be "nothing", "experts" or "layers", got {remat!r}')
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.recompute = recompute
         self.remat = remat
         self.embedding = Frozen(embedding)
         self.layers = nnx.data(Frozen(layers))
@@ -118,7 +119,6 @@ class GptOss(nnx.Module):
             head=self.head.get_value(),
             lora=lora,
             dtype=self.dtype,
-            recompute=self.recompute,
             remat=self.remat,
         )
 
@@ -212,7 +212,7 @@ class GptOss(nnx.Module):
         call = self.layer_call(inputs, attention, dropout)
         x = self.embed(inputs.tokens, inputs.adapter_ids)
         lora = LayerLora(self.attention_lora(), None if self.lora is None else self.lora.on_experts)
-        x, states = run_groups(x, self.layers.get_value(), lora, call, states, in_place=False, remat=self.remat)
+        x, states = run_groups(x, self.layers.get_value(), lora, call, states, in_place=False)
         return rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), states
 
     def run_layers_in_place[S](
@@ -234,7 +234,7 @@ class GptOss(nnx.Module):
         lora = LayerLora(attention_lora, None if self.lora is None else self.lora.on_experts)
         if inputs.tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16:
             return run_decode_layers(x, stack, norm, lora, call, states)
-        x, states = run_groups(x, stack, lora, call, states, in_place=True, remat=self.remat)
+        x, states = run_groups(x, stack, lora, call, states, in_place=True)
         return rms_norm(x, norm, self.config.rms_norm_eps), states
 
     def layer_call[S](
@@ -242,7 +242,7 @@ class GptOss(nnx.Module):
     ) -> LayerCall[S]:
         """What all layers of a call have alike."""
         rotary = cosine_and_sine(self.config.rope, self.config.head_dim, inputs.positions)
-        return LayerCall(self.config, attention, rotary, inputs.adapter_ids, self.recompute, dropout)
+        return LayerCall(self.config, attention, rotary, inputs.adapter_ids, self.remat, dropout)
 
     def embed(self, tokens: Int32[Array, "B T"], adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T H"]:
         """What goes into the first layer: NaN for tokens that are not in the vocabulary, and adapters there are not."""
