@@ -189,7 +189,7 @@ def test_the_gradient_of_few_rows_on_packed_weights_follows_the_users_table() ->
     few = dataclasses.replace(PACKED, tokens=4, router_experts=None)
     for plans in (
         plan_moe(few, 90, own.over({GROUPED: (tile,)}), keep=True),
-        plan_moe_backward(few, {"x": "bfloat16"}, None, True, 90, own.over({GROUPED: (tile,)})),
+        plan_moe_backward(few, {"x": "bfloat16"}, True, 90, own.over({GROUPED: (tile,)})),
     ):
         blocks = {plan.constexprs["BLOCK_M"] for plan in plans if "BLOCK_M" in plan.constexprs}
         assert blocks == {tile.block_m}

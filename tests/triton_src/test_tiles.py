@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from jmoe.triton_src.decode.plans import plan_decode
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.tile_candidates import ALSO
 from jmoe.triton_src.tile_tables import KINDS, allowed_by, own_table
 from jmoe.triton_src.tiles import LaunchTable, bound_name
+from tests.triton_src.problems import moe_problem
 from tests.triton_src.test_moe_backward import everything
-from tests.triton_src.test_plan import PACKED, PROBLEM
+from tests.triton_src.test_plan import PROBLEM
 
 TOKENS = (1, 4, 16, 64, 300, 1024, 16384)
 """With 32 experts and top-4 they reach every tile of a section by rows."""
@@ -31,16 +33,19 @@ DECODE = {
 def layer_plans(table: LaunchTable, problem: MoeProblem, tokens: int) -> list[Plan]:
     """Forward, and the gradient of everything."""
     sized = dataclasses.replace(problem, tokens=tokens)
-    given = dataclasses.replace(sized, router_experts=None)
-    return plan_moe(sized, 90, table) + plan_moe_backward(given, everything(sized), 32, True, 90, table)
+    return plan_moe(sized, 90, table) + plan_moe_backward(sized, everything(sized), True, 90, table)
 
 
 def every_plan(table: LaunchTable) -> list[list[Plan]]:
     """Of layers and decode operations that together run by all of a table, without what costs the tests time."""
-    mixed = {"adapters": 2, "adapter_ids": True, "gate_up_rank": 64, "down_rank": 64}
-    sizes = {"hidden": 2880, "intermediate": 2880}
-    problems = [dataclasses.replace(p, **sizes) for p in (PROBLEM, PACKED, dataclasses.replace(PACKED, **mixed))]
-    problems.append(dataclasses.replace(problems[-1], adapters=1, adapter_ids=False))
+    ranks = (64, 64)
+    packed: dict[str, Any] = {"layout": Layout.PACKED, "expert_offset": True}
+    problems = [
+        PROBLEM,
+        moe_problem(**packed),
+        moe_problem(**packed, ranks=ranks, adapters=2, adapter_ids=True),
+        moe_problem(**packed, ranks=ranks, adapters=1),
+    ]
     wide = dataclasses.replace(problems[1], experts=256, router_experts=256)
     plans = [layer_plans(table, problem, tokens) for problem in problems for tokens in TOKENS]
     plans += [layer_plans(table, wide, tokens) for tokens in (16, 300)]

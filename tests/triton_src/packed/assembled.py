@@ -8,21 +8,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from jmoe.triton_src.activation import SwiGLU
-from jmoe.triton_src.moe import MoeProblem
 from jmoe.triton_src.plan import Plan
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
 KINDS |= {"gate_up_grad_shrunk": "*fp32", "down_grad_shrunk": "*fp32"}
 KINDS |= {"finished": "*i32", "gate_up_scale": "*fp32", "down_scale": "*fp32"}
 KINDS |= {"tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32", "gate_up_shrunk": "*fp32", "down_shrunk": "*fp32"}
-
-PROBLEM = MoeProblem(
-    tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=True,
-    gate_up_mxfp4=True, down_mxfp4=True, gate_up_bias=True, down_bias=True,
-    adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, expert_offset=False,
-    activation=SwiGLU(),
-)  # fmt: skip
 
 
 def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:

@@ -10,24 +10,20 @@ from jmoe.ops.packed import pack_weight
 from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.packed.transposed import transposed_column
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.stacked import ONE_LAYER
+from jmoe.triton_src.problem import Layout
 from jmoe.triton_src.tile_tables import own_table
 from jmoe.triton_src.tiles import tile_for
 from tests.triton_src.packed.assembled import assemble
-
-SIZES = {"gate_up": (5760, 2880), "down": (2880, 2880)}
+from tests.triton_src.problems import moe_problem
 
 
 def plan_of(projection: str, block_m: int, rank: int | None = None, adapters: int = 1) -> Plan:
     """A plan at gpt-oss-20b's sizes; more adapters than one are mixed."""
-    n, k = SIZES[projection]
     table = own_table(90)
     routed = next(tile for tile in table.packed_grouped_matmul if tile.block_m == block_m)
-    return plan_packed_dgrad(
-        projection, n=n, k=k, slots=160, pairs=16384, top_k=4, experts=32,
-        adapters=adapters, rank=rank, adapter_ids=adapters > 1, stacked=ONE_LAYER, routed=routed,
-        tile=tile_for(table.packed_dgrad, block_m),
-    )  # fmt: skip
+    problem = moe_problem(4096, layout=Layout.PACKED, ranks=(rank, rank), adapters=adapters, adapter_ids=adapters > 1)
+    product = problem.gate_up if projection == "gate_up" else problem.down
+    return plan_packed_dgrad(product, problem, tile_for(table.packed_dgrad, block_m), routed)
 
 
 def test_each_weight_stands_in_the_transposed_fragment_of_its_column() -> None:
@@ -53,7 +49,7 @@ def test_each_weight_stands_in_the_transposed_fragment_of_its_column() -> None:
     np.testing.assert_array_equal(at, codes[:, columns])
 
 
-@pytest.mark.parametrize("projection", SIZES)
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
 @pytest.mark.parametrize("rank", [None, 16, 64])
 @pytest.mark.parametrize(("block_m", "programs"), [(64, 3), (128, 2)])
 def test_several_programs_fit_a_multiprocessor(
