@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from jmoe.interop.gradient import Options, backward, run
+from jmoe.triton_src.activation import SwiGLU
 from tests.torch_layers import Layer, random_layer
 
 pytestmark = pytest.mark.interpret
 
-OPTIONS = Options(96, False, 2, 1.702, 7.0, False)
+OPTIONS = Options(96, False, 2, SwiGLU(), False)
 SIZES = {"tokens": 24, "adapters": 2, "gate_up_rank": 5, "down_rank": 16, "mixed": True}
 
 
