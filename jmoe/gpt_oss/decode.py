@@ -70,7 +70,7 @@ class CachedAttention(LayerAttention[Array]):
 
     def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
         """(each query's values, the cache's entries with the token's)."""
-        return attend_cached(heads, self.sinks, place.index, state, place.group, self.position)
+        return attend_cached(heads, self.sinks, place.number, state, place.group, self.position)
 
 
 def prefill(

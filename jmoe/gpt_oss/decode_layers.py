@@ -55,7 +55,7 @@ def decode_layer[S](
     x, addend: likewise what goes in is their sum.
     stack, lora: of all layers.
     """
-    config, adapter_ids, index = call.config, call.adapter_ids, place.index
+    config, adapter_ids, index = call.config, call.adapter_ids, place.number
     eps = config.rms_norm_eps
 
     def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: ProductLora | None) -> Array:
@@ -75,8 +75,8 @@ def decode_layer[S](
         before = norm_linear(
             rows_of(x), index, addend=rows_of(addend), norm=stack.attention_norm, eps=eps, narrow=narrow
         )
-        heads = multiply(before.normal, before.product, stack.qkv, on_qkv)
-        heads = Heads(heads.reshape(*shape, -1, config.head_dim), config.num_attention_heads, *call.rotary)
+        qkv = multiply(before.normal, before.product, stack.qkv, on_qkv)
+        heads = Heads(qkv.reshape(*shape, -1, config.head_dim), config.num_attention_heads, *call.rotary)
         attended, state = call.attention.attend(heads, take(stack.sinks, index), state, place)
         attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
         narrow = shrinking(on_o, adapter_ids)

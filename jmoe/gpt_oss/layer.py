@@ -25,11 +25,11 @@ layers, of which it keeps the input alone."""
 
 
 class Place(NamedTuple):
-    """Which layer: that at `within` of the group of this number; `index` counts all layers."""
+    """Which layer: that at `within` of a group; groups are counted, and `number` counts all layers."""
 
     group: Int32[Array, ""]
     within: int
-    index: Int32[Array, ""]
+    number: Int32[Array, ""]
 
 
 class LayerAttention[S](Protocol):
@@ -134,13 +134,13 @@ def layer[S](
     weights, lora: of this layer; experts, and LoRA on them, may be of all layers.
     """
     config, adapter_ids = call.config, call.adapter_ids
-    dropout = None if call.dropout is None else call.dropout.number(place.index)
+    dropout = None if call.dropout is None else call.dropout.number(place.number)
     of_qkv, of_o = (None, None) if dropout is None else (dropout.number(0), dropout.number(1))
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
-        heads = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
-        heads = Heads(heads, config.num_attention_heads, *call.rotary)
+        qkv = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
+        heads = Heads(qkv, config.num_attention_heads, *call.rotary)
         attended, state = call.attention.attend(heads, weights.sinks, state, place)
         x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o)
     with jax.named_scope("router"):
@@ -148,7 +148,7 @@ def layer[S](
         router_logits = linear(normal, weights.router)
     state = call.attention.observe(router_logits, state, place)
     with jax.named_scope("experts"):
-        y = moe_block(normal, router_logits, weights.experts, lora.experts, call, place.index)
+        y = moe_block(normal, router_logits, weights.experts, lora.experts, call, place.number)
     return x + y, state
 
 
@@ -210,9 +210,8 @@ def run_groups[S](
         group, sliced = scanned
         kept = []
         for within, state in enumerate(states):
-            run = functools.partial(one, group=group, within=within)
-            if call.remat == "layers":
-                run = jax.checkpoint(run)
+            plain = functools.partial(one, group=group, within=within)
+            run = jax.checkpoint(plain) if call.remat == "layers" else plain
             x, state = run(x, group * len(states) + within, sliced, state)
             kept.append(state)
         return (x, tuple(kept)), None
