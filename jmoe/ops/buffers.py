@@ -1,4 +1,4 @@
-"""A call's arrays by the names that launch plans use, and the layer of such arrays by plain XLA operations."""
+"""A call's arrays by the names that launch plans use."""
 
 from typing import Any, NamedTuple
 
@@ -8,8 +8,7 @@ from jax import lax
 
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
-from jmoe.ops.reference import moe_reference
-from jmoe.ops.routing import Routing, route
+from jmoe.ops.routing import Routing
 
 type Buffers = dict[str, jax.Array]
 
@@ -77,29 +76,3 @@ def names_of_stacks(buffers: Buffers) -> list[str]:
     lora = [f"{p}_{part}" for p in ("gate_up", "down") for part in ("a", "b", "scale")]
     scales = [buffers[name] for name in ("gate_up_scale", "down_scale") if name in buffers]
     return [name for name in (*experts, *(lora if scales and scales[0].ndim == 2 else ())) if name in buffers]
-
-
-def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
-    """The layer by plain XLA operations."""
-    buffers = of_one_layer(buffers)
-    hidden, double = buffers["x"].shape[1], 2 * options.intermediate
-
-    def weight(projection: str) -> Mxfp4 | PackedMxfp4 | jax.Array:
-        weight, scales = buffers[projection], buffers.get(f"{projection}_scales")
-        if scales is None:
-            return weight
-        if weight.dtype == jnp.uint8:
-            return Mxfp4(weight, scales)
-        n, k = (double, hidden) if projection == "gate_up" else (hidden, options.intermediate)
-        return PackedMxfp4(weight, scales, n, k)
-
-    experts = Experts(weight("gate_up"), buffers.get("gate_up_bias"), weight("down"), buffers.get("down_bias"))
-    parts = {f"{p}_{part}": buffers.get(f"{p}_{part}") for p in ("gate_up", "down") for part in ("a", "b", "scale")}
-    lora = None if all(part is None for part in parts.values()) else Lora(**parts)
-    if "experts" in buffers:
-        routing = Routing(buffers["experts"], buffers["weights"])
-    else:
-        routing = route(buffers["router_logits"], options.top_k)
-    offset = buffers["expert_offset"][0] if "expert_offset" in buffers else 0
-    ids = buffers.get("adapter_ids")
-    return moe_reference(buffers["x"], routing, experts, lora, ids, offset, options.swiglu_alpha, options.swiglu_limit)

@@ -18,9 +18,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.interpreters import mlir, xla
 
 from jmoe.ops.batching import moe_of_batches, one_after_another
-from jmoe.ops.buffers import Buffers, Options, moe_xla
+from jmoe.ops.buffers import Buffers, Options
 from jmoe.ops.launch.layer import moe_backward_p, moe_forward_p
 from jmoe.ops.routing import route
+from jmoe.ops.xla.moe import moe_xla
 
 KEPT = "jmoe_pre_activations"
 """The name, for policies of jax.checkpoint, of what the forward pass keeps unless recompute is set."""

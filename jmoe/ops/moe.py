@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.buffers import Options, moe_xla, name_buffers
+from jmoe.ops.buffers import Options, name_buffers
 from jmoe.ops.check import check_backend, check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
@@ -16,6 +16,7 @@ from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, as_int
 from jmoe.ops.sharding import by_auto_axes, vary_alike
 from jmoe.ops.target import Target
+from jmoe.ops.xla.moe import moe_xla
 
 type Backend = Literal["triton", "xla"] | Target | None
 
