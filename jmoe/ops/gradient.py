@@ -1,8 +1,8 @@
 """The layer by the backend of the platform, with its gradient.
 
 The choice of backend is made when a program is lowered, in the forward pass and again in the backward pass, between
-which the same arrays are kept on either: the inputs, the routing and, unless they are computed again, gate_up's results
-before the activation.
+which the same arrays are kept on either: the inputs, the routing and, where Triton can run and unless they are computed
+again, gate_up's results before the activation.
 """
 
 import functools
@@ -20,6 +20,7 @@ from jax.interpreters import mlir, xla
 from jmoe.ops.batching import moe_of_batches, one_after_another
 from jmoe.ops.buffers import Buffers, Options
 from jmoe.ops.launch.layer import moe_backward_p, moe_forward_p
+from jmoe.ops.launch.local_gpu import has_cuda
 from jmoe.ops.routing import route
 from jmoe.ops.xla.moe import moe_xla
 
@@ -54,6 +55,8 @@ def _forward(options: Options, primals: dict[str, CustomVJPPrimal]) -> tuple[jax
     wanted = Names(name for name, primal in primals.items() if primal.perturbed)
     if options.forced and set(wanted) & set(WEIGHTS):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
+    if not options.forced and not (buffers["x"].dtype == jnp.bfloat16 and has_cuda()):
+        options = options._replace(recompute=True)  # XLA alone can run this, and reads no pre_activations
     results = on_platform(options, forward_of_batches(options), functools.partial(_forward_xla, options), buffers)
     y = results.pop("y")
     if "pre_activations" in results:
@@ -62,7 +65,10 @@ def _forward(options: Options, primals: dict[str, CustomVJPPrimal]) -> tuple[jax
 
 
 def _forward_xla(options: Options, buffers: Buffers) -> Buffers:
-    """As moe_forward_p. XLA's backward pass computes everything again: its pre_activations are zeros."""
+    """As moe_forward_p. XLA's backward pass computes everything again: its pre_activations are zeros.
+
+    They are there only beside a GPU, for which the same program might be lowered.
+    """
     results = {"y": moe_xla(options, buffers)}
     if "router_logits" in buffers:
         routing = route(buffers["router_logits"], options.top_k)

@@ -27,6 +27,14 @@ def local_capability() -> int:
     return int(major) * 10 + int(minor)
 
 
+def has_cuda() -> bool:
+    """Whether this process has an NVIDIA GPU. Without one, only a Target lowers anything for CUDA."""
+    try:
+        return bool(jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return False
+
+
 def reads_packed_here() -> bool:
     """Whether JAX's default device has kernels that read packed experts.
 

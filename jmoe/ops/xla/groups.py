@@ -44,9 +44,7 @@ class Groups:
     rows: int
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("first", "pairs", "tokens", "is_own"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("first", "pairs", "tokens", "is_own"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Consecutive places, the first of which belong to one expert; a pytree.
