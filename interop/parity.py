@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import torch
 
-from jmoe.interop import reference, triton_kernels_peer
+from jmoe.bench.peers import triton_kernels
+from jmoe.interop import reference
 from jmoe.interop.dlpack import to_torch
 from jmoe.interop.launch import INTERPRETER_CAPABILITY
 from jmoe.interop.moe import moe as moe_torch
@@ -105,10 +106,10 @@ def compare(label: str, layer: Layer, top_k: int) -> Row:
             triton_jax = relative_error(y_jax, exact)
             same_bits = torch.equal(y_jax.view(torch.int16), y_torch.view(torch.int16))
 
-    peer: float | str = triton_kernels_peer.missing() or "no LoRA"
-    if triton_kernels_peer.missing() is None and layer.lora is None and hasattr(t.experts.gate_up, "blocks"):
-        block = triton_kernels_peer.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
-        routed = triton_kernels_peer.route_as(t_routing, t.router_logits)
+    peer: float | str = triton_kernels.missing() or "no LoRA"
+    if triton_kernels.missing() is None and layer.lora is None and hasattr(t.experts.gate_up, "blocks"):
+        block = triton_kernels.prepare(t.experts, num_warps=4 if t.x.shape[0] < 1024 else 8)
+        routed = triton_kernels.route_as(t_routing, t.router_logits)
         peer = relative_error(block(t.x, routed), exact)
 
     row = Row(label, xla, triton_jax, triton_torch, peer, bf16, same_bits, ())

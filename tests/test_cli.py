@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from jmoe import cli
-from jmoe.config_file import CheckpointWarning
+from jmoe.checkpoint.config_file import CheckpointWarning
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_gpt_oss"

@@ -78,11 +78,23 @@ def test_triton_src_imports_triton_and_the_standard_library_alone() -> None:
         assert allowed, found
 
 
+PEERS = "jmoe/bench/peers/"
+"""What jmoe is measured beside: the one room in jmoe, but for the links, that is of torch."""
+
+
 def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
     for found in imports("jmoe"):
-        if starts(found.module, "torch", "jmoe.interop"):
+        if not found.file.startswith(PEERS) and starts(found.module, "torch", "jmoe.interop", "jmoe.bench.peers"):
             assert starts(found.file.replace("/", ".").removesuffix(".py"), "jmoe.commands", "jmoe.bench"), found
             assert found.inside_function, found
+
+
+def test_peers_are_torch_and_what_is_measured() -> None:
+    for found in imports(PEERS.removesuffix("/")):
+        packages = ["torch", "jmoe.interop", "jmoe.bench.peers"]
+        packages += ["triton_kernels"] * (found.file == PEERS + "triton_kernels.py")
+        packages += ["vllm"] * (found.file == PEERS + "vllm_lora.py")
+        assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found
 
 
 TUNING = ("jmoe/bench/tune.py", "jmoe/commands/tune.py")
@@ -107,13 +119,12 @@ def test_operations_do_not_know_what_is_built_on_them() -> None:
 def test_the_torch_side_meets_jax_in_two_files() -> None:
     for found in imports("interop"):
         packages = ["torch", "triton", "numpy", "jax", "jmoe"]
-        packages += ["triton_kernels"] * (found.file == "interop/triton_kernels_peer.py")
-        packages += ["vllm"] * (found.file == "interop/vllm_lora_peer.py")
         assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found
         if starts(found.module, "jax"):
             assert found.file in ("interop/dlpack.py", "interop/parity.py"), found
         if starts(found.module, "jmoe"):
-            rooms = ["jmoe.interop", "jmoe.triton_src"] + ["jmoe.ops"] * (found.file == "interop/parity.py")
+            rooms = ["jmoe.interop", "jmoe.triton_src"]
+            rooms += ["jmoe.ops", "jmoe.bench.peers"] * (found.file == "interop/parity.py")
             assert starts(found.module, *rooms), found
 
 

@@ -23,9 +23,9 @@ from safetensors import safe_open
 
 from jmoe.adapters.keys import Form, Pair, find_pairs
 from jmoe.adapters.settings import LORA_B_LAYOUTS, AdapterWarning, LoraBLayout, Settings
-from jmoe.checkpoint import open_safetensors
-from jmoe.layouts import grouped
-from jmoe.tensors import Spec, tensor_spec
+from jmoe.checkpoint.directory import open_safetensors
+from jmoe.checkpoint.layouts import grouped
+from jmoe.checkpoint.tensors import Spec, tensor_spec
 
 _DTYPES = ("F32", "BF16", "F16")
 

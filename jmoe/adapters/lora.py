@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jmoe.adapters.file import Sizes, open_adapter
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.config_file import Config
+from jmoe.checkpoint.config_file import Config
 from jmoe.ops.experts import Lora
 
 

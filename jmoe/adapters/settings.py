@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jmoe.config_file import is_number, read_json
+from jmoe.checkpoint.config_file import is_number, read_json
 
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]  # typer resolves no `type` statement
 

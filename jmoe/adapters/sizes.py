@@ -7,8 +7,8 @@ from pathlib import Path
 from jmoe.adapters.file import Sizes
 from jmoe.adapters.keys import Pair, find_pairs
 from jmoe.adapters.settings import Settings
-from jmoe.checkpoint import open_safetensors
-from jmoe.tensors import Spec, tensor_spec
+from jmoe.checkpoint.directory import open_safetensors
+from jmoe.checkpoint.tensors import Spec, tensor_spec
 
 _ANY_LAYERS = 1 << 20
 

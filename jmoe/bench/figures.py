@@ -5,7 +5,7 @@ from typing import Any
 
 from jmoe.bench.case import Case
 from jmoe.bench.ours import PACKED
-from jmoe.bench.peers import MARLIN, TRITON_KERNELS, TRITON_KERNELS_ROUTING, VLLM_LORA
+from jmoe.bench.torch_peers import MARLIN, TRITON_KERNELS, TRITON_KERNELS_ROUTING, VLLM_LORA
 
 type Row = dict[str, Any]
 """{experts, tokens, rank, adapters, microseconds: {name: a number, or why there is none}}"""

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from jmoe.bench.case import Case, Size
 from jmoe.bench.figures import figure, find, marlin_layer
 from jmoe.bench.ours import PACKED
-from jmoe.bench.peers import TRITON_KERNELS
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
 from jmoe.bench.results import Results
 from jmoe.bench.roofline import ROOFS, roofline_microseconds
+from jmoe.bench.torch_peers import TRITON_KERNELS
 
 type Line = list[tuple[int, float]]
 """(tokens, microseconds), by tokens."""

@@ -13,8 +13,8 @@ from jmoe.bench.figures import Row, figure, find, marlin_layer, peer_layer, rati
 from jmoe.bench.markdown import table
 from jmoe.bench.model.tables import section as model_section
 from jmoe.bench.ours import CHECKPOINT, PACKED
-from jmoe.bench.peers import TRITON_KERNELS
 from jmoe.bench.ragged_dot import NAME as RAGGED_DOT
+from jmoe.bench.torch_peers import TRITON_KERNELS
 
 RESULTS = Path(__file__).parent / "results"
 BENCH, PLOT = RESULTS / "bench_h100.json", RESULTS / "bench_h100.svg"

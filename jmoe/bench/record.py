@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jmoe.config_file import read_json
+from jmoe.checkpoint.config_file import read_json
 from jmoe.files import replace
 
 PACKAGES = ("jax", "jax-triton", "triton", "torch", "triton_kernels", "vllm")

@@ -21,7 +21,7 @@ from jmoe.commands.paths import input_path
 from jmoe.device_memory import allow_whole_gpu
 
 if TYPE_CHECKING:
-    from jmoe.doctor import Machine, ModelReport
+    from jmoe.doctor.model import Machine, ModelReport
 
 
 def doctor(
@@ -55,7 +55,7 @@ def doctor(
     if loss and model is None:
         raise typer.BadParameter("--loss needs --model")
     allow_whole_gpu()
-    from jmoe.doctor import examine_machine, examine_model
+    from jmoe.doctor.model import examine_machine, examine_model
     from jmoe.gpt_oss.adapter import layouts_of
     from jmoe.gpt_oss.adapter_report import examine_adapter
 

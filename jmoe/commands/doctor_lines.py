@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def text_lines(model: str) -> list[str]:
     """What was found of the files that text needs, a line each."""
-    from jmoe.doctor_text import examine_text_files
+    from jmoe.doctor.text_files import examine_text_files
     from jmoe.gpt_oss.load import local_directory
 
     return [
@@ -24,7 +24,7 @@ def loss_lines(
     model: str, adapters: Sequence[Path], lora_b_layout: "LoraBLayout | None", quantize: "Quantize | None" = None
 ) -> list[str]:
     """The loss of the model and with each adapter, and a warning for each that is too high."""
-    from jmoe.doctor_loss import bound, examine_loss
+    from jmoe.doctor.loss import bound, examine_loss
 
     report = examine_loss(model, adapters, lora_b_layout=lora_b_layout, quantize=quantize)
     where = "as an answer in the chat template" if report.in_template else "as bare text"

@@ -109,7 +109,7 @@ def read_layer(
 
     from jmoe.adapters import load_lora
     from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
-    from jmoe.config_file import why_no_tokenizer
+    from jmoe.checkpoint.config_file import why_no_tokenizer
     from jmoe.ops.norm import rms_norm
     from jmoe.ops.random_layer import Layer
 

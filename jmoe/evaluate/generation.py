@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmoe.channels import FINAL, ChannelReader
 from jmoe.gpt_oss.generate import generate
 from jmoe.gpt_oss.model import GptOss
+from jmoe.text.channels import FINAL, ChannelReader
 
 
 class Reply(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jmoe.channels import CONTROL, ENDS_OF_REPLIES, has_channels
 from jmoe.evaluate.generation import Reply, generate_replies
 from jmoe.evaluate.generation_options import CHAT_LIMIT, PLAIN_LIMIT, for_generate
 from jmoe.evaluate.score import Score, Span, score
 from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import chat_text, encode
+from jmoe.text.channels import CONTROL, ENDS_OF_REPLIES, has_channels
 
 try:
     from lm_eval.api.instance import Instance

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jmoe.channels import ChannelText
 from jmoe.generation.reply import Reply
 from jmoe.gpt_oss.generate import Generated, NotFiniteError, generate
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import check_vocabulary
+from jmoe.text.channels import ChannelText
 
 CHUNK = 8
 """Steps between two pieces of streamed text."""

@@ -8,10 +8,10 @@ from typing import IO, Any
 
 import typer
 
-from jmoe.channels import FINAL, ChannelText
 from jmoe.files import naming
 from jmoe.generation.batches import Answer
 from jmoe.generation.prompts import Prompt
+from jmoe.text.channels import FINAL, ChannelText
 
 REPLY_KEYS = ("sample", "text", "channels", "tool_calls", "finish_reason", "stop", "prompt_tokens", "new_tokens")
 """What a row of JSON has of the reply."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jmoe.channels import FINAL, ChannelReader, ChannelText
-from jmoe.gpt_oss.stream import TextStream
-from jmoe.stop_strings import StopStrings
+from jmoe.text.channels import FINAL, ChannelReader, ChannelText
+from jmoe.text.stop_strings import StopStrings
+from jmoe.text.stream import TextStream
 
 
 class Reply:

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jmoe import config_file
-from jmoe.config_file import LARGEST_INT, model_entries, number, read_json, shown
+from jmoe.checkpoint import config_file
+from jmoe.checkpoint.config_file import LARGEST_INT, model_entries, number, read_json, shown
 from jmoe.gpt_oss.rope_settings import Rope, read_rope
 
 RELEASED_STOP_TOKENS = (200002, 199999, 200012)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint import EMBEDDING, Checkpoint, check_specs, load_moe_layer, moe_specs
+from jmoe.checkpoint.directory import EMBEDDING, Checkpoint, check_specs, load_moe_layer, moe_specs
+from jmoe.checkpoint.tensors import Spec
 from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
@@ -21,7 +22,6 @@ from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LayerWeights, Linear, sizes
 from jmoe.ops.launch.local_gpu import reads_packed_here
 from jmoe.ops.mxfp4 import BLOCK
-from jmoe.tensors import Spec
 
 Quantize = Literal["mxfp4"]  # typer resolves no `type` statement
 

@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint import EMBEDDING, INDEX, Checkpoint, load_moe_layer
-from jmoe.config_file import model_entries
+from jmoe.checkpoint.config_file import model_entries
+from jmoe.checkpoint.directory import EMBEDDING, INDEX, Checkpoint, load_moe_layer
 from jmoe.files import copy, replace, write_tensors
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config

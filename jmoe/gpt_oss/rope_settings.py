@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jmoe.config_file import number, shown
+from jmoe.checkpoint.config_file import number, shown
 
 
 @dataclasses.dataclass(frozen=True)

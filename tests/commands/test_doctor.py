@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jmoe import doctor, gpt_oss
+from jmoe import gpt_oss
+from jmoe.checkpoint.tensors import Spec
 from jmoe.cli import app
 from jmoe.commands.doctor import gigabytes
 from jmoe.device_memory import FRACTION, NAMES
+from jmoe.doctor import model as doctor
 from jmoe.finetune import memory
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.cache import cache_bytes
-from jmoe.tensors import Spec
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 MACHINE = doctor.Machine({}, (), gpu=False, no_triton="JAX sees no GPU", tiles=None, no_flash="no Hopper", missing=())

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from jmoe.channels import FINAL, ChannelText
 from jmoe.generation.batches import Answer, Request
 from jmoe.generation.output import REPLY_KEYS, Printer, RowFile, as_row, json_line
 from jmoe.generation.prompts import Prompt
 from jmoe.generation.reply import Reply
 from jmoe.text import encode
+from jmoe.text.channels import FINAL, ChannelText
 from tests.channel_tokenizer import channel_tokenizer
 
 THINKS = "<|channel|>analysis<|message|>Hm.<|end|>"

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from jmoe.channels import FINAL, ChannelText
 from jmoe.generation.reply import Reply
 from jmoe.text import encode, load_tokenizer
+from jmoe.text.channels import FINAL, ChannelText
 from tests.channel_tokenizer import TINY, channel_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>Say: one\n\ntwo STOP<|end|>"

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jmoe import gpt_oss
-from jmoe.checkpoint import open_safetensors
+from jmoe.checkpoint.directory import open_safetensors
 from tests import adapter_layouts as layouts
 from tests.adapter_layouts import PREFIX, Tensors
 

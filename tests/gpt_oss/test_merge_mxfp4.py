@@ -127,7 +127,7 @@ def test_experts_that_the_adapter_leaves_alone_keep_their_bytes(tmp_path: Path) 
             np.testing.assert_array_equal(after.tensor(name), before.tensor(name))
 
 
-@pytest.mark.filterwarnings("ignore::jmoe.config_file.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::jmoe.checkpoint.config_file.CheckpointWarning")
 def test_a_dense_checkpoint_in_float32_becomes_mxfp4(tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     gpt_oss.merge(CASE / "model", CASE / "adapter", dense, progress=False)

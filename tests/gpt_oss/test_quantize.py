@@ -38,7 +38,7 @@ def random_experts(dtype: type, swapped: bool = False) -> dict[str, np.ndarray]:
     return tensors
 
 
-@pytest.mark.filterwarnings("ignore::jmoe.config_file.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::jmoe.checkpoint.config_file.CheckpointWarning")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float16])
@@ -150,7 +150,7 @@ def test_the_commands_load_so(command: str, tmp_path: Path, monkeypatch: pytest.
     assert "mxfp4" in f"{run.output} {run.exception}"
 
 
-@pytest.mark.filterwarnings("ignore::jmoe.config_file.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::jmoe.checkpoint.config_file.CheckpointWarning")
 def test_doctor_counts_experts_as_rounded(tmp_path: Path) -> None:
     directory = written(tmp_path, cast(dense(tensors_of(EXAMPLE)), np.float32), EXAMPLE)
     weights = []

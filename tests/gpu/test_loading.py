@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from jmoe import gpt_oss
 from jmoe.bench.model.loading import layer_specs, random_tensor, write_checkpoint
-from jmoe.tensors import Spec
+from jmoe.checkpoint.tensors import Spec
 
 pytestmark = pytest.mark.gpu
 

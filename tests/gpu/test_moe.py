@@ -203,10 +203,10 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_at_most_twice_the_time_of_triton_kernels(tokens: int) -> None:
     from jmoe.bench.case import Matrix, Size
+    from jmoe.bench.peers import triton_kernels
     from jmoe.bench.run import implementations, run, select
-    from jmoe.interop import triton_kernels_peer
 
-    if (reason := triton_kernels_peer.missing()) is not None:
+    if (reason := triton_kernels.missing()) is not None:
         pytest.skip(f"triton_kernels: {reason}")
     chosen = select(implementations(), ["jmoe", "triton_kernels"], [])
     (measured,) = run(Matrix(Size(), (tokens,), (32,), (0,)), chosen)

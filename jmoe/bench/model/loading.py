@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from jmoe.bench.model.case import Figures, ModelCase
 from jmoe.bench.model.memory import anonymous_gib, in_use_gib, peak_gib
-from jmoe.checkpoint import EMBEDDING
+from jmoe.checkpoint.directory import EMBEDDING
+from jmoe.checkpoint.tensors import Spec
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, NORM, attention_specs, load
-from jmoe.tensors import Spec
 
 
 def measure(case: ModelCase) -> Figures:

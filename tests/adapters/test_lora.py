@@ -21,7 +21,7 @@ from jmoe.checkpoint import Config
 from jmoe.ops.experts import Lora
 from tests.trees import tree_equal
 
-CASE = Path(__file__).parent / "data" / "tiny_case"
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 CONFIG = Config.load(CASE / "model")
 EXPERTS = CONFIG.num_local_experts
 MLP = "base_model.model.model.layers.0.mlp."

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from jmoe.cli import app
 from jmoe.device_memory import NAMES
-from jmoe.doctor_text import TextFile, examine_generation_config, examine_text_files
+from jmoe.doctor.text_files import TextFile, examine_generation_config, examine_text_files
 from tests import harmony
 
-TINY = Path(__file__).parent.parent / "examples" / "tiny_gpt_oss"
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 NAMED = ("tokenizer.json", "chat template", "generation_config.json")
 
 

@@ -20,11 +20,11 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 from safetensors import SafetensorError, safe_open
 
-from jmoe.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
-from jmoe.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
+from jmoe.checkpoint.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
+from jmoe.checkpoint.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
+from jmoe.checkpoint.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, Mxfp4
-from jmoe.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,7 +52,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 
 class Checkpoint:
-    """A checkpoint directory, in one view for all layouts: see jmoe.layouts.
+    """A checkpoint directory, in one view for all layouts: see jmoe.checkpoint.layouts.
 
     Shards are opened when a tensor in them is asked for, so the others need not exist.
     """

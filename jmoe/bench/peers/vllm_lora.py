@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from jmoe.bench.peers.vllm_blocks import in_blocks
 from jmoe.interop.moe import LoraLike
-from jmoe.interop.vllm_blocks import in_blocks
 
 NAIVE_TOKENS = 16
 """Up to so many tokens vLLM gives each pair a block of its own instead of sorting pairs by expert."""

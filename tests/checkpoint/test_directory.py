@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import jmoe.checkpoint
 from jmoe.checkpoint import Checkpoint, embed, load_moe_layer, router_logits
-from jmoe.config_file import Config
+from jmoe.checkpoint import directory as reading
+from jmoe.checkpoint.config_file import Config
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.norm import rms_norm
 from tests.trees import tree_equal
 
-CASE = Path(__file__).parent / "data" / "tiny_case"
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 SHARDS = [f"model-{i:05d}-of-00002.safetensors" for i in range(3)]
 INDEX = "model.safetensors.index.json"
 LAYER_0 = [
@@ -53,7 +53,7 @@ def expected():
 def reads(monkeypatch):
     """What is read while a test runs: file names opened, tensors read whole, rows read of a table."""
     log = {"files": set(), "tensors": [], "rows": []}
-    real = jmoe.checkpoint.safe_open
+    real = reading.safe_open
 
     class Rows:
         def __init__(self, table):
@@ -82,7 +82,7 @@ def reads(monkeypatch):
         def get_slice(self, name):
             return Rows(self.shard.get_slice(name))
 
-    monkeypatch.setattr(jmoe.checkpoint, "safe_open", Recorder)
+    monkeypatch.setattr(reading, "safe_open", Recorder)
     return log
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 
 from jmoe.adapters.settings import LoraBLayout
-from jmoe.checkpoint import EMBEDDING, Checkpoint
+from jmoe.checkpoint.directory import EMBEDDING, Checkpoint
+from jmoe.checkpoint.tensors import Spec
 from jmoe.gpt_oss import flash_attention
 from jmoe.gpt_oss.adapter import layouts_of
 from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
@@ -23,7 +24,6 @@ from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.launch.installed import INSTALL
 from jmoe.ops.launch.local_gpu import kernel_of_experts_here, tiles_here, why_no_triton
 from jmoe.ops.mxfp4 import BLOCK
-from jmoe.tensors import Spec
 
 PACKAGES = (
     "jmoe", "jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "flax", "transformers", "tokenizers",

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jmoe.config_file import read_json
+from jmoe.checkpoint.config_file import read_json
 from jmoe.errors import first_line
 from jmoe.gpt_oss.config import token_ids
 from jmoe.text import chat_text, encode, load_tokenizer

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from jmoe.tensors import READ_AS, Spec
+from jmoe.checkpoint.tensors import READ_AS, Spec
 
 EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 """Dense experts in the view."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jmoe.config_file import why_no_tokenizer
-from jmoe.control_tokens import MARK, ControlTokens, control_tokens, keep_within, mark_all, mark_within, stretches
+from jmoe.checkpoint.config_file import why_no_tokenizer
+from jmoe.text.control_tokens import MARK, ControlTokens, control_tokens, keep_within, mark_all, mark_within, stretches
 
 type Message = Mapping[str, Any]
 """One turn of a conversation: `role` and `content`, and what else the chat template knows."""

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe.interop import marlin_peer, vllm_lora_peer
-from jmoe.interop.vllm_blocks import in_blocks
+from jmoe.bench.peers import marlin, vllm_lora
+from jmoe.bench.peers.vllm_blocks import in_blocks
 
 
 @given(st.integers(1, 70), st.sampled_from([4, 32]), st.sampled_from([8, 16, 48]), st.integers(0, 99))
@@ -42,13 +42,13 @@ def test_blocks_never_outgrow_their_room() -> None:
 def test_without_a_gpu_the_peers_say_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert marlin_peer.missing() == vllm_lora_peer.missing() == "no GPU"
+    assert marlin.missing() == vllm_lora.missing() == "no GPU"
 
 
 def test_the_number_of_the_weights_type() -> None:
     # exponent 2, mantissa 1, signed, finite values only
-    assert float4_bits(marlin_peer.float4_e2m1f()) == (2, 1, 1, 0, 1, 0)
-    assert marlin_peer.float4_e2m1f() == 562949953487106
+    assert float4_bits(marlin.float4_e2m1f()) == (2, 1, 1, 0, 1, 0)
+    assert marlin.float4_e2m1f() == 562949953487106
 
 
 def float4_bits(number: int) -> tuple[int, ...]:
@@ -62,8 +62,8 @@ def float4_bits(number: int) -> tuple[int, ...]:
 
 
 def test_marlins_sizes_are_padded() -> None:
-    assert marlin_peer.padded(2880, 2880) == (3072, 2944)
-    assert marlin_peer.padded(256, 128) == (256, 128)
+    assert marlin.padded(2880, 2880) == (3072, 2944)
+    assert marlin.padded(256, 128) == (256, 128)
 
 
 @pytest.mark.parametrize("name", ["library.so", "library.so.xz"])
@@ -72,5 +72,5 @@ def test_a_library_may_be_compressed(tmp_path: Path, name: str, monkeypatch: pyt
     monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(Path(path).read_bytes()))
     content = b"\x7fELF"
     (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith(".xz") else content)
-    marlin_peer.load(tmp_path / name)
+    marlin.load(tmp_path / name)
     assert loaded == [content]

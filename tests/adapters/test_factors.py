@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jmoe.adapters import load_lora
 from jmoe.adapters.sizes import sizes_of_adapter
-from jmoe.config_file import Config
+from jmoe.checkpoint.config_file import Config
 from jmoe.ops.experts import Lora
 from tests import adapter_layouts as layouts
 from tests.adapter_layouts import Tensors

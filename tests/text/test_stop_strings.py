@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe.stop_strings import StopStrings
+from jmoe.text.stop_strings import StopStrings
 
 
 def run(text: str, strings: list[str], size: int) -> tuple[str, str | None]:

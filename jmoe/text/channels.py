@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jmoe.gpt_oss.stream import TextStream
+from jmoe.text.stream import TextStream
 
 FINAL = "final"
 """The channel of the answer; also of a reply without channels."""

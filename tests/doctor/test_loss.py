@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from jmoe import gpt_oss
 from jmoe.cli import app
 from jmoe.device_memory import NAMES
-from jmoe.doctor_loss import PARAGRAPH, bound, examine_loss, paragraph_tokens
+from jmoe.doctor.loss import PARAGRAPH, bound, examine_loss, paragraph_tokens
 from jmoe.text import chat_text, encode, load_tokenizer
 
-TINY = Path(__file__).parent.parent / "examples" / "tiny_gpt_oss"
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 WIDTH = 64
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jmoe.interop.vllm_blocks import in_blocks
+from jmoe.bench.peers.vllm_blocks import in_blocks
 
 MODULES = ("vllm._moe_C", "vllm._moe_C_stable_libtorch")
 """Whose import registers the operation, in one release of vLLM or another."""

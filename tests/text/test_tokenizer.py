@@ -8,7 +8,7 @@ import pytest
 
 from jmoe.text import chat_text, encode, load_tokenizer
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny_gpt_oss"
+TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 

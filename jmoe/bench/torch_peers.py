@@ -53,12 +53,12 @@ def triton_kernels(weights: Weights) -> Measure:
     """OpenAI's fused block, the better of its two weight layouts, plus its routing, each timed alone."""
 
     def missing() -> str | None:
-        from jmoe.interop.triton_kernels_peer import missing
+        from jmoe.bench.peers.triton_kernels import missing
 
         return missing()
 
     require(missing)
-    from jmoe.interop import triton_kernels_peer as peer
+    from jmoe.bench.peers import triton_kernels as peer
 
     blocks = [peer.prepare(weights.torch_experts, num_warps=num_warps) for num_warps in (4, 8)]
     top_k = weights.size.top_k
@@ -77,12 +77,12 @@ def marlin(weights: Weights, library: Path | None) -> Measure:
     """Marlin's two products, without routing, activation and sum."""
 
     def missing() -> str | None:
-        from jmoe.interop.marlin_peer import missing
+        from jmoe.bench.peers.marlin import missing
 
         return missing(library)
 
     require(missing)
-    from jmoe.interop import marlin_peer as peer
+    from jmoe.bench.peers import marlin as peer
 
     on = peer.prepare(weights.count, weights.size.hidden, weights.size.intermediate)
 
@@ -97,14 +97,14 @@ def vllm_lora(weights: Weights) -> Measure:
     """vLLM's adapters of both projections, without the layer they are added to."""
 
     def missing() -> str | None:
-        from jmoe.interop.vllm_lora_peer import missing
+        from jmoe.bench.peers.vllm_lora import missing
 
         return missing()
 
     require(missing)
     import jax
 
-    from jmoe.interop import vllm_lora_peer as peer
+    from jmoe.bench.peers import vllm_lora as peer
     from jmoe.interop.dlpack import to_torch
 
     def measure(case: Case) -> Figures:

@@ -13,14 +13,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from jmoe import doctor, gpt_oss
+from jmoe import gpt_oss
 from jmoe.bench.model.case import sizes
 from jmoe.bench.model.loading import write_checkpoint
 from jmoe.checkpoint import Checkpoint, embed
+from jmoe.checkpoint.config_file import CheckpointWarning
+from jmoe.checkpoint.layouts import grouped
 from jmoe.cli import app
-from jmoe.config_file import CheckpointWarning
+from jmoe.doctor import model as doctor
 from jmoe.gpt_oss.new_adapter import new_adapter
-from jmoe.layouts import grouped
 from jmoe.text import load_tokenizer
 from tests.checkpoints import (
     TINY,
@@ -37,7 +38,7 @@ from tests.checkpoints import (
 from tests.commands.test_doctor import MACHINE
 from tests.trees import tree_equal
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_gpt_oss"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 
 
 def arrays(directory: Path, **options: object) -> list[jax.Array]:
@@ -140,7 +141,7 @@ def test_wider_floats_are_rounded_to_bfloat16_which_is_said_once(dtype: type, sa
 
 
 def test_a_tensor_larger_than_a_chunk_is_rounded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jmoe.tensors.CHUNK", 100)
+    monkeypatch.setattr("jmoe.checkpoint.tensors.CHUNK", 100)
     tensors = tensors_of(TINY)
     directory = written(tmp_path, cast(tensors, np.float32))
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"):

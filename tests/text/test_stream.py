@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.gpt_oss.stream import REPLACEMENT, TextStream
 from jmoe.text import encode, load_tokenizer
+from jmoe.text.stream import REPLACEMENT, TextStream
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 TEXT = "Licensed under π and 漢字 and 🙂, \n the Apache License"

@@ -43,7 +43,7 @@ def test_without_a_registry_its_tests_are_skipped_or_fail(
     no_registry = {"XDG_CACHE_HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *option, test],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, **no_registry},
         capture_output=True,
         text=True,
@@ -54,4 +54,4 @@ def test_without_a_registry_its_tests_are_skipped_or_fail(
 
 
 def test_ci_fails_where_a_registry_is_missing() -> None:
-    assert "make test PYTEST_OPTIONS=--registry-required" in (Path(__file__).parents[1] / ".ci" / "run").read_text()
+    assert "make test PYTEST_OPTIONS=--registry-required" in (Path(__file__).parents[2] / ".ci" / "run").read_text()

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jmoe.channels import COMMENTARY, FINAL, OUTSIDE, ChannelReader, ChannelText, has_channels
 from jmoe.text import encode, load_tokenizer
+from jmoe.text.channels import COMMENTARY, FINAL, OUTSIDE, ChannelReader, ChannelText, has_channels
 from tests.channel_tokenizer import TINY, channel_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>Let me think: π 🙂<|end|>"

@@ -16,12 +16,12 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 from jmoe import gpt_oss
 from jmoe.adapters import load_lora
 from jmoe.checkpoint import Checkpoint, load_moe_layer, router_logits
-from jmoe.config_file import CheckpointWarning
+from jmoe.checkpoint.config_file import CheckpointWarning
 from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.norm import rms_norm
 
-ROOT = Path(__file__).parent.parent
-CASE = Path(__file__).parent / "data" / "tiny_case"
+ROOT = Path(__file__).parents[2]
+CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 EXAMPLE = ROOT / "examples" / "tiny_gpt_oss"
 PROJECTIONS = ("gate_up", "down")
 
@@ -122,7 +122,7 @@ def test_logits_of_what_transformers_saves_in_any_dtype(dtype, suffix, tmp_path)
     assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)
 
 
-@pytest.mark.filterwarnings("ignore:.*float(16|32) weights are rounded:jmoe.config_file.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore:.*float(16|32) weights are rounded:jmoe.checkpoint.config_file.CheckpointWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_reads_what_transformers_saves_of_a_model_dequantised_in_another_dtype(dtype, tmp_path):
     """MXFP4's values are exact in either, so nothing is lost on the way."""
