@@ -1,7 +1,7 @@
 """One expert's weights as products take them.
 
 MXFP4 bytes hold an even column in the low nibble and the odd one after it in the high one. Laying them side by side
-costs a CPU ten times what decoding does, so that either half stays an array of its own, and x's columns are split alike.
+costs a CPU ten times what decoding does, so that either half stays an array of its own, and x is split alike.
 """
 
 import jax
