@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
-from jmoe.interop.launch import capability_of, launch, tables_of
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.interop.launch import capability_of, launch, table_of
+from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
+from jmoe.triton_src.problem import Layout, MoeProblem
 
 type Buffers = dict[str, torch.Tensor]
 
@@ -18,10 +20,8 @@ class Options(NamedTuple):
     """What is static about a call."""
 
     intermediate: int
-    packed: bool
     top_k: int
-    swiglu_alpha: float
-    swiglu_limit: float
+    activation: SwiGLU
     recompute: bool
 
     def problem(self, buffers: Buffers) -> MoeProblem:
@@ -29,11 +29,15 @@ class Options(NamedTuple):
         return MoeProblem.from_shapes(
             {name: tuple(tensor.shape) for name, tensor in buffers.items()},
             intermediate=self.intermediate,
-            packed=self.packed,
+            layouts={name: layout_of(buffers[name]) for name in ("gate_up", "down")},
             top_k=self.top_k,
-            swiglu_alpha=self.swiglu_alpha,
-            swiglu_limit=self.swiglu_limit,
+            activation=self.activation,
         )
+
+
+def layout_of(weight: torch.Tensor) -> Layout:
+    """Of the first of a weight's tensors."""
+    return {torch.int32: Layout.PACKED, torch.uint8: Layout.MXFP4}.get(weight.dtype, Layout.DENSE)
 
 
 def run(options: Options, buffers: Buffers, keep: bool = False) -> Buffers:
@@ -41,7 +45,7 @@ def run(options: Options, buffers: Buffers, keep: bool = False) -> Buffers:
     device = buffers["x"].device
     capability = capability_of(device, grouped_matmul_kernel)
     with on(device):
-        return launch(plan_moe(options.problem(buffers), capability, tables_of(device), keep=keep), buffers)
+        return launch(plan_moe(options.problem(buffers), capability, table_of(device, capability), keep=keep), buffers)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -97,8 +101,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 def backward(options: Options, buffers: Buffers, dy: torch.Tensor, wanted: Buffers) -> Buffers:
     """The gradients, by name, of the buffers that are wanted."""
-    logits = buffers.get("router_logits")
-    given = {name: tensor for name, tensor in buffers.items() if name != "router_logits"}
+    given = dict(buffers)
     problem = options.problem({name: given[name] for name in given if name != "pre_activations"})
     if "adapter_ids" in given:
         # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
@@ -106,13 +109,13 @@ def backward(options: Options, buffers: Buffers, dy: torch.Tensor, wanted: Buffe
         dy = torch.where(known[:, None], dy, 0)
     given |= {"dy": dy}
     device = dy.device
+    capability = capability_of(device, grouped_matmul_kernel)
     plans = plan_moe_backward(
         problem,
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in wanted.items()},
-        None if logits is None else logits.shape[1],
         "pre_activations" in buffers,
-        capability_of(device, grouped_matmul_kernel),
-        tables_of(device),
+        capability,
+        table_of(device, capability),
     )
     with on(device):
         results = launch(plans, given)

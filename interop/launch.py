@@ -7,8 +7,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from jmoe.triton_src.plan import Buffer, Plan
-from jmoe.triton_src.tile_tables import read_user_table
-from jmoe.triton_src.tiles import TileTables
+from jmoe.triton_src.tile_tables import own_table, table_for
+from jmoe.triton_src.tiles import LaunchTable
 
 INTERPRETER_CAPABILITY = 90
 """The interpreter has no device: it runs the plans for this one."""
@@ -57,16 +57,16 @@ def capability_of(device: torch.device, kernel: object) -> int:
     )
 
 
-def tables_of(device: torch.device) -> TileTables | None:
-    """The user's tile tables for this GPU; None where `jmoe tune` has not run, and in the interpreter.
+def table_of(device: torch.device, capability: int) -> LaunchTable:
+    """The launch parameters for this device: the package's, and over them what its user measured with `jmoe tune`.
 
     Raises:
-      ValueError: the user's file is no such table.
+      ValueError: the user's file is invalid.
     """
-    return tables_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return table_by_name(capability, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
 
 @functools.cache
-def tables_by_name(device: str) -> TileTables | None:
-    """As tables_of, read once in a process."""
-    return read_user_table(device)
+def table_by_name(capability: int, device: str | None) -> LaunchTable:
+    """As table_of, read once in a process."""
+    return own_table(capability) if device is None else table_for(capability, device)

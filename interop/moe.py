@@ -7,6 +7,7 @@ import torch
 from jmoe.interop.check import check_buffers
 from jmoe.interop.gradient import DifferentiableMoe, Options, check_gradient, run
 from jmoe.interop.launch import capability_of
+from jmoe.triton_src.activation import SwiGLU, check_activation
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 
 
@@ -92,8 +93,7 @@ def moe(
     adapter_ids: torch.Tensor | None = None,
     routing: RoutingLike | None = None,
     expert_offset: torch.Tensor | None = None,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
 ) -> torch.Tensor:
     """y [T, H] like x; arguments as in jmoe.moe, with torch tensors for leaves and two-dimensional x.
@@ -104,8 +104,8 @@ def moe(
 
     Raises:
       ValueError: an argument is no tensor, or its shape or dtype does not fit the others'; it is on another device than
-        x, not contiguous or not aligned to 16 bytes; adapters and adapter_ids do not go together; or the user's tile
-        table for this GPU (see `jmoe tune`) is none.
+        x, not contiguous or not aligned to 16 bytes; adapters and adapter_ids do not go together; packed weights with
+        an activation of halves; or the user's tile table for this GPU (see `jmoe tune`) is invalid.
       NotImplementedError: no GPU and no interpreter, packed weights where no kernel reads them, a gradient in the
         experts' weights, or a second derivative.
     """
@@ -143,18 +143,18 @@ def moe(
         raise ValueError(f"top_k must be an int, got {top_k!r}")
     intermediate = intermediate_size(experts.gate_up)
     check_buffers(buffers, top_k, intermediate)
+    packed = buffers["gate_up"].dtype == torch.int32
+    check_activation(activation, packed)
     options = Options(
         intermediate=intermediate,
-        packed=buffers["gate_up"].dtype == torch.int32,
         top_k=top_k,
-        swiglu_alpha=swiglu_alpha,
-        swiglu_limit=swiglu_limit,
+        activation=activation,
         recompute=recompute,
     )
     capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)
-    if options.packed and x.device.type == "cpu":
+    if packed and x.device.type == "cpu":
         raise NotImplementedError("packed weights are read on a GPU alone: Triton's interpreter takes no Gluon kernels")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in buffers.values()):
         check_gradient(buffers)

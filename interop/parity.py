@@ -21,8 +21,10 @@ from jmoe.ops.moe import moe
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from jmoe.ops.routing import route
 from jmoe.ops.target import Target
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.plan import cdiv
+from jmoe.triton_src.problem import Layout, MoeProblem
 
 LARGEST_ERROR = 5e-3
 """||y - reference|| / ||reference||: bf16 keeps 8 bits, so a rounding costs up to 2e-3, and a layer has about three."""
@@ -175,10 +177,9 @@ def interpreter_steps(layer: Layer, top_k: int) -> int:
     problem = MoeProblem.from_shapes(
         shapes,
         intermediate=double // 2,
-        packed=False,
+        layouts=dict.fromkeys(("gate_up", "down"), Layout.DENSE),
         top_k=top_k,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
+        activation=SwiGLU(),
     )
     plans = plan_moe(problem, INTERPRETER_CAPABILITY) if tokens else []
     return sum(

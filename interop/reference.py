@@ -7,6 +7,7 @@ PyTorch user would compute, whose error is the yardstick.
 import torch
 
 from jmoe.interop.moe import ExpertsLike, LoraLike, Mxfp4Like, RoutingLike
+from jmoe.triton_src.activation import SwiGLU
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -32,10 +33,12 @@ def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
     return order, torch.softmax(torch.gather(router_logits, 1, order), dim=1)
 
 
-def swiglu(z: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """[..., 2I] with gate and up interleaved -> [..., I]."""
-    gate, up = z[..., 0::2].clamp(max=limit), z[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+def swiglu(z: torch.Tensor, activation: SwiGLU) -> torch.Tensor:
+    """[..., 2I] of gate and up -> [..., I]."""
+    gate, up = (z[..., 0::2], z[..., 1::2]) if activation.interleaved else z.chunk(2, dim=-1)
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.offset)
 
 
 def project(
@@ -68,8 +71,7 @@ def moe(
     lora: LoraLike | None = None,
     adapter_ids: torch.Tensor | None = None,
     routing: RoutingLike | None = None,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    activation: SwiGLU = SwiGLU(),
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """y [T, H] in `dtype`, expert by expert; arguments as in jmoe.interop.moe."""
@@ -95,7 +97,7 @@ def moe(
             continue
         ids = adapter_ids[token]
         z = project(x[token], expert, experts.gate_up, experts.gate_up_bias, lora_of("gate_up"), ids)
-        h = swiglu(z, swiglu_alpha, swiglu_limit)
+        h = swiglu(z, activation)
         out = project(h, expert, experts.down, experts.down_bias, lora_of("down"), ids)
         y.index_add_(0, token, out * weights[token, choice][:, None])
     return y

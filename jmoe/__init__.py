@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jmoe.ops.routing import Routing as Routing
     from jmoe.ops.routing import route as route
     from jmoe.ops.target import Target as Target
+    from jmoe.triton_src.activation import SiluAndMul as SiluAndMul
+    from jmoe.triton_src.activation import SwiGLU as SwiGLU
 
 __all__ = [
     "Experts",
@@ -24,6 +26,8 @@ __all__ = [
     "Mxfp4",
     "PackedMxfp4",
     "Routing",
+    "SiluAndMul",
+    "SwiGLU",
     "Target",
     "allow_triton_call",
     "dequantize",
@@ -48,6 +52,8 @@ HOME = {
     "Routing": "jmoe.ops.routing",
     "route": "jmoe.ops.routing",
     "Target": "jmoe.ops.target",
+    "SiluAndMul": "jmoe.triton_src.activation",
+    "SwiGLU": "jmoe.triton_src.activation",
 }
 """The module that each public name is of."""
 

@@ -4,147 +4,114 @@ Names: dy is the gradient of y; a gradient of buffer B is B_grad. Kept from the 
 (experts, weights) and pre_activations, or these are computed again.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jmoe.triton_src.moe import MoeProblem, choose_layer_tile, plan_projection, plan_shrink_of, plan_sum
+from jmoe.triton_src.moe import layer_tile, plan_product, plan_sum
 from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.dgrad import plan_dgrad
+from jmoe.triton_src.portable.shrink import plan_shrink
 from jmoe.triton_src.portable.swiglu_backward import plan_swiglu_backward
 from jmoe.triton_src.portable.weight_grad import plan_bias_grad, plan_lora_grad
+from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
 from jmoe.triton_src.routing.backward import plan_route_backward
 from jmoe.triton_src.routing.plan import plan_routing
-from jmoe.triton_src.routing.problem import tile_slots
-from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, DecodeTile, GroupedTile, Tile, TileTables
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import GroupedMatmulTile, GroupedTile, LaunchTable, tile_for
 
 
 def plan_moe_backward(
     problem: MoeProblem,
     wanted: Mapping[str, str],
-    router_experts: int | None,
     kept: bool,
     capability: int,
-    tables: TileTables | None = None,
+    table: LaunchTable | None = None,
 ) -> list[Plan]:
     """The launches for a GPU of this compute capability, in order, which write f"{name}_grad" of what is wanted.
 
     They read dy, which is zero for tokens whose adapter does not exist.
 
-    problem: of the layer with experts and weights given, as the forward pass chose them.
+    problem: of the forward pass, whose experts and weights are given.
     wanted: name -> dtype of the gradient, of x, router_logits or weights, gate_up_a and so on, gate_up_bias, down_bias.
-    router_experts: columns of the router's logits, or None if their gradient is not asked for.
     kept: pre_activations [P, 2I] are given; else they are computed again.
 
     Raises:
       NotImplementedError: as plan_moe.
     """
     p = problem
-    tile = choose_layer_tile(p, capability, tables, gradient=True)
-    assert not isinstance(tile, DecodeTile)
-    slots = tile_slots(p.pairs, p.experts, tile.block_m)
+    table = table or own_table(capability)
+    routed: Any = layer_tile(p, capability, table, gradient=True)
+    rows = p.rows_of_expert
     # A dtype is asked for what is wanted; what is not is left out below.
-    dtype = {f"{projection}_{part}": "float32" for projection in ("gate_up", "down") for part in ("a", "b", "bias")}
-    dtype |= {"router_logits": "float32", **wanted}
-
-    def weight_gradients(projection: str, wide: str, grad: str) -> list[Plan]:
-        """Of A and B, from the rows that went into the product and the gradient of what came out of it."""
-        rank = p.rank(projection)
-        if rank is None:
-            return []
-        n, k = (2 * p.intermediate, p.hidden) if projection == "gate_up" else (p.hidden, p.intermediate)
-        shared: dict[str, Any] = {
-            "slots": slots,
-            "pairs": p.pairs,
-            "top_k": p.top_k,
-            "experts": p.experts,
-            "adapters": p.adapters,
-            "rank": rank,
-            "adapter_ids": p.adapter_ids,
-            "splits": tile.shrink_splits,
-        }
-        a, b, again = f"{projection}_a", f"{projection}_b", f"{projection}_shrunk_again"
-        return [
-            plan_lora_grad(
-                f"{a}_grad", wide, f"{projection}_grad_shrunk",
-                dtype=dtype[a], gather=wide == "x", transposed=False, k=k, **shared,
-            ),
-            plan_shrink_of(wide, a, again, p, tile, slots),
-            plan_lora_grad(
-                f"{b}_grad", grad, again, dtype=dtype[b], gather=grad == "dy", transposed=True, k=n, **shared
-            ),
-        ]  # fmt: skip
-
-    plans = plan_routing(p.routing(tile.block_m))
+    dtypes = {f"{product.name}_{part}": "float32" for product in (p.gate_up, p.down) for part in ("a", "b", "bias")}
+    dtypes |= {"router_logits": "float32", **wanted}
+    plans = plan_routing(p.routing(routed, replay=True), table)
     if not kept:
-        plans += plan_projection("gate_up", p, tile, slots, keep=True)
+        plans += plan_product(p.gate_up, p, routed, table, keep=True)
     plans += [
-        *plan_input_gradient("down", p, tile, slots, capability),
-        plan_swiglu_backward(
-            hidden=p.hidden,
-            intermediate=p.intermediate,
-            pairs=p.pairs,
-            slots=slots,
-            tile_m=tile.block_m,
-            top_k=p.top_k,
-            experts=p.experts,
-            bias=p.down_bias,
-            stacked=p.stacked,
-            swiglu_alpha=p.swiglu_alpha,
-            swiglu_limit=p.swiglu_limit,
-        ),
-        plan_route_backward(
-            tokens=p.tokens,
-            top_k=p.top_k,
-            experts=p.experts,
-            router_experts=router_experts,
-            dtype=dtype["router_logits"],
-            expert_offset=p.expert_offset,
-        ),
-        *weight_gradients("down", "weighted_activations", "dy"),
-        *plan_input_gradient("gate_up", p, tile, slots, capability),
-        *weight_gradients("gate_up", "x", "pre_activations_grad"),
+        *plan_input_gradient(p.down, p, routed, table),
+        plan_swiglu_backward(p, tile_for(table.swiglu_backward, rows), routed),
+        plan_route_backward(p, tile_for(table.route_backward, p.tokens), dtypes["router_logits"]),
+        *plan_lora_gradients(p.down, "weighted_activations", "dy", p, routed, table, dtypes),
+        *plan_input_gradient(p.gate_up, p, routed, table),
+        *plan_lora_gradients(p.gate_up, "x", "pre_activations_grad", p, routed, table, dtypes),
     ]
-    for projection, n in (("gate_up", 2 * p.intermediate), ("down", p.hidden)):
-        bias_dtype = dtype[f"{projection}_bias"]
-        plans.append(
-            plan_bias_grad(
-                projection, dtype=bias_dtype, n=n, slots=slots, pairs=p.pairs, top_k=p.top_k, experts=p.experts
-            )
-        )
-    plans.append(plan_sum("pair_dx", "x_grad", p, unknown_is_nan=False))
+    for product in (p.gate_up, p.down):
+        tile = tile_for(table.bias_grad, rows)
+        plans.append(plan_bias_grad(product, p, tile, routed, dtypes[f"{product.name}_bias"]))
+    plans.append(plan_sum("pair_dx", "x_grad", p, table, unknown_is_nan=False))
     return needed(plans, {f"{name}_grad" for name in wanted})
 
 
-def plan_input_gradient(
-    projection: str, problem: MoeProblem, tile: Tile | GroupedTile, slots: int, capability: int
-) -> list[Plan]:
+def plan_dgrad_of_tile(product: Projection, problem: MoeProblem, table: LaunchTable, routed: GroupedMatmulTile) -> Plan:
+    """plan_dgrad with the table's tile."""
+    return plan_dgrad(product, problem, tile_for(table.dgrad, problem.rows_of_expert), routed)
+
+
+def plan_packed_dgrad_of_tile(
+    product: Projection, problem: MoeProblem, table: LaunchTable, routed: GroupedTile
+) -> Plan:
+    """plan_packed_dgrad with the table's tile."""
+    return plan_packed_dgrad(product, problem, tile_for(table.packed_dgrad, routed.block_m), routed)
+
+
+DGRADS: dict[type, Callable[[Projection, MoeProblem, LaunchTable, Any], Plan]] = {
+    GroupedMatmulTile: plan_dgrad_of_tile,
+    GroupedTile: plan_packed_dgrad_of_tile,
+}
+"""How the gradient of a product in its rows is planned, by the kind of tile that these are sorted into."""
+
+
+def plan_input_gradient(product: Projection, problem: MoeProblem, routed: RowTile, table: LaunchTable) -> list[Plan]:
     """LoRA's shrink of the gradient through B, if there is LoRA, and the product with the weights."""
-    p = problem
-    gate_up = projection == "gate_up"
-    rank = p.rank(projection)
     plans = []
-    if rank is not None:
-        source = "pre_activations_grad" if gate_up else "dy"
-        plans.append(plan_shrink_of(source, f"{projection}_b", f"{projection}_grad_shrunk", p, tile, slots))
-    n, k = (2 * p.intermediate, p.hidden) if gate_up else (p.hidden, p.intermediate)
-    shared: dict[str, Any] = {
-        "n": n,
-        "k": k,
-        "slots": slots,
-        "pairs": p.pairs,
-        "top_k": p.top_k,
-        "experts": p.experts,
-        "adapters": p.adapters,
-        "rank": rank,
-        "adapter_ids": p.adapter_ids,
-        "stacked": p.stacked,
-    }
-    if isinstance(tile, GroupedTile):
-        dgrad_tile = PACKED_DGRAD_TILES[capability][tile.block_m]
-        return [*plans, plan_packed_dgrad(projection, routed=tile, tile=dgrad_tile, **shared)]
-    mxfp4 = p.gate_up_mxfp4 if gate_up else p.down_mxfp4
-    return [*plans, plan_dgrad(projection, mxfp4=mxfp4, tile=tile, **shared)]
+    if product.rank is not None:
+        source = "pre_activations_grad" if product.is_gate_up else "dy"
+        tile = tile_for(table.shrink, problem.rows_of_expert)
+        plans.append(plan_shrink(source, "b", f"{product.name}_grad_shrunk", product, problem, tile, routed))
+    return [*plans, DGRADS[type(routed)](product, problem, table, routed)]
+
+
+def plan_lora_gradients(
+    product: Projection,
+    wide: str,
+    grad: str,
+    problem: MoeProblem,
+    routed: RowTile,
+    table: LaunchTable,
+    dtypes: Mapping[str, str],
+) -> list[Plan]:
+    """Of A and B, from the rows that went into the product and the gradient of what came out of it."""
+    if product.rank is None:
+        return []
+    rows, name = problem.rows_of_expert, product.name
+    tile, again = tile_for(table.lora_grad, rows), f"{name}_shrunk_again"
+    return [
+        plan_lora_grad("a", wide, f"{name}_grad_shrunk", product, problem, tile, routed, dtypes[f"{name}_a"]),
+        plan_shrink(wide, "a", again, product, problem, tile_for(table.shrink, rows), routed),
+        plan_lora_grad("b", grad, again, product, problem, tile, routed, dtypes[f"{name}_b"]),
+    ]
 
 
 def needed(plans: list[Plan], wanted: Collection[str]) -> list[Plan]:

@@ -1,199 +1,362 @@
-"""Tile sizes and launch parameters as data: one table per GPU family, chosen by rows an expert gets on average.
+"""Launch parameters: what a table of a GPU holds for each operation. The values are data, in triton_src/tables.
 
-sm_90 was measured on an H100 80GB HBM3 with gpt-oss-20b's sizes; the other families use the same tiles, which fit their
-shared memory and have not been measured there.
+A table has a section for each operation, which is a list of tiles. A tile's first field says up to how much work the
+tile is for: the first tile of a section whose bound is not passed is used. A field's metadata says which values
+kernels take.
 """
 
 import dataclasses
 import math
+from typing import Annotated, Any, Self
+
+OLDEST = 80
+"""The oldest compute capability * 10 that kernels run on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """Sizes of a grouped product's tiles, for experts with up to `rows` rows on average."""
+class OneOf:
+    """Values that a field takes."""
+
+    values: tuple[int, ...]
+
+    def __contains__(self, value: int) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        *first, last = map(str, self.values)
+        return f"{', '.join(first)} or {last}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerOf2:
+    """A field takes powers of two between these two, which are among them."""
+
+    least: int
+    most: int
+
+    def __contains__(self, value: int) -> bool:
+        return self.least <= value <= self.most and value & (value - 1) == 0
+
+    def __str__(self) -> str:
+        return f"a power of two from {self.least} to {self.most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A field takes integers between these two, which are among them."""
+
+    least: int
+    most: int
+
+    def __contains__(self, value: int) -> bool:
+        return self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        return f"an integer from {self.least} to {self.most}"
+
+
+Count = Annotated[int, Between(1, 2**31 - 1)]
+Stages = Annotated[int, Between(1, 16)]
+BufferStages = Annotated[int, Between(2, 16)]  # one is filled while another is read
+Splits = Annotated[int, Between(1, 64)]
+Registers = Annotated[int, Between(24, 255)]  # of a thread: what ptxas takes
+Warps = Annotated[int, PowerOf2(1, 16)]  # of a program
+ColumnWarps = Annotated[int, OneOf((1, 2, 4))]
+RankBlock = Annotated[int, PowerOf2(16, 64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """A tile, whose first field says up to how much work it is for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedMatmulTile(Bounded):
+    """grouped_matmul_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    shrink_splits: int = 2  # parts of K that LoRA's shrink computes side by side; not measured
-
-
-# Beside each: microseconds of gate_up + down on the H100, of this tile and of the next best of the 45 to 76 settings
-# tried at that number of tokens. Neighbours are often within the noise of one run.
-_SINGLE = Tile(rows=1, block_m=16, block_n=32, block_k=128, num_warps=2, num_stages=3)  # 1 token: 43.9, 44.4
-_FEW = Tile(rows=16, block_m=16, block_n=64, block_k=128, num_warps=2, num_stages=3)  # 16 tokens: 245, 249
-_SOME = Tile(rows=96, block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3)  # 256 tokens: 407, 408
-_MORE = Tile(rows=256, block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3)  # 1024 tokens: 936, 937
-_MANY = Tile(rows=math.inf, block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3)  # 4096 tokens: 2464, 2516
-
-TILES: dict[int, tuple[Tile, ...]] = {
-    80: (_SINGLE, _FEW, _SOME, _MORE, _MANY),
-    90: (_SINGLE, _FEW, _SOME, _MORE, _MANY),
-    100: (_SINGLE, _FEW, _SOME, _MORE, _MANY),
-}
-"""Compute capability * 10 -> tiles by increasing rows."""
+    block_m: Annotated[int, PowerOf2(16, 256)]
+    block_n: Annotated[int, PowerOf2(16, 256)]
+    block_k: Annotated[int, PowerOf2(32, 256)]
+    num_warps: Warps
+    num_stages: Stages
+    shrink_splits: Splits  # parts of K that LoRA's shrink computes side by side
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeTile:
+class DecodeTile(Bounded):
     """packed_decode_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
-    block_m: int
-    ahead: int
-    stages: int  # of tokens in shared memory
-    column_warps: int  # of the four, in gate_up's product; the others share these' columns along K
-    down_column_warps: int  # in down's product
-    last: int  # tiles of down that have other programs: shorter ones, which end the launch sooner
-    last_column_warps: int  # in these, if that is fewer
-    max_registers: int
-    fetched_experts: int  # of the first of them routing fetches weights
-    fetched_blocks: int  # of 64 along K
-    shrink_splits: int = 4
+    block_m: Annotated[int, OneOf((8, 16))]
+    ahead: Count
+    stages: BufferStages  # of tokens in shared memory
+    column_warps: ColumnWarps  # of the four, in gate_up's product; the others share these' columns along K
+    down_column_warps: ColumnWarps  # in down's product
+    tail_tiles: Count  # tiles of down that have other programs: shorter ones, which end the launch sooner
+    tail_column_warps: ColumnWarps  # in these, if that is fewer
+    max_registers: Registers
+    prefetched_experts: Count  # of the first of them routing prefetches weights
+    prefetched_blocks: Count  # of 64 along K
+    shrink_splits: Splits
+    block_r: RankBlock  # LoRA's ranks that a step takes at most
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedTile:
+class GroupedTile(Bounded):
     """packed_grouped_matmul_kernel's parameters, for experts with up to `rows` rows on average."""
 
     rows: float
-    block_m: int
-    smallest_m: int
-    stages: int
-    ahead: int
-    max_registers: int
-    shrink_splits: int = 2
+    block_m: Annotated[int, OneOf((64, 128))]
+    smallest_m: Annotated[int, PowerOf2(16, 128)]
+    stages: BufferStages
+    ahead: Count
+    max_registers: Registers
+    shrink_splits: Splits
+    block_r: RankBlock  # LoRA's ranks that a step takes at most
+    mixed_block_r: RankBlock  # with several adapters
+    mixed_max_registers: Registers  # at least, with several adapters: they take a second accumulator
 
 
 @dataclasses.dataclass(frozen=True)
-class DgradTile:
-    """packed_dgrad_kernel's parameters."""
+class PortableDgradTile(Bounded):
+    """dgrad_kernel's parameters, for experts with up to `rows` rows on average."""
 
-    smallest_m: int
-    stages: int
-    ahead: int
-    max_registers: int
+    rows: float
+    block_n: Annotated[int, PowerOf2(16, 256)]  # of the contraction
+    block_k: Annotated[int, PowerOf2(32, 256)]  # columns of a program
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class DgradTile(Bounded):
+    """packed_dgrad_kernel's parameters, for a routing into tiles of up to `block_m` rows."""
+
+    block_m: Annotated[int, OneOf((64, 128))]
+    smallest_m: Annotated[int, PowerOf2(16, 128)]
+    stages: BufferStages
+    ahead: Count
+    max_registers: Registers
+    block_r: RankBlock
+    mixed_block_r: RankBlock
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkTile(Bounded):
+    """shrink_kernel's parameters, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_k: Annotated[int, PowerOf2(16, 256)]
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGradTile(Bounded):
+    """lora_grad_kernel's parameters, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_m: Annotated[int, PowerOf2(16, 256)]
+    block_k: Annotated[int, PowerOf2(16, 256)]
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasGradTile(Bounded):
+    """bias_grad_kernel's parameters, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block_m: Annotated[int, PowerOf2(1, 256)]
+    block_n: Annotated[int, PowerOf2(16, 1024)]
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class SwigluBackwardTile(Bounded):
+    """swiglu_backward_kernel's parameters, for experts with up to `rows` rows on average."""
+
+    rows: float
+    block: Annotated[int, PowerOf2(32, 4096)]  # columns that a program has at once
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineTile(Bounded):
+    """combine_kernel's parameters, for up to `rows` tokens."""
+
+    rows: float
+    block_h: Annotated[int, PowerOf2(32, 4096)]
+    num_warps: Warps
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteFewTile(Bounded):
+    """route_few_kernel's parameters, for up to `elements` rows times columns, both padded to powers of two.
+
+    What passes the last tile's bound is routed in two launches.
+    """
+
+    elements: Annotated[int, PowerOf2(256, 65536)]
+    block_tiles: Annotated[int, PowerOf2(1, 64)]  # of every expert that are written at once
+    block_slots: Annotated[int, PowerOf2(16, 1024)]  # slots past the tiles that are marked as unused at once
+    num_warps: Warps
+
+
+@dataclasses.dataclass(frozen=True)
+class CountTile(Bounded):
+    """count_kernel's parameters, for up to `columns` experts, padded to a power of two."""
+
+    columns: float
+    block_rows: Annotated[int, PowerOf2(4, 256)]  # that a step takes, as far as largest_block allows
+    largest_block: Annotated[int, PowerOf2(256, 65536)]  # rows times columns that a step holds in registers
+    most_programs: Annotated[
+        int, PowerOf2(1, 1024)
+    ]  # sort reads every program's counts; past them a program has more rows
+    num_warps: Warps
+
+
+@dataclasses.dataclass(frozen=True)
+class SortTile(Bounded):
+    """sort_kernel's parameters, for up to `rows` pairs."""
+
+    rows: float
+    block_pairs: Annotated[int, PowerOf2(16, 4096)]  # that a program places at once
+    block_counts: Annotated[int, PowerOf2(256, 65536)]  # counts that a program reads at once
+    block_tiles: Annotated[int, PowerOf2(1, 64)]  # as in RouteFewTile
+    block_slots: Annotated[int, PowerOf2(16, 1024)]
+    num_warps: Warps
+
+
+@dataclasses.dataclass(frozen=True)
+class SideWorkTile(Bounded):
+    """What programs beside those that route take on each, for up to `rows` tokens."""
+
+    rows: float
+    interleave_blocks: Annotated[int, PowerOf2(1, 256)]  # blocks of 64 values of the tokens
+    prefetch_lines: Annotated[int, PowerOf2(32, 4096)]  # lines of 128 bytes of the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteBackwardTile(Bounded):
+    """route_backward_kernel's parameters, for up to `rows` tokens."""
+
+    rows: float
+    block_rows: Annotated[int, PowerOf2(1, 256)]  # tokens of a program, as far as largest_block allows
+    largest_block: Annotated[int, PowerOf2(256, 65536)]  # tokens times columns
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedAttentionTile(Bounded):
+    """cached_attention_kernel's and merge_attention_kernel's parameters, for up to `rows` sequences."""
+
+    rows: float
+    block_s: Annotated[int, PowerOf2(16, 256)]  # slots of the cache that a program reads at once
+    programs: Count  # wanted of a launch: a sequence's slots are split to have so many
+    num_warps: Warps
+    num_stages: Stages
+    merge_num_warps: Warps
+    merge_num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeLinearTile(Bounded):
+    """decode_linear_kernel's parameters, for up to `rows` rows."""
+
+    rows: float
+    block_n: Annotated[int, PowerOf2(1, 256)]
+    block_k: Annotated[int, PowerOf2(16, 4096)]
+    num_warps: Warps
+    num_stages: Stages  # num_stages - 1 blocks are read ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLinearTile(Bounded):
+    """norm_linear_kernel's parameters, for up to `rows` rows."""
+
+    rows: float
+    block_m: Count  # rows of a program, one after another
+    block_n: Annotated[int, PowerOf2(1, 64)]  # columns of the product, held in registers meanwhile
+    num_warps: Warps
+    num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchTable:
+    """The launch parameters of one GPU: of each operation its tiles, by increasing bounds.
+
+    The last tile of a section is for whatever the others are not, but in these: beyond packed_decode's last
+    packed_grouped_matmul's are used, beyond route_few's last count's and sort's. Both packed sections and packed_dgrad
+    are empty where no kernel reads packed weights.
+    """
+
+    grouped_matmul: tuple[GroupedMatmulTile, ...]
+    packed_decode: tuple[DecodeTile, ...]
+    packed_grouped_matmul: tuple[GroupedTile, ...]
+    shrink: tuple[ShrinkTile, ...]
+    combine: tuple[CombineTile, ...]
+    route_few: tuple[RouteFewTile, ...]
+    count: tuple[CountTile, ...]
+    count_pairs: tuple[CountTile, ...]  # count, where experts are given: a row for each pair
+    sort: tuple[SortTile, ...]
+    side_work: tuple[SideWorkTile, ...]
+    dgrad: tuple[PortableDgradTile, ...]
+    packed_dgrad: tuple[DgradTile, ...]
+    swiglu_backward: tuple[SwigluBackwardTile, ...]
+    route_backward: tuple[RouteBackwardTile, ...]
+    lora_grad: tuple[LoraGradTile, ...]
+    bias_grad: tuple[BiasGradTile, ...]
+    cached_attention: tuple[CachedAttentionTile, ...]
+    decode_linear: tuple[DecodeLinearTile, ...]
+    norm_linear: tuple[NormLinearTile, ...]
+
+    def over(self, sections: dict[str, tuple[Any, ...]]) -> Self:
+        """This table with these sections in place of its own."""
+        return dataclasses.replace(self, **sections)
 
 
 type PackedTile = DecodeTile | GroupedTile
 
-# Beside each: microseconds on an H100 of this tile and of the next best tried: the whole layer's at 256 tokens,
-# launched from torch, and gate_up's and down's for more. Below 256 the layer's in jax.lax.scan, of this tile alone:
-# others were tried at 64 tokens only, where they were within the noise or slower. Cards differ by 3 % and more.
-PACKED_TILES: dict[int, tuple[PackedTile, ...]] = {
-    90: (
-        # 1 token: 29.5
-        DecodeTile(
-            0.25,
-            block_m=8,
-            ahead=4,
-            stages=4,
-            column_warps=1,
-            down_column_warps=1,
-            last=1,
-            last_column_warps=1,
-            max_registers=80,
-            fetched_experts=32,
-            fetched_blocks=1,
-        ),
-        # 4 tokens: 67.1
-        DecodeTile(
-            1,
-            block_m=8,
-            ahead=4,
-            stages=4,
-            column_warps=4,
-            down_column_warps=1,
-            last=1,
-            last_column_warps=1,
-            max_registers=80,
-            fetched_experts=32,
-            fetched_blocks=2,
-        ),
-        # 16 tokens: 130.6
-        DecodeTile(
-            4,
-            block_m=8,
-            ahead=4,
-            stages=4,
-            column_warps=4,
-            down_column_warps=2,
-            last=6,
-            last_column_warps=1,
-            max_registers=72,
-            fetched_experts=9,
-            fetched_blocks=5,
-        ),
-        # 64 tokens: 158.2
-        DecodeTile(
-            8,
-            block_m=16,
-            ahead=4,
-            stages=4,
-            column_warps=4,
-            down_column_warps=4,
-            last=6,
-            last_column_warps=2,
-            max_registers=72,
-            fetched_experts=9,
-            fetched_blocks=5,
-        ),
-        # 256 tokens: 220, 224
-        GroupedTile(rows=40, block_m=64, smallest_m=32, stages=3, ahead=2, max_registers=80),
-        # 1024 tokens: 440, 451; 4096: 1416, 1443; 16384: 5465, 5688
-        GroupedTile(rows=math.inf, block_m=128, smallest_m=32, stages=3, ahead=2, max_registers=128),
-    ),
-}
-"""Compute capability * 10 -> tiles by increasing rows, for the GPUs whose kernels read packed weights."""
 
-# In the order of the rows, microseconds at 256 and 4096 tokens of gate_up's on the H100: 155, 972; with tiles of the
-# other number of rows 177 at 256.
-PACKED_DGRAD_TILES: dict[int, dict[int, DgradTile]] = {
-    90: {
-        64: DgradTile(smallest_m=32, stages=3, ahead=3, max_registers=168),
-        128: DgradTile(smallest_m=32, stages=3, ahead=3, max_registers=255),
-    }
-}
-"""Compute capability * 10 -> rows of the routing's tile -> parameters, for GPUs whose kernels read packed weights."""
+def bound_of(tile: Bounded) -> float:
+    """Up to how much work a tile is for."""
+    return getattr(tile, bound_name(type(tile)))
 
 
-@dataclasses.dataclass(frozen=True)
-class TileTables:
-    """Tables measured on one GPU, to use instead of those above; the last tile of each is for any number of rows.
+def bound_name(kind: type[Bounded]) -> str:
+    """The field of a kind of tile that says up to how much work the tile is for."""
+    return dataclasses.fields(kind)[0].name
 
-    An empty table is none: those above stand.
+
+def tile_for[T: Bounded](section: tuple[T, ...], work: float) -> T:
+    """The first tile of a section that is for so much work; its last where there is more."""
+    return next((tile for tile in section if work <= bound_of(tile)), section[-1])
+
+
+def packed_tile_for(table: LaunchTable, rows: float, gradient: bool = False) -> PackedTile | None:
+    """The tile of packed weights' products for experts with so many rows on average; None if a kernel is missing.
+
+    Few rows are packed_decode's, and others packed_grouped_matmul's. A gradient is packed_grouped_matmul's whatever the
+    rows are, and packed_dgrad's.
     """
-
-    portable: tuple[Tile, ...]
-    packed: tuple[PackedTile, ...]
-
-
-def choose_packed_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> PackedTile:
-    """The tile for packed weights on a GPU that PACKED_TILES has; arguments as in choose_tile."""
-    average = pairs / experts
-    tiles = (tables and tables.packed) or PACKED_TILES[capability]
-    return next(tile for tile in tiles if average <= tile.rows)
+    if not gradient and reads_packed("packed_decode", table) and rows <= bound_of(table.packed_decode[-1]):
+        return tile_for(table.packed_decode, rows)
+    kernels = ("packed_grouped_matmul", "packed_dgrad") if gradient else ("packed_grouped_matmul",)
+    if all(reads_packed(kernel, table) for kernel in kernels):
+        return tile_for(table.packed_grouped_matmul, rows)
+    return None
 
 
-def choose_tile(capability: int, pairs: int, experts: int, tables: TileTables | None = None) -> Tile:
-    """The tile for `pairs` rows spread over `experts` experts on a GPU of this compute capability (90 is 9.0).
-
-    tables: measured on that GPU, if there are any.
-
-    Raises:
-      NotImplementedError: the GPU is older than the oldest family in the table.
-    """
-    average = pairs / experts
-    tiles = (tables and tables.portable) or tiles_of(capability)
-    return next(tile for tile in tiles if average <= tile.rows)
+def reads_packed(kernel: str, table: LaunchTable) -> bool:
+    """Whether packed_decode, packed_grouped_matmul or packed_dgrad runs on the table's GPU."""
+    return bool(getattr(table, kernel))
 
 
-def tiles_of(capability: int) -> tuple[Tile, ...]:
-    """TILES of the GPU's family; raises as choose_tile does."""
-    family = max((c for c in TILES if c <= capability), default=None)
-    if family is None:
-        raise NotImplementedError(f"jmoe's Triton kernels need compute capability 8.0 or later, got sm_{capability}")
-    return TILES[family]
+def unbounded[T: Bounded](tile: T) -> T:
+    """The tile, for any amount of work."""
+    return dataclasses.replace(tile, **{bound_name(type(tile)): math.inf})

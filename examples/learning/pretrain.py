@@ -78,7 +78,7 @@ def all_experts(x: Float[Array, "B T H"], routing: Routing, experts: Experts, co
     chosen = jax.nn.one_hot(routing.experts, config.num_local_experts)
     gates = jnp.einsum("btk,btke->bte", routing.weights, chosen)
     z = product("bth,enh->bten", x, experts.gate_up) + experts.gate_up_bias
-    h = swiglu(z.reshape(-1, z.shape[-1]), config.swiglu_alpha, config.swiglu_limit).reshape(*z.shape[:-1], -1)
+    h = swiglu(z.reshape(-1, z.shape[-1]), config.activation).reshape(*z.shape[:-1], -1)
     gated = (gates[..., None] * h).astype(x.dtype)
     y = product("btei,ehi->bth", gated, experts.down) + jnp.einsum("bte,eh->bth", gates, experts.down_bias)
     return y.astype(x.dtype)

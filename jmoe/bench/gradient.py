@@ -14,6 +14,7 @@ from jmoe.bench.torch_timing import graph_microseconds
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
+from jmoe.triton_src.activation import SwiGLU
 
 RECOMPUTED = f"{PACKED}, recomputed"
 GROUPED_MM = "torch._grouped_mm"
@@ -102,6 +103,8 @@ def grouped_layer(x: Any, logits: Any, products: list[tuple[Any, Any]], size: Si
     """The layer as PyTorch users write it: rows sorted by expert, two grouped products, weights, sum."""
     import torch
 
+    from jmoe.interop.reference import swiglu
+
     chosen, experts = torch.topk(logits.float(), size.top_k)
     order = torch.argsort(experts.flatten(), stable=True)
     rows = experts.flatten()[order]
@@ -109,9 +112,7 @@ def grouped_layer(x: Any, logits: Any, products: list[tuple[Any, Any]], size: Si
     ends = counts.index_add(0, rows, torch.ones_like(rows, dtype=torch.int32)).cumsum(0).int()
     (gate_up, gate_up_bias), (down, down_bias) = products
     z = torch._grouped_mm(x[order // size.top_k], gate_up.transpose(1, 2), offs=ends) + gate_up_bias[rows]
-    gate, up = z[:, 0::2].clamp(max=7.0), z[:, 1::2].clamp(-7.0, 7.0)
-    h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    out = torch._grouped_mm(h, down.transpose(1, 2), offs=ends) + down_bias[rows]
+    out = torch._grouped_mm(swiglu(z, SwiGLU()), down.transpose(1, 2), offs=ends) + down_bias[rows]
     out = out * torch.softmax(chosen, dim=1).flatten()[order, None].to(out.dtype)
     return torch.zeros_like(x).index_add(0, order // size.top_k, out)
 

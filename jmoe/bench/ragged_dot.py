@@ -13,6 +13,7 @@ from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.reference import dense, swiglu
 from jmoe.ops.routing import route
+from jmoe.triton_src.activation import SwiGLU
 
 NAME = "lax.ragged_dot"
 
@@ -52,7 +53,7 @@ def ragged_layer(x: jax.Array, logits: jax.Array, weights: Dense, top_k: int) ->
     rows = flat[order]
     z = lax.ragged_dot(x[order // top_k], weights.gate_up, sizes)
     z = z if weights.gate_up_bias is None else z + weights.gate_up_bias[rows]
-    out = lax.ragged_dot(swiglu(z, 1.702, 7.0).astype(x.dtype), weights.down, sizes)
+    out = lax.ragged_dot(swiglu(z, SwiGLU()).astype(x.dtype), weights.down, sizes)
     out = out if weights.down_bias is None else out + weights.down_bias[rows]
     weighted = out.astype(jnp.float32) * routing.weights.reshape(-1)[order][:, None]
     return jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted).astype(x.dtype)

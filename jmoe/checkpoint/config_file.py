@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
+from jmoe.triton_src.activation import SwiGLU
+
 CONFIG = "config.json"
 LARGEST_INT = 2**31 - 1
 """Of any size or token id: they end up in int32."""
@@ -165,6 +167,11 @@ class Config:
     rms_norm_eps: float
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702  # the released files leave it out
+
+    @property
+    def activation(self) -> SwiGLU:
+        """The experts'."""
+        return SwiGLU(alpha=self.swiglu_alpha, limit=self.swiglu_limit)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

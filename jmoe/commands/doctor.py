@@ -108,7 +108,7 @@ def machine_table(machine: "Machine") -> Table:
         table.add_row("device", f"{device.name}{memory}")
     table.add_row("GPU", "yes" if machine.gpu else "none that JAX sees: everything runs by XLA")
     table.add_row("Triton backend", "runs" if machine.no_triton is None else f"does not run: {machine.no_triton}")
-    table.add_row("tile table", machine.tiles or "none")
+    table.add_row("launch parameters", machine.tiles or "none")
     return table
 
 

@@ -51,7 +51,7 @@ class Machine:
 
     versions: by package, None for one that is not installed.
     no_triton: why the Triton backend cannot run, None if it can.
-    tiles: whose launch parameters it uses, None without it.
+    tiles: whose launch parameters it uses, None without it, or if they are invalid.
     no_flash: why attention to whole prompts cannot be FlashAttention's, None if it can.
     missing: what is not there and how to mend it.
     """
@@ -107,7 +107,12 @@ def examine_machine() -> Machine:
         Device(f"{device.platform}: {device.device_kind}", (device.memory_stats() or {}).get("bytes_limit"))
         for device in jax.local_devices()
     )
-    tiles = tiles_here() if no_triton is None else None
+    tiles = None
+    if no_triton is None:
+        try:
+            tiles = tiles_here()
+        except ValueError as error:
+            missing.append(f"launch parameters (until then jmoe's layers raise an error on this GPU): {error}")
     return Machine(versions, devices, gpu, no_triton, tiles, no_flash, tuple(missing))
 
 

@@ -19,6 +19,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
 from jmoe.ops.routing import Routing, as_int, check_top_k, route
+from jmoe.triton_src.activation import SwiGLU, check_activation
 
 
 class MoE(nnx.Module):
@@ -44,8 +45,7 @@ class MoE(nnx.Module):
         lora: LoraConfig | Lora | None = None,
         train_router: bool = False,
         train_experts: bool = False,
-        swiglu_alpha: float = 1.702,
-        swiglu_limit: float = 7.0,
+        activation: SwiGLU = SwiGLU(),
         recompute: bool = False,
         backend: Backend = None,
     ) -> None:
@@ -62,7 +62,7 @@ class MoE(nnx.Module):
           lora: new adapters, or loaded ones; None: without.
           train_router: the router's variables are nnx.Param.
           train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
-          swiglu_alpha, swiglu_limit, recompute, backend: as in jmoe.moe.
+          activation, recompute, backend: as in jmoe.moe.
 
         Raises:
           ValueError: train_experts with MXFP4 experts, which are constants; sizes, top_k or adapters that do not fit
@@ -72,13 +72,13 @@ class MoE(nnx.Module):
         check_top_k(top_k, num_experts)
         check_backend(backend)
         self.top_k = top_k
-        self.swiglu_alpha = swiglu_alpha
-        self.swiglu_limit = swiglu_limit
+        self.activation = activation
         self.recompute = recompute
         self.backend = backend
         if experts is None:
             experts = random_experts(hidden, intermediate, num_experts, mxfp4, rngs)
         check_sizes(experts, hidden, intermediate, num_experts)
+        check_activation(activation, isinstance(experts.gate_up, PackedMxfp4))
         if router_kernel is None:
             router_kernel = normal(rngs, (hidden, num_experts), hidden)
             router_bias = jnp.zeros(num_experts, jnp.bfloat16) if router_bias is None else router_bias
@@ -141,7 +141,7 @@ class MoE(nnx.Module):
 
     @classmethod
     def from_checkpoint_layer(cls, layer: MoeLayer, *, rngs: nnx.Rngs | None = None, **options: Any) -> Self:
-        """The layer that jmoe.checkpoint.load_moe_layer read: its weights, top_k and SwiGLU's constants.
+        """The layer that jmoe.checkpoint.load_moe_layer read: its weights, top_k and activation.
 
         The norm before it (`layer.norm_weight`) is not part of it. Options are the constructor's others, as lora, which
         may be jmoe.adapters.load_lora's. Raises as from_weights does.
@@ -152,8 +152,7 @@ class MoE(nnx.Module):
             layer.router_bias,
             top_k=layer.config.num_experts_per_tok,
             rngs=rngs,
-            swiglu_alpha=layer.config.swiglu_alpha,
-            swiglu_limit=layer.config.swiglu_limit,
+            activation=layer.config.activation,
             **options,
         )
 
@@ -233,8 +232,7 @@ class MoE(nnx.Module):
             lora=self.lora,
             adapter_ids=adapter_ids,
             routing=routing,
-            swiglu_alpha=self.swiglu_alpha,
-            swiglu_limit=self.swiglu_limit,
+            activation=self.activation,
             recompute=self.recompute,
             backend=self.backend,
         )

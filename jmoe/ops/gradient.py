@@ -1,7 +1,7 @@
 """The layer by the backend of the platform, with its gradient.
 
 The choice of backend is made when a program is lowered, in the forward pass and again in the backward pass, between
-which the same arrays are kept on either: the inputs, the routing and, where Triton can run and unless they are computed
+which the same arrays are kept on either: the call's, the routing and, where Triton can run and unless they are computed
 again, gate_up's results before the activation.
 """
 
@@ -10,136 +10,110 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.interpreters import mlir, xla
+from jax.custom_derivatives import SymbolicZero
 
-from jmoe.ops.batching import moe_of_batches, one_after_another
-from jmoe.ops.buffers import Buffers, Options
-from jmoe.ops.launch.layer import moe_backward_p, moe_forward_p
+from jmoe.ops.call import Call, Kept, Options, buffers_of, like_call
+from jmoe.ops.launch.layer import NO_WEIGHT_GRADIENT, WEIGHT_GRADIENTS, launches_of
 from jmoe.ops.launch.local_gpu import has_cuda
-from jmoe.ops.routing import route
-from jmoe.ops.xla.moe import moe_xla
+from jmoe.ops.routing import Routing
+from jmoe.ops.xla.moe import Names, moe_xla, with_routing
 
 KEPT = "jmoe_pre_activations"
 """The name, for policies of jax.checkpoint, of what the forward pass keeps unless recompute is set."""
 
-WEIGHTS = ("gate_up", "down")
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def moe_by_platform(options: Options, buffers: Buffers) -> jax.Array:
+def moe_by_platform(options: Options, call: Call) -> jax.Array:
     """y by Triton on CUDA or where it was forced, by XLA elsewhere."""
-    return on_platform(options, moe_of_batches(options), functools.partial(moe_xla, options), buffers)
+    (y,) = on_platform(options, functools.partial(launches_of, options, ("y",)), functools.partial(_xla, options), call)
+    return y
 
 
-def on_platform[T](
-    options: Options, triton: Callable[[Buffers], T], other: Callable[[Buffers], T], buffers: Buffers
-) -> T:
-    """triton(buffers) on CUDA, and everywhere if Triton was forced; other(buffers) else."""
+def on_platform[T](options: Options, triton: Callable[..., T], other: Callable[..., T], *arguments: Any) -> T:
+    """triton(*arguments) on CUDA, and everywhere if Triton was forced; other(*arguments) else."""
     if options.forced:
-        return triton(buffers)
-    return lax.platform_dependent(buffers, cuda=triton, default=other)
+        return triton(*arguments)
+    return lax.platform_dependent(*arguments, cuda=triton, default=other)
 
 
-@jax.tree_util.register_static
-class Names(tuple[str, ...]):
-    """Names of buffers, static among what is kept."""
+def _xla(options: Options, call: Call) -> list[jax.Array]:
+    """As launches_of one result, y."""
+    return [moe_xla(options, call)]
 
 
-def _forward(options: Options, primals: dict[str, CustomVJPPrimal]) -> tuple[jax.Array, tuple[Names, Buffers]]:
-    buffers = {name: primal.value for name, primal in primals.items()}
-    wanted = Names(name for name, primal in primals.items() if primal.perturbed)
-    if options.forced and set(wanted) & set(WEIGHTS):
+def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[Names, Call, Kept]]:
+    call = jax.tree.map(lambda primal: primal.value, primals)
+    wanted = Names(name for name, primal in buffers_of(primals).items() if primal.perturbed)
+    if options.forced and wanted_weights(wanted):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
-    if not options.forced and not (buffers["x"].dtype == jnp.bfloat16 and has_cuda()):
+    if not options.forced and not (call.tokens.x.dtype == jnp.bfloat16 and has_cuda()):
         options = options._replace(recompute=True)  # XLA alone can run this, and reads no pre_activations
-    results = on_platform(options, forward_of_batches(options), functools.partial(_forward_xla, options), buffers)
-    y = results.pop("y")
-    if "pre_activations" in results:
-        results["pre_activations"] = checkpoint_name(results["pre_activations"], KEPT)
-    return y, (wanted, buffers | results)
+    given = call.tokens.routing is not None
+    names = ("y", *(() if given else ("experts", "weights")), *(() if options.recompute else ("pre_activations",)))
+    arrays = on_platform(
+        options,
+        functools.partial(launches_of, options, names),
+        functools.partial(_forward_xla, options, names),
+        call,
+    )
+    results = dict(zip(names, arrays, strict=True))
+    routing = None if given else Routing(results["experts"], results["weights"])
+    pre_activations = None if options.recompute else checkpoint_name(results["pre_activations"], KEPT)
+    return results["y"], (wanted, call, Kept(routing, pre_activations))
 
 
-def _forward_xla(options: Options, buffers: Buffers) -> Buffers:
-    """As moe_forward_p. XLA's backward pass computes everything again: its pre_activations are zeros.
+def wanted_weights(wanted: Names) -> bool:
+    """Whether a gradient in the experts' weights is among them."""
+    return any(f"{name}_grad" in WEIGHT_GRADIENTS for name in wanted)
+
+
+def _forward_xla(options: Options, names: tuple[str, ...], call: Call) -> list[jax.Array]:
+    """As launches_of. XLA's backward pass computes everything again: its pre_activations are zeros.
 
     They are there only beside a GPU, for which the same program might be lowered.
     """
-    results = {"y": moe_xla(options, buffers)}
-    if "router_logits" in buffers:
-        routing = route(buffers["router_logits"], options.top_k)
-        results |= {"experts": routing.experts, "weights": routing.weights}
-    if not options.recompute:
-        tokens = buffers["x"].shape[0]
-        zero = jnp.zeros_like(buffers["x"], jnp.bfloat16, shape=(tokens * options.top_k, 2 * options.intermediate))
-        results["pre_activations"] = zero
-    return results
+    call, x = with_routing(options, call), call.tokens.x
+    routing = call.tokens.routing
+    results = {"y": moe_xla(options, call), "experts": routing.experts, "weights": routing.weights}
+    if "pre_activations" in names:
+        shape = (x.shape[0] * options.top_k, 2 * call.intermediate)
+        results["pre_activations"] = jnp.zeros_like(x, jnp.bfloat16, shape=shape)
+    return [results[name] for name in names]
 
 
-def _backward(options: Options, kept: tuple[Names, Buffers], dy: Any) -> tuple[dict[str, Any]]:
-    wanted, buffers = kept
-    gradients: dict[str, Any] = dict.fromkeys(input_names(buffers))
+def _backward(options: Options, kept: tuple[Names, Call, Kept], dy: Any) -> tuple[Call]:
+    wanted, call, extra = kept
+    gradients: dict[str, Any] = {}
     if wanted and not isinstance(dy, SymbolicZero):
-        triton = one_after_another(functools.partial(_backward_triton, options, wanted))
-        other = functools.partial(_backward_xla, options, wanted)
-        gradients |= on_platform(options, triton, other, buffers | {"dy": dy})
-    return (gradients,)
+        names = tuple(f"{name}_grad" for name in wanted)
+        arrays = on_platform(
+            options,
+            functools.partial(launches_of, options, names),
+            functools.partial(_backward_xla, options, wanted),
+            call,
+            extra,
+            dy,
+        )
+        gradients = dict(zip(wanted, arrays, strict=True))
+    return (like_call(call, gradients),)
 
 
-def input_names(buffers: Buffers) -> list[str]:
-    """Names of the layer's inputs among what is kept."""
-    chosen = ("experts", "weights") if "router_logits" in buffers else ()
-    return [name for name in buffers if name not in (*chosen, "pre_activations", "dy")]
+def _backward_xla(options: Options, wanted: Names, call: Call, _: Kept, dy: jax.Array) -> list[jax.Array]:
+    """The gradients of what is wanted, by JAX's rules for moe_xla."""
+    leaves, tree = jax.tree.flatten(call)
+    places = buffers_of(tree.unflatten(range(len(leaves))))
+    point = [leaves[places[name]] for name in wanted]
 
+    def y(point: list[jax.Array]) -> jax.Array:
+        at = list(leaves)
+        for name, leaf in zip(wanted, point, strict=True):
+            at[places[name]] = leaf
+        return moe_xla(options, tree.unflatten(at))
 
-def _backward_triton(options: Options, wanted: Names, buffers: Buffers) -> Buffers:
-    weights = {name: refuse_p.bind(buffers[name]) for name in wanted if name in WEIGHTS}
-    others = Names(name for name in wanted if name not in WEIGHTS)
-    gradients = moe_backward_p.bind(*buffers.values(), names=tuple(buffers), wanted=others, options=options)
-    return weights | dict(zip(others, gradients, strict=True))
-
-
-def _backward_xla(options: Options, wanted: Names, buffers: Buffers) -> Buffers:
-    inputs = {name: buffers[name] for name in input_names(buffers)}
-    given = {name: array for name, array in inputs.items() if name not in wanted}
-    point = {name: inputs[name] for name in wanted}
-    return jax.vjp(lambda point: moe_xla(options, given | point), point)[1](buffers["dy"])[0]
+    return jax.vjp(y, point)[1](dy)[0]
 
 
 moe_by_platform.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-@functools.cache
-def forward_of_batches(options: Options) -> Callable[[Buffers], Buffers]:
-    """moe_forward_p by names, with a rule for vmap."""
-
-    def call(buffers: Buffers) -> Buffers:
-        chosen = ("experts", "weights") if "router_logits" in buffers else ()
-        results = ("y", *chosen, *(() if options.recompute else ("pre_activations",)))
-        arrays = moe_forward_p.bind(*buffers.values(), names=tuple(buffers), results=results, options=options)
-        return dict(zip(results, arrays, strict=True))
-
-    return one_after_another(call)
-
-
-NO_WEIGHT_GRADIENT = (
-    "the Triton backend of jmoe.moe takes the experts' weights for constants and has no gradient in them; "
-    'differentiate bf16 experts with backend="xla", or leave them out of what is differentiated'
-)
-
-refuse_p = jex.core.Primitive("jmoe_no_gradient")
-"""Stands where a gradient would be, and refuses to be lowered: on a CPU this branch is traced, then left out."""
-
-refuse_p.def_impl(lambda *args, **params: xla.apply_primitive(refuse_p, *args, **params))
-refuse_p.def_abstract_eval(lambda weight: weight)
-
-
-def _refuse(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(NO_WEIGHT_GRADIENT)
-
-
-mlir.register_lowering(refuse_p, _refuse)

@@ -1,22 +1,24 @@
 """The mixture-of-experts layer."""
 
 import functools
-import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.buffers import Options, name_buffers
+from jmoe.ops.call import Call, Options, Tokens
 from jmoe.ops.check import check_backend, check_moe, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
-from jmoe.ops.launch.layer import check_dtypes
+from jmoe.ops.launch.layer import check_triton_takes
+from jmoe.ops.mxfp4 import PackedMxfp4
 from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, as_int
-from jmoe.ops.sharding import by_auto_axes, vary_alike
+from jmoe.ops.sharding import on_mesh
 from jmoe.ops.target import Target
 from jmoe.ops.xla.moe import moe_xla
+from jmoe.triton_src.activation import SwiGLU, check_activation
 
 type Backend = Literal["triton", "xla"] | Target | None
 
@@ -32,12 +34,11 @@ def moe(
     routing: Routing | None = None,
     expert_offset: Int32[Array, ""] | int = 0,
     layer: Int32[Array, ""] | int | None = None,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
     backend: Backend = None,
 ) -> Float[Array, "... H"]:
-    """y = sum over each token's top_k experts of weight * (down @ swiglu(gate_up @ x + bias) + bias), LoRA included.
+    """y = sum over a token's top_k experts of weight * (down @ activation(gate_up @ x + bias) + bias), LoRA included.
 
     Args:
       x: bfloat16 or float32 [..., H]; the Triton backend takes bfloat16 alone.
@@ -54,9 +55,9 @@ def moe(
       layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
         May be traced, and must then be one of them. In a lax.scan over layers the kernels read a stack in place, where
         slices would be copied.
+      activation: what comes between the two products, gpt-oss's unless another is given; see jmoe.SwiGLU.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
-      swiglu_alpha, swiglu_limit: of gpt-oss's activation; see jmoe.ops.reference.swiglu.
       backend: "triton", "xla", Target("sm_90") for Triton on a GPU that is not here, or None: Triton where this is
         lowered for CUDA, XLA elsewhere.
 
@@ -65,7 +66,7 @@ def moe(
       scales are constants, and so are the experts' weights but for bf16 ones on the XLA backend.
 
     Raises:
-      ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is none.
+      ValueError: the arguments do not fit together, or the user's tile table for this GPU (see `jmoe tune`) is invalid.
       NotImplementedError: the Triton backend, named or chosen, cannot do it: another platform than CUDA, a GPU older
         than 8.0 or none here and no Target, another dtype than bfloat16, a gradient in the experts' weights.
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
@@ -73,37 +74,25 @@ def moe(
     one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)
     top_k = as_int("top_k", top_k)
     check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing, expert_offset)
+    check_activation(activation, isinstance(one.gate_up, PackedMxfp4))
     check_backend(backend)
     if one_lora is not None and adapter_count(one_lora) == 0:
         lora = None
-
-    flat = functools.partial(flatten_tokens, axes=x.ndim - 1)
-    named = name_buffers(
-        flat(x),
-        None if routing is not None or router_logits is None else flat(router_logits),
+    call = Call(
+        Tokens(x, None if routing is not None else router_logits, routing, adapter_ids).flat(),
         experts,
-        lora,
-        None if adapter_ids is None else flat(adapter_ids),
-        None if routing is None else jax.tree.map(flat, routing),
-        expert_offset,
-        layer,
+        None if lora is None else lora.with_constant_scales(),
+        None if isinstance(expert_offset, int) and expert_offset == 0 else as_operand(expert_offset),
+        None if layer is None else as_operand(layer),
     )
-    buffers = vary_alike(named)
-    options = Options(
-        one.down.shape[2],
-        top_k,
-        float(swiglu_alpha),
-        float(swiglu_limit),
-        capability=backend.capability if isinstance(backend, Target) else None,
-        forced=backend is not None,
-        recompute=recompute,
-    )
+    target = backend if isinstance(backend, Target) else None
+    options = Options(top_k, activation, target, forced=backend is not None, recompute=recompute)
     if options.forced and backend != "xla":
-        check_dtypes(buffers)
+        check_triton_takes(call)
     run = moe_xla if backend == "xla" else moe_by_platform
-    return by_auto_axes(functools.partial(run, options), buffers).reshape(x.shape)
+    return on_mesh(functools.partial(run, options), call).reshape(x.shape)
 
 
-def flatten_tokens(array: jax.Array, axes: int) -> jax.Array:
-    """Merges the first `axes` axes into one."""
-    return array.reshape(math.prod(array.shape[:axes]), *array.shape[axes:])
+def as_operand(number: jax.Array | int) -> Int32[Array, "1"]:
+    """As kernels read it."""
+    return jnp.asarray(number, jnp.int32).reshape(1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,17 +90,6 @@ def unpack_weight(packed: PackedMxfp4) -> Mxfp4:
         lambda expert: unpack_expert(*expert, n=packed.n, k=packed.k), (packed.words, packed.scales)
     )
     return Mxfp4(blocks, scales)
-
-
-def unpack_buffers(buffers: Mapping[str, jax.Array], intermediate: int) -> dict[str, jax.Array]:
-    """A layer's buffers by name, with packed weights in the checkpoint's order instead."""
-    hidden = buffers["x"].shape[1]
-    unpacked = dict(buffers)
-    for projection, n, k in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
-        if buffers[projection].dtype == jnp.int32:
-            weight = unpack_weight(PackedMxfp4(buffers[projection], buffers[f"{projection}_scales"], n, k))
-            unpacked |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
-    return unpacked
 
 
 @functools.partial(jax.jit, donate_argnames=("words", "packed_scales"))

@@ -13,6 +13,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, dequantize
 from jmoe.ops.packed import unpack_expert
 from jmoe.ops.routing import Routing
+from jmoe.triton_src.activation import SwiGLU
 
 type Weight = Mxfp4 | PackedMxfp4 | Float[Array, "E N K"]
 type Adapter = tuple[Float[Array, "A E R K"], Float[Array, "A E N R"], Float[Array, " A"]]
@@ -25,8 +26,7 @@ def moe_reference(
     lora: Lora | None,
     adapter_ids: Int32[Array, " T"] | None,
     expert_offset: Int32[Array, ""] | int,
-    swiglu_alpha: float,
-    swiglu_limit: float,
+    activation: SwiGLU,
 ) -> Float[Array, "T H"]:
     """y[t] = sum over t's pairs of weight * expert(x[t]), one expert after another: one is dequantised at a time.
 
@@ -50,7 +50,7 @@ def moe_reference(
 
         def compute(y: Float[Array, "T H"]) -> Float[Array, "T H"]:
             z = project(x, weights_e.gate_up, weights_e.gate_up_bias, gate_up_of(lora_e), adapter_ids)
-            h = swiglu(z, swiglu_alpha, swiglu_limit).astype(x.dtype)
+            h = swiglu(z, activation).astype(x.dtype)
             out = project(h, weights_e.down, weights_e.down_bias, down_of(lora_e), adapter_ids)
             out = (gate[:, None] * out).astype(x.dtype).astype(jnp.float32)
             return y + jnp.where(mine[:, None], out, 0)
@@ -102,11 +102,13 @@ def product(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float[Array, "M N
     )
 
 
-def swiglu(z: Float[Array, "T 2I"], alpha: float, limit: float) -> Float[Array, "T I"]:
-    """gate * sigmoid(alpha * gate) * (up + 1) of interleaved gate and up; gate clamped above, up on both sides."""
-    gate = jnp.minimum(z[:, 0::2], limit)
-    up = jnp.clip(z[:, 1::2], -limit, limit)
-    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+def swiglu(z: Float[Array, "T 2I"], activation: SwiGLU) -> Float[Array, "T I"]:
+    """The activation of gate_up's results."""
+    gate, up = (z[:, 0::2], z[:, 1::2]) if activation.interleaved else jnp.split(z, 2, axis=1)
+    if activation.limit is not None:
+        gate = jnp.minimum(gate, activation.limit)
+        up = jnp.clip(up, -activation.limit, activation.limit)
+    return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + activation.offset)
 
 
 def dense(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"], dtype: jnp.dtype) -> Float[Array, "N K"]:

@@ -110,13 +110,30 @@ def test_a_gpu_without_triton_is_an_error_and_not_xla() -> None:
     [(90, 1, "packed_decode"), (90, 100000, "packed_grouped_matmul"), (80, 1, "grouped_matmul")],
 )
 def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_capability", lambda: capability)
-    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_tables", lambda: None)
+    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (capability, "some GPU"))
     machine = dataclasses.replace(MACHINE, gpu=True, no_triton=None)
     parts = {part.name: part for part in doctor.examine_model(TINY, [], machine, batch=tokens, context=48).parts}
     assert parts["experts"].decode == f"Triton: {want}"
     assert parts["full attention"].decode == "Triton: cached_attention"
     assert parts["full attention"].prefill == "XLA, in blocks"
+
+
+def test_whose_launch_parameters_are_used_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "why_no_triton", lambda: None)
+    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (90, "NVIDIA H200"))
+    own = "jmoe's own, NVIDIA H100 80GB HBM3's values, of which none was measured on NVIDIA H200: run jmoe tune"
+    assert doctor.examine_machine().tiles == own
+    run = CliRunner().invoke(app, ["doctor"])
+    assert "launch parameters" in run.output
+    file = tmp_path / "jmoe/tiles/nvidia_h200.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"version": 2, "tiles": {}}')
+    assert doctor.examine_machine().tiles == f"the user's, {file}"
+    file.write_text('{"portable": []}')
+    machine = doctor.examine_machine()
+    assert machine.tiles is None
+    assert any(f"{file}: version must be 2" in problem for problem in machine.missing)
 
 
 def test_prompts_on_hopper_are_flash_attentions() -> None:

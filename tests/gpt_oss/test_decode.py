@@ -84,9 +84,7 @@ def test_bfloat16_steps_round_no_more_than_the_whole_sequence(adapter: Path | No
 
 
 def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operation in ("launch.layer", "norm_linear", "decode_linear", "cached_attention"):
-        monkeypatch.setattr(f"jmoe.ops.{operation}.local_capability", lambda: 90)
-    monkeypatch.setattr("jmoe.ops.launch.layer.local_tables", lambda: None)
+    monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (90, "some Hopper GPU"))
     config = sizes()["tiny"]
     model = random_model(config, rank=16, packed=True)
     cache = empty_cache(config, model.period, 2, 1088, model.dtype)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jmoe.triton_src.activation import SwiGLU
 from tests import torch_layers
 from tests.tolerances import BFLOAT16
 
@@ -66,7 +67,7 @@ def test_a_layer_with_vllms_adapters_agrees() -> None:
         for j in range(TOP_K):
             expert = int(chosen[t, j])
             z = reference.project(x[t : t + 1], expert, layer.experts.gate_up, layer.experts.gate_up_bias, None, ids)
-            hidden[t, j] = reference.swiglu(z + first[t, j], 1.702, 7.0)[0]
+            hidden[t, j] = reference.swiglu(z + first[t, j], SwiGLU())[0]
     slices = [(lora.down_a[0].contiguous(), lora.down_b[0].contiguous())]
     second = vllm_delta(hidden.view(-1, INTERMEDIATE), slices, chosen, weights, HIDDEN, down=True).float()
     y = torch.zeros(TOKENS, HIDDEN, device="cuda")

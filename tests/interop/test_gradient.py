@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 from jmoe.interop import launch, reference
 from jmoe.interop.moe import moe
+from jmoe.triton_src.activation import SwiGLU
 from tests.interop.test_moe import layers
 from tests.torch_layers import Layer, PoisonedAllocator, Routing, random_layer, relative_error, surround, transform
 
@@ -158,7 +159,8 @@ def test_what_is_just_within_the_limit_has_a_gradient_and_what_is_beyond_none(li
     bias = torch.stack([gate, gate], dim=1).reshape(1, 64)
     weight = torch.zeros(1, 64, 32).bfloat16()
     layer = dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, gate_up=weight, gate_up_bias=bias))
-    grad = gradients(layer, moe, torch.ones_like(layer.x), swiglu_limit=limit, recompute=False)["gate_up_bias"]
+    options = {"activation": SwiGLU(limit=limit), "recompute": False}
+    grad = gradients(layer, moe, torch.ones_like(layer.x), **options)["gate_up_bias"]
     assert torch.equal((grad != 0).reshape(32, 2), within[:, None].expand(32, 2))
 
 

@@ -16,14 +16,17 @@ from jmoe.triton_src.routing.many import plan_route_many
 from jmoe.triton_src.routing.mma_k_order import interleaved_width
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem
+from jmoe.triton_src.tile_tables import own_table
 
 pytestmark = pytest.mark.interpret
 
 
+TABLE = own_table(90)
+
 PLANS = {
-    "one launch": lambda problem: [plan_route_few(problem)],
-    "two launches": plan_route_many,
-    "either": plan_routing,
+    "one launch": lambda problem: [plan_route_few(problem, TABLE)],
+    "two launches": lambda problem: plan_route_many(problem, TABLE),
+    "either": lambda problem: plan_routing(problem, TABLE),
 }
 
 
@@ -189,7 +192,7 @@ def test_many_pairs_take_several_steps_a_program() -> None:
 def test_many_tokens_take_several_steps_a_program() -> None:
     logits = torch.randn(128 * 32 + 1, 5).bfloat16()
     with bfloat16_arithmetic():
-        done = launch(plan_route_many(problem(len(logits), 2, 5)), {"router_logits": logits})
+        done = launch(PLANS["two launches"](problem(len(logits), 2, 5)), {"router_logits": logits})
     chosen = route(logits.float(), 2)[0].numpy()
     np.testing.assert_array_equal(done["experts"].numpy(), chosen)
     np.testing.assert_array_equal(done["order"].numpy(), np.argsort(chosen.reshape(-1), kind="stable"))

@@ -237,7 +237,7 @@ def test_a_checkpoints_layer_keeps_its_constants() -> None:
     read = dataclasses.replace(read, config=config)
     layer = MoE.from_checkpoint_layer(read)
     x = jax.random.normal(jax.random.key(0), (20, config.hidden_size), jnp.bfloat16)
-    options = {"top_k": config.num_experts_per_tok, "swiglu_limit": 0.5, "swiglu_alpha": 1.0}
+    options = {"top_k": config.num_experts_per_tok, "activation": jmoe.SwiGLU(alpha=1.0, limit=0.5)}
     assert jnp.array_equal(layer(x), jmoe.moe(x, router_logits(read, x), read.experts, **options))
     assert not jnp.array_equal(
         layer(x), MoE.from_weights(read.experts, read.router_weight.T, read.router_bias, top_k=options["top_k"])(x)

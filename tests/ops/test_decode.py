@@ -7,8 +7,9 @@ import pytest
 from jmoe.ops.decode.cached_attention import cached_attention
 from jmoe.ops.decode.linear import MOST_ROWS, Expand, decode_linear
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
+from jmoe.ops.target import Target
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def lowered(function: object, *arguments: object) -> str:
@@ -26,11 +27,11 @@ def bf16(*shape: int) -> jax.ShapeDtypeStruct:
 INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 128), (16, 1088), (3, 100)])
-def test_attention_to_a_cache_compiles_and_writes_it_in_place(capability: int, batch: int, slots: int) -> None:
+def test_attention_to_a_cache_compiles_and_writes_it_in_place(architecture: str, batch: int, slots: int) -> None:
     positions, factors = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch, 32), jnp.float32)
-    call = lambda *arrays: cached_attention(*arrays, capability=capability)  # noqa: E731
+    call = lambda *arrays: cached_attention(*arrays, target=Target(architecture))  # noqa: E731
     cache = bf16(12, batch, 8, slots, 128)
     program = lowered(call, bf16(batch, 80, 64), factors, factors, cache, INDEX, positions, bf16(24, 64), INDEX)
     calls = [line for line in program.splitlines() if "@triton_kernel_call_ffi" in line]
@@ -68,31 +69,31 @@ def test_elsewhere_xla_puts_the_token_in_the_cache_and_attends_to_it() -> None:
     assert jnp.argwhere(changed).tolist() == [[1, 0, 0], [1, 1, 2]]
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rank", [None, 48])
 @pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
-def test_a_product_of_few_rows_compiles(capability: int, rank: int | None, rows: int) -> None:
+def test_a_product_of_few_rows_compiles(architecture: str, rank: int | None, rows: int) -> None:
     lora = None if rank is None else Expand(bf16(rows, rank), bf16(24, 5120, rank))
-    call = lambda *arrays: decode_linear(*arrays, capability=capability)  # noqa: E731
+    call = lambda *arrays: decode_linear(*arrays, target=Target(architecture))  # noqa: E731
     assert launches(call, bf16(rows, 2880), bf16(24, 5120, 2880), bf16(24, 5120), INDEX, lora) == 1
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 16, MOST_ROWS])
-def test_a_norm_and_what_is_made_of_it_compile(capability: int, rows: int) -> None:
+def test_a_norm_and_what_is_made_of_it_compile(architecture: str, rows: int) -> None:
     x, norm, weight, bias = bf16(rows, 2880), bf16(24, 2880), bf16(24, 2 * 48, 2880), bf16(24, 2 * 48)
     scale = jax.ShapeDtypeStruct(bias.shape, jnp.float32)
 
     def route(x: jax.Array, addend: jax.Array, *stacks: jax.Array) -> tuple:
         norm, weight, bias, index = stacks
         narrow = Narrow(weight, 96, bias=bias)
-        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, capability=capability)
+        return norm_linear(x, index, addend=addend, norm=norm, eps=1e-5, narrow=narrow, target=Target(architecture))
 
     def shrink(x: jax.Array, weight: jax.Array, scale: jax.Array, index: jax.Array) -> tuple:
-        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), capability=capability)
+        return norm_linear(x, index, narrow=Narrow(weight, 48, scale=scale), target=Target(architecture))
 
     def alone(x: jax.Array, norm: jax.Array, index: jax.Array) -> tuple:
-        return norm_linear(x, index, norm=norm, eps=1e-5, capability=capability)
+        return norm_linear(x, index, norm=norm, eps=1e-5, target=Target(architecture))
 
     assert launches(route, x, x, norm, weight, bias, INDEX) == 1
     assert launches(shrink, x, weight, scale, INDEX) == 1

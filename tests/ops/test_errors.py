@@ -168,7 +168,25 @@ def test_unknown_backend() -> None:
         run(backend="cuda")
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "90", "sm_9", "gfx942", 90])
+@pytest.mark.parametrize("device", ["", " ", 3])
+def test_unknown_device(device: object) -> None:
+    message = f'device must be a name, as in "NVIDIA H200", or None, got {device!r}'
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        jmoe.Target("sm_90", device=device)
+
+
+def test_a_device_of_another_architecture_is_an_error() -> None:
+    call = jax.jit(lambda x: run(layer(x=x), backend=jmoe.Target("sm_80", device="NVIDIA H200")))
+    with pytest.raises(ValueError, match=r"^NVIDIA H200 is sm_90, got sm_80$"):
+        call.trace(LAYER.x).lower(lowering_platforms=("cuda",))
+
+
+def test_sm_90a_is_hopper_too() -> None:
+    assert jmoe.Target("sm_90a").capability == jmoe.Target("sm_90").capability == 90
+    assert jmoe.Target("sm_120a", device="A card").capability == 120
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "90", "sm_9", "sm_90b", "gfx942", 90])
 def test_unknown_target(architecture: object) -> None:
     message = f'architecture must be "sm_80" or later, as in "sm_90", got {architecture!r}'
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

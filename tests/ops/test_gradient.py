@@ -11,7 +11,9 @@ import pytest
 import jmoe
 from jmoe.ops import gradient
 from jmoe.ops.launch import layer as launches
+from jmoe.ops.launch.local_gpu import Gpu
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
+from jmoe.triton_src.tile_tables import own_table
 
 SMALL = LayerShape(6, hidden=64, intermediate=96, experts=4, top_k=2, adapters=2, rank=3, mixed=True)
 
@@ -97,7 +99,7 @@ def test_under_checkpoint_scan_and_vmap() -> None:
 
 
 def test_bf16_experts_are_differentiated_where_xla_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "gpu_of", lambda options: (90, None))  # as on a machine with an H100
+    monkeypatch.setattr(launches, "gpu_of", lambda target: Gpu(90, own_table(90)))  # as on a machine with an H100
     layer = random_layer(dataclasses.replace(SMALL, mxfp4=False))
 
     def of_weights(gate_up: jax.Array, backend: object) -> jax.Array:

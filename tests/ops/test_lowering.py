@@ -16,9 +16,9 @@ import pytest
 
 import jmoe
 from jmoe.ops.launch.layer import route_and_sort
+from jmoe.ops.launch.local_gpu import Trial
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
-from jmoe.triton_src.tile_tables import as_json, user_table
-from jmoe.triton_src.tiles import TILES, TileTables
+from jmoe.triton_src.tile_tables import as_json, own_table, user_file
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -261,8 +261,7 @@ def test_ptx_names_the_kernels() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (4096, 128)])
 def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: int, architecture: str) -> None:
-    capability = jmoe.Target(architecture).capability
-    route = functools.partial(route_and_sort, top_k=4, capability=capability)
+    route = functools.partial(route_and_sort, top_k=4, target=jmoe.Target(architecture))
     logits = jax.ShapeDtypeStruct((tokens, experts), jnp.bfloat16)
     zeros = jax.ShapeDtypeStruct((1,), jnp.int32)
     written = jax.eval_shape(route, logits, zeros)
@@ -291,13 +290,17 @@ def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.Monke
 
     own = program("triton")
     assert own == program(jmoe.Target("sm_90"))
-    tables = TileTables((dataclasses.replace(TILES[90][0], rows=math.inf, block_m=64),), ())
-    file = user_table("Some GPU")
+    tile = dataclasses.replace(own_table(90).grouped_matmul[0], rows=math.inf, block_m=64)
+    file = user_file("Some GPU")
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(as_json(tables)))
-    assert program("triton") != own
-    assert program(jmoe.Target("sm_90")) == own
-    file.write_text("[]")
-    with pytest.raises(ValueError, match=r"some_gpu.json: must be an object, got \[\]"):
-        program("triton")
+    file.write_text(json.dumps(as_json({"grouped_matmul": (tile,)})))
+    users = program("triton")
+    assert users != own
+    assert program(jmoe.Target("sm_90")) == program(jmoe.Target("sm_90", device="Some GPU")) == own
+    assert program(Trial("sm_90", table=own_table(90).over({"grouped_matmul": (tile,)}))) == users
+    old, invalid = '{"portable": []}', "[]"
+    for content, message in ((invalid, r"must be an object, got \[\]"), (old, "version must be 2, .* got None")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"some_gpu.json: {message}; remove it or run `jmoe tune` again"):
+            program("triton")
     assert program(jmoe.Target("sm_90")) == own

@@ -1,14 +1,12 @@
 """A gradient's launch plans: values that can be checked without a device."""
 
-import dataclasses
-
 import pytest
 
-from jmoe.triton_src.moe import MoeProblem
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.tiles import TILES
-from tests.triton_src.test_plan import PROBLEM, VARIANTS
+from jmoe.triton_src.problem import Layout, MoeProblem
+from tests.triton_src.problems import with_both
+from tests.triton_src.test_plan import CAPABILITIES, PROBLEM, VARIANTS
 
 LORA = {f"{projection}_{part}": "bfloat16" for projection in ("gate_up", "down") for part in "ab"}
 BIASES = {"gate_up_bias": "float32", "down_bias": "bfloat16"}
@@ -18,19 +16,18 @@ KEPT |= {"expert_offset", "gate_up_scale", "down_scale", "gate_up_bias", "down_b
 
 def everything(problem: MoeProblem) -> dict[str, str]:
     """All gradients that a problem has."""
-    lora = {} if problem.gate_up_rank is None else LORA
-    return {"x": "bfloat16", "router_logits": "bfloat16", **lora, **(BIASES if problem.gate_up_bias else {})}
+    lora = {} if problem.gate_up.rank is None else LORA
+    router = "weights" if problem.router_experts is None else "router_logits"
+    return {"x": "bfloat16", router: "bfloat16", **lora, **(BIASES if problem.gate_up.bias else {})}
 
 
 def plans_of(problem: MoeProblem, wanted: dict[str, str], capability: int = 90, kept: bool = True) -> list[Plan]:
-    problem = dataclasses.replace(problem, router_experts=None)
-    router_experts = 32 if "router_logits" in wanted else None
-    return plan_moe_backward(problem, wanted, router_experts, kept, capability)
+    return plan_moe_backward(problem, wanted, kept, capability)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("problem", [*VARIANTS, dataclasses.replace(PROBLEM, packed=True)])
-@pytest.mark.parametrize("capability", TILES)
+@pytest.mark.parametrize("problem", [*VARIANTS, with_both(PROBLEM, layout=Layout.PACKED)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plans_name_every_parameter_and_read_only_what_was_written(
     problem: MoeProblem, capability: int, kept: bool
 ) -> None:

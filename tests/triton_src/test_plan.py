@@ -2,57 +2,45 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
-from jmoe.triton_src.moe import MoeProblem, plan_moe, reads_packed
+from jmoe.triton_src.moe import plan_moe
+from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.routing.many import plan_route_many
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem, tile_slots
-from jmoe.triton_src.tiles import TILES, choose_packed_tile, choose_tile
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import bound_of, packed_tile_for, reads_packed, tile_for
+from tests.triton_src.problems import moe_problem
 
-PROBLEM = MoeProblem(
-    tokens=16,
-    hidden=2880,
-    intermediate=2880,
-    experts=32,
-    top_k=4,
-    router_experts=32,
-    packed=False,
-    gate_up_mxfp4=True,
-    down_mxfp4=True,
-    gate_up_bias=True,
-    down_bias=True,
-    adapters=2,
-    gate_up_rank=8,
-    down_rank=16,
-    adapter_ids=True,
-    expert_offset=True,
-    swiglu_alpha=1.702,
-    swiglu_limit=7.0,
-)
+CAPABILITIES = (80, 90, 100)
+
+LORA: dict[str, Any] = {"ranks": (8, 16), "adapters": 2, "adapter_ids": True}
+PROBLEM = moe_problem(expert_offset=True, **LORA)
 
 VARIANTS = [
-    dataclasses.replace(PROBLEM, tokens=tokens, **change)
+    moe_problem(tokens, **change)
     for tokens in (1, 7, 300, 131072)
     for change in (
-        {},
-        {"router_experts": None},
-        {"gate_up_rank": None, "down_rank": None, "adapters": 0, "adapter_ids": False},
-        {"gate_up_mxfp4": False, "down_mxfp4": False, "gate_up_bias": False, "down_bias": False},
-        {"expert_offset": False, "experts": 128, "router_experts": 128},
+        {"expert_offset": True, **LORA},
+        {"expert_offset": True, "router_experts": None, **LORA},
+        {"expert_offset": True},
+        {"expert_offset": True, "layout": Layout.DENSE, "bias": False, **LORA},
+        {"experts": 128, "router_experts": 128, **LORA},
     )
 ]
 
-PACKED = dataclasses.replace(
-    PROBLEM, packed=True, adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, intermediate=96, hidden=160
-)
+PACKED_SIZES: dict[str, Any] = {"layout": Layout.PACKED, "hidden": 160, "intermediate": 96}
+PACKED = moe_problem(expert_offset=True, **PACKED_SIZES)
 
 
 @pytest.mark.parametrize("problem", VARIANTS)
-@pytest.mark.parametrize("capability", TILES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plans_name_every_parameter_and_read_only_what_was_written(problem: MoeProblem, capability: int) -> None:
     given = {"x", "gate_up", "down", "gate_up_scales", "down_scales", "gate_up_bias", "down_bias", "adapter_ids"}
     given |= {f"{projection}_{part}" for projection in ("gate_up", "down") for part in ("a", "b", "scale")}
@@ -103,7 +91,7 @@ def test_slots_hold_the_worst_spread_of_pairs(pairs: int, experts: int, block_m:
 @pytest.mark.parametrize("tokens", [1, 64, 257, 4096, 131072])
 def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bool) -> None:
     problem = RouteProblem(tokens, 4, experts, None if given else experts, False, 128, None)
-    count, sort = plan_route_many(problem)
+    count, sort = plan_route_many(problem, own_table(90))
     assert count.grid == sort.grid
     assert sort.grid[0] <= min(128, sort.constexprs["COUNT_BLOCKS"] * sort.constexprs["BLOCK_COUNTS"])
     assert sort.grid[0] * sort.constexprs["RUN"] >= problem.pairs
@@ -111,7 +99,7 @@ def test_sort_bounds_what_its_programs_read(tokens: int, experts: int, given: bo
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 32), (64, 32), (32, 128)])
 def test_decoding_is_routed_in_one_launch(tokens: int, experts: int) -> None:
-    assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880))) == 1
+    assert len(plan_routing(RouteProblem(tokens, 4, experts, experts, False, 8, 2880), own_table(90))) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 60, 64])
@@ -124,7 +112,8 @@ def test_an_even_routing_gives_every_tile_a_program_and_few_are_idle(tokens: int
 
 
 def test_routing_fetches_no_weights_that_there_are_not() -> None:
-    one = dataclasses.replace(PACKED, hidden=64, intermediate=32, experts=1, router_experts=1, top_k=1)
+    sizes = {"hidden": 64, "intermediate": 32, "experts": 1, "router_experts": 1, "top_k": 1}
+    one = moe_problem(layout=Layout.PACKED, **sizes)
     for small in (PACKED, one):
         routing = plan_moe(dataclasses.replace(small, tokens=1), 90)[0]
         values = routing.constexprs
@@ -142,13 +131,13 @@ def test_ranks_are_padded_to_whole_blocks(rank: int) -> None:
     assert padded - rank < block
 
 
-def test_tables_reach_any_load_and_newer_gpus_use_the_last_family() -> None:
+def test_tables_reach_any_load_on_any_gpu() -> None:
     for capability in (80, 86, 89, 90, 100, 103, 120):
         for pairs in (1, 64, 10**6):
-            tile = choose_tile(capability, pairs, 32)
-            assert tile.block_k % 32 == 0
+            tile = tile_for(own_table(capability).grouped_matmul, pairs / 32)
+            assert pairs / 32 <= tile.rows
     with pytest.raises(NotImplementedError, match=r"need compute capability 8.0 or later, got sm_75"):
-        choose_tile(75, 1, 1)
+        own_table(75)
 
 
 @pytest.mark.parametrize("problem", VARIANTS[:5])
@@ -166,7 +155,7 @@ def test_estimates_are_positive(problem: MoeProblem) -> None:
 def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: int, lora: bool) -> None:
     problem = dataclasses.replace(PACKED, tokens=tokens)
     if lora:
-        problem = dataclasses.replace(problem, adapters=3, gate_up_rank=8, down_rank=5, adapter_ids=True)
+        problem = moe_problem(tokens, **PACKED_SIZES, ranks=(8, 5), adapters=3, adapter_ids=True)
     plans = plan_moe(problem, 90)
     for plan in plans:
         plan.check_names()
@@ -177,14 +166,50 @@ def test_packed_plans_name_every_parameter(tokens: int, product: str, shrinks: i
     assert names[-1] == "combine"
 
 
+PACKED_KERNELS = ("packed_decode", "packed_grouped_matmul", "packed_dgrad")
+
+
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_packed_weights_without_a_kernel_are_refused(capability: int) -> None:
-    assert not reads_packed(capability)
+    assert not any(reads_packed(kernel, own_table(capability)) for kernel in PACKED_KERNELS)
     with pytest.raises(NotImplementedError, match=f"got sm_{capability}: unpack them"):
         plan_moe(PACKED, capability)
+
+
+@pytest.mark.parametrize(
+    ("missing", "few", "many", "gradient"),
+    [
+        ("packed_decode", "packed_grouped_matmul", "packed_grouped_matmul", True),
+        ("packed_grouped_matmul", "packed_decode", None, False),
+        ("packed_dgrad", "packed_decode", "packed_grouped_matmul", False),
+    ],
+)
+def test_a_kernel_for_packed_weights_that_a_gpu_lacks_is_missed_where_it_is_needed(
+    missing: str, few: str, many: str | None, gradient: bool
+) -> None:
+    table = own_table(90).over({missing: ()})
+    assert [reads_packed(kernel, table) for kernel in PACKED_KERNELS] == [name != missing for name in PACKED_KERNELS]
+    assert few in [plan.name for plan in plan_moe(dataclasses.replace(PACKED, tokens=4), 90, table)]
+    large = dataclasses.replace(PACKED, tokens=4096)
+    if many is None:
+        with pytest.raises(NotImplementedError, match="unpack them"):
+            plan_moe(large, 90, table)
+    else:
+        assert many in [plan.name for plan in plan_moe(large, 90, table)]
+    assert (packed_tile_for(table, large.rows_of_expert, gradient=True) is not None) == gradient
+    if not gradient:
+        for call in (
+            lambda: plan_moe(large, 90, table, keep=True),
+            lambda: plan_moe_backward(large, {}, True, 90, table),
+        ):
+            with pytest.raises(NotImplementedError, match="unpack them"):
+                call()
 
 
 @pytest.mark.parametrize("pairs", [1, 8, 9, 100, 5000, 10**6])
 @pytest.mark.parametrize("experts", [1, 32, 256])
 def test_some_packed_tile_takes_every_size(pairs: int, experts: int) -> None:
-    assert pairs / experts <= choose_packed_tile(90, pairs, experts).rows
+    rows = pairs / experts
+    tile = packed_tile_for(own_table(90), rows)
+    assert tile is not None
+    assert rows <= bound_of(tile)

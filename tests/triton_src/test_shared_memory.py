@@ -5,8 +5,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.problem import Layout
+from tests.triton_src.problems import moe_problem
 
 KIB_A_BLOCK = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability * 10 -> KiB of shared memory a block may have (CUDA C++ Programming Guide)."""
@@ -42,12 +44,8 @@ def shared_bytes(plan: Plan, capability: int, mxfp4: bool) -> int:
 @pytest.mark.parametrize("mxfp4", [True, False])
 @pytest.mark.parametrize("capability", KIB_A_BLOCK)
 def test_the_largest_tiles_fit(capability: int, mxfp4: bool) -> None:
-    problem = MoeProblem(
-        tokens=4096, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=False,
-        gate_up_mxfp4=mxfp4, down_mxfp4=mxfp4, gate_up_bias=True, down_bias=True,
-        adapters=2, gate_up_rank=64, down_rank=64, adapter_ids=True, expert_offset=False,
-        swiglu_alpha=1.702, swiglu_limit=7.0,
-    )  # fmt: skip
+    layout = Layout.MXFP4 if mxfp4 else Layout.DENSE
+    problem = moe_problem(4096, layout=layout, ranks=(64, 64), adapters=2, adapter_ids=True)
     plans = [plan for plan in plan_moe(problem, capability) if plan.name in ("shrink", "grouped_matmul")]
     sizes = [shared_bytes(plan, capability, mxfp4) for plan in plans[:2]]  # down has the tiles of gate_up
     assert len(sizes) == 2

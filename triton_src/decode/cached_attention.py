@@ -1,15 +1,12 @@
 """Attention of one query a sequence to a cache of keys and values, which is read and written in place."""
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-
-BLOCK_S = 64
-"""Slots that a program reads at once."""
-
-PROGRAMS = 264
-"""Wanted of a launch, two on each of an H100's multiprocessors: a sequence's slots are split to have so many."""
+from jmoe.triton_src.tiles import CachedAttentionTile
 
 
 @triton.jit
@@ -138,60 +135,68 @@ def merge_attention_kernel(
     tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty))
 
 
-def plan_cached_attention(*, batch: int, heads: int, key_heads: int, slots: int, head_dim: int) -> list[Plan]:
+@dataclasses.dataclass(frozen=True)
+class CachedAttentionProblem:
+    """Attention of one token of each sequence to a layer's cache."""
+
+    rows: int  # sequences
+    heads: int
+    key_heads: int
+    slots: int
+    head_dim: int
+
+
+def plan_cached_attention(problem: CachedAttentionProblem, tile: CachedAttentionTile) -> list[Plan]:
     """attended [B, N, D] and the cache with the latest token, from heads, cosine, sine, cache, layer [1], position [B],
     and sinks of several layers, of which sinks_layer [1] says the one.
     """
-    wanted = min(cdiv(PROGRAMS, batch * key_heads), cdiv(slots, 2 * BLOCK_S))
+    p = problem
+    wanted = min(cdiv(tile.programs, p.rows * p.key_heads), cdiv(p.slots, 2 * tile.block_s))
     splits = next_power_of_2(max(wanted, 1))
-    sizes = {"N": heads, "D": head_dim, "SPLITS": splits}
-    attended = {"out_ptr": Buffer("attended", (batch, heads, head_dim), "bfloat16")}
+    sizes = {"N": p.heads, "D": p.head_dim, "SPLITS": splits}
+    attended = {"out_ptr": Buffer("attended", (p.rows, p.heads, p.head_dim), "bfloat16")}
     sinks = {"sinks_ptr": "sinks", "sinks_layer_ptr": "sinks_layer"}
     parts = {
-        "partial_ptr": Buffer("attention_partial", (batch, heads, splits, head_dim), "float32"),
-        "largest_ptr": Buffer("attention_largest", (batch, heads, splits), "float32"),
-        "total_ptr": Buffer("attention_total", (batch, heads, splits), "float32"),
+        "partial_ptr": Buffer("attention_partial", (p.rows, p.heads, splits, p.head_dim), "float32"),
+        "largest_ptr": Buffer("attention_largest", (p.rows, p.heads, splits), "float32"),
+        "total_ptr": Buffer("attention_total", (p.rows, p.heads, splits), "float32"),
     }
     outputs, absent = (attended, parts) if splits == 1 else (parts, {**attended, **sinks})
-    plans = [
-        Plan(
-            kernel=cached_attention_kernel,
-            grid=(batch * key_heads, splits),
-            operands={
-                **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
-                **sinks,
-                **dict.fromkeys(absent),
-            },
-            outputs=outputs,
-            updates=("cache_ptr",),
-            constexprs={
-                **sizes,
-                "BATCH": batch,
-                "M": key_heads,
-                "S": slots,
-                "SCALE": head_dim**-0.5,
-                "BLOCK_S": BLOCK_S,
-                "BLOCK_G": max(16, next_power_of_2(heads // key_heads)),
-            },
-            num_warps=4,
-            num_stages=3,
-            flops=4 * batch * heads * slots * head_dim,
-            bytes_accessed=4 * batch * key_heads * slots * head_dim,
-        )
-    ]
+    attention = Plan(
+        kernel=cached_attention_kernel,
+        grid=(p.rows * p.key_heads, splits),
+        operands={
+            **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
+            **sinks,
+            **dict.fromkeys(absent),
+        },
+        outputs=outputs,
+        updates=("cache_ptr",),
+        constexprs={
+            **sizes,
+            "BATCH": p.rows,
+            "M": p.key_heads,
+            "S": p.slots,
+            "SCALE": p.head_dim**-0.5,
+            "BLOCK_S": tile.block_s,
+            "BLOCK_G": max(16, next_power_of_2(p.heads // p.key_heads)),
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=4 * p.rows * p.heads * p.slots * p.head_dim,
+        bytes_accessed=4 * p.rows * p.key_heads * p.slots * p.head_dim,
+    )
     if splits == 1:
-        return plans
-    return [
-        *plans,
-        Plan(
-            kernel=merge_attention_kernel,
-            grid=(batch * heads,),
-            operands={**{parameter: part.name for parameter, part in parts.items()}, **sinks},
-            outputs=attended,
-            constexprs=sizes,
-            num_warps=1,
-            num_stages=1,
-            flops=3 * batch * heads * splits * head_dim,
-            bytes_accessed=4 * batch * heads * splits * head_dim,
-        ),
-    ]
+        return [attention]
+    merge = Plan(
+        kernel=merge_attention_kernel,
+        grid=(p.rows * p.heads,),
+        operands={**{parameter: part.name for parameter, part in parts.items()}, **sinks},
+        outputs=attended,
+        constexprs=sizes,
+        num_warps=tile.merge_num_warps,
+        num_stages=tile.merge_num_stages,
+        flops=3 * p.rows * p.heads * splits * p.head_dim,
+        bytes_accessed=4 * p.rows * p.heads * splits * p.head_dim,
+    )
+    return [attention, merge]

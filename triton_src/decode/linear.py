@@ -1,10 +1,12 @@
 """A dense product for few rows, bound by reading the weights, which are read in place from a stack of layers."""
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.decode.tiles import decode_linear_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.tiles import DecodeLinearTile
 
 
 @triton.jit
@@ -71,40 +73,48 @@ def decode_linear_kernel(
     )
 
 
-def plan_decode_linear(*, rows: int, n: int, k: int, rank: int | None = None, lora_rows: int = 0) -> list[Plan]:
-    """linear [T, N] from x, weight, bias and layer and, with a rank, shrunk and lora_b.
+@dataclasses.dataclass(frozen=True)
+class DecodeLinearProblem:
+    """A product of few rows, [rows, k] by [n, k]."""
 
-    lora_rows: of lora_b in each layer, of which the first n count.
-    """
-    lora = rank is not None
-    tile = decode_linear_tile(rows)
+    rows: int
+    n: int
+    k: int
+    rank: int | None = None  # of LoRA, if there is any
+    lora_rows: int = 0  # of lora_b in each layer, of which the first n count
+
+
+def plan_decode_linear(problem: DecodeLinearProblem, tile: DecodeLinearTile) -> list[Plan]:
+    """linear [T, N] from x, weight, bias and layer and, with a rank, shrunk and lora_b."""
+    p = problem
+    rank = p.rank or 0
     return [
         Plan(
             kernel=decode_linear_kernel,
-            grid=(cdiv(n, tile.columns),),
+            grid=(cdiv(p.n, tile.block_n),),
             operands={
                 "x_ptr": "x",
                 "weight_ptr": "weight",
                 "bias_ptr": "bias",
                 "layer_ptr": "layer",
-                "shrunk_ptr": "shrunk" if lora else None,
-                "lora_b_ptr": "lora_b" if lora else None,
+                "shrunk_ptr": "shrunk" if rank else None,
+                "lora_b_ptr": "lora_b" if rank else None,
             },
-            scalars={"rows": rows},
-            outputs={"out_ptr": Buffer("linear", (rows, n), "bfloat16")},
+            scalars={"rows": p.rows},
+            outputs={"out_ptr": Buffer("linear", (p.rows, p.n), "bfloat16")},
             constexprs={
-                "N": n,
-                "K": k,
-                "P": lora_rows,
-                "RANK": rank or 0,
-                "BLOCK_M": 1 if rows == 1 else max(16, next_power_of_2(rows)),
-                "BLOCK_N": tile.columns,
-                "BLOCK_K": tile.depth,
-                "BLOCK_R": 16 if rank is None else min(64, max(16, next_power_of_2(rank))),
+                "N": p.n,
+                "K": p.k,
+                "P": p.lora_rows,
+                "RANK": rank,
+                "BLOCK_M": 1 if p.rows == 1 else max(16, next_power_of_2(p.rows)),
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "BLOCK_R": min(64, max(16, next_power_of_2(rank))) if rank else 16,
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            flops=2 * rows * n * (k + (rank or 0)),
-            bytes_accessed=2 * (n * k + rows * (n + k)),
+            flops=2 * p.rows * p.n * (p.k + rank),
+            bytes_accessed=2 * (p.n * p.k + p.rows * (p.n + p.k)),
         )
     ]

@@ -3,11 +3,13 @@
 The weights are read in place from stacks of layers. Each program makes the norm of its rows anew.
 """
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.decode.tiles import norm_linear_tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.tiles import NormLinearTile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -74,54 +76,54 @@ def norm_linear_kernel(
             )
 
 
-def plan_norm_linear(
-    *,
-    rows: int,
-    k: int,
-    n: int = 0,
-    weight_rows: int = 0,
-    eps: float = 0.0,
-    addend: bool = False,
-    norm: bool = False,
-    scale: bool = False,
-    bias: bool = False,
-) -> list[Plan]:
-    """Some of sum, normal and product, from x, layer [1] and what is there of addend, norm, weight, scale and bias.
+@dataclasses.dataclass(frozen=True)
+class NormLinearProblem:
+    """Which steps there are, of a sum, a norm and a product, for rows of k values."""
 
-    n: columns of the product, 0 for none; weight_rows: of the weight in each layer, of which the first n count.
-    """
-    tile = norm_linear_tile(rows)
-    there = {"addend": addend, "norm": norm, "weight": n > 0, "scale": scale, "bias": bias}
+    rows: int
+    k: int
+    n: int = 0  # columns of the product, 0 for none
+    weight_rows: int = 0  # of the weight in each layer, of which the first n count
+    eps: float = 0.0
+    addend: bool = False
+    norm: bool = False
+    scale: bool = False
+    bias: bool = False
+
+
+def plan_norm_linear(problem: NormLinearProblem, tile: NormLinearTile) -> list[Plan]:
+    """Some of sum, normal and product, from x, layer [1] and what is there of addend, norm, weight, scale and bias."""
+    p = problem
+    there = {"addend": p.addend, "norm": p.norm, "weight": p.n > 0, "scale": p.scale, "bias": p.bias}
     results = {
-        "sum_ptr": Buffer("sum", (rows, k), "bfloat16") if addend else None,
-        "normal_ptr": Buffer("normal", (rows, k), "bfloat16") if norm else None,
-        "product_ptr": Buffer("product", (rows, n), "bfloat16") if n else None,
+        "sum_ptr": Buffer("sum", (p.rows, p.k), "bfloat16") if p.addend else None,
+        "normal_ptr": Buffer("normal", (p.rows, p.k), "bfloat16") if p.norm else None,
+        "product_ptr": Buffer("product", (p.rows, p.n), "bfloat16") if p.n else None,
     }
-    columns = cdiv(max(n, 1), tile.columns)
     return [
         Plan(
             kernel=norm_linear_kernel,
-            grid=(cdiv(rows, tile.rows), columns),
+            grid=(cdiv(p.rows, tile.block_m), cdiv(max(p.n, 1), tile.block_n)),
             operands={
                 "x_ptr": "x",
                 "layer_ptr": "layer",
                 **{f"{name}_ptr": name if given else None for name, given in there.items()},
                 **{parameter: None for parameter, buffer in results.items() if buffer is None},
             },
-            scalars={"rows": rows},
+            scalars={"rows": p.rows},
             outputs={parameter: buffer for parameter, buffer in results.items() if buffer is not None},
             constexprs={
-                "EPS": eps,
-                "N": n,
-                "P": weight_rows,
-                "K": k,
-                "ROWS": tile.rows,
-                "BLOCK_N": tile.columns,
-                "BLOCK_K": next_power_of_2(k),
+                "EPS": p.eps,
+                "N": p.n,
+                "P": p.weight_rows,
+                "K": p.k,
+                "ROWS": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": next_power_of_2(p.k),
             },
             num_warps=tile.num_warps,
-            num_stages=1,
-            flops=2 * rows * k * (n + 2),
-            bytes_accessed=2 * (n * k + rows * (4 * k + n)),
+            num_stages=tile.num_stages,
+            flops=2 * p.rows * p.k * (p.n + 2),
+            bytes_accessed=2 * (p.n * p.k + p.rows * (4 * p.k + p.n)),
         )
     ]

@@ -13,8 +13,8 @@ from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.packed.shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.problem import MoeProblem
 from jmoe.triton_src.routing.mma_k_order import interleaved_width
-from jmoe.triton_src.stacked import Stacked
 from jmoe.triton_src.tiles import DecodeTile
 
 
@@ -77,8 +77,7 @@ def packed_decode_kernel(
     DOWN_RANK: gl.constexpr,
     DOWN_BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
+    ACTIVATION: gl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
@@ -109,7 +108,7 @@ def packed_decode_kernel(
             gate_up_a_ptr, gate_up_b_ptr, gate_up_scale_ptr, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK,
             GATE_UP_BLOCK_R, SPLITS,
         ),
-        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+        N=2 * I, K=H, OUT_WIDTH=IP, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=0, SHRUNK_READY=GATE_UP_SHRINK,
     )  # fmt: skip
     down = Product(
@@ -117,7 +116,7 @@ def packed_decode_kernel(
         Lora(
             down_a_ptr, down_b_ptr, down_scale_ptr, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS
         ),
-        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+        N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
     program = gl.program_id(0)
@@ -150,99 +149,77 @@ def packed_decode_kernel(
                     product_of_tile(down, rows, work, DOWN_ROWS, DOWN)
 
 
-LONGEST_RANK_BLOCK = 32
-"""LoRA's ranks that a step takes: with 64 the shrink's registers spill."""
-
-
-def plan_packed_decode(
-    *,
-    hidden: int,
-    intermediate: int,
-    slots: int,
-    spread: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    gate_up_bias: bool,
-    down_bias: bool,
-    adapters: int,
-    gate_up_rank: int | None,
-    down_rank: int | None,
-    adapter_ids: bool,
-    stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-    tile: DecodeTile,
-) -> Plan:
+def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
     """pair_out [P, H] from x_interleaved; beside it activations [P, I padded to 64], interleaved, and shrunk rows."""
-    width = interleaved_width(intermediate)
+    p = problem
+    slots, spread = p.slots(tile), p.spread(tile)
+    width = interleaved_width(p.intermediate)
     programs = 2 * width // (16 * tile.column_warps)
-    down = cdiv(hidden, 16 * tile.down_column_warps)
-    last_down = cdiv(hidden, 16 * tile.last_column_warps)
-    last = min(spread, tile.last) if tile.last_column_warps < tile.down_column_warps else 0
-    weights = 3 * hidden * intermediate
+    down = cdiv(p.hidden, 16 * tile.down_column_warps)
+    last_down = cdiv(p.hidden, 16 * tile.tail_column_warps)
+    last = min(spread, tile.tail_tiles) if tile.tail_column_warps < tile.down_column_warps else 0
     outputs = {
-        "activations_ptr": Buffer("activations", (pairs, width), "bfloat16"),
-        "pair_out_ptr": Buffer("pair_out", (pairs, hidden), "bfloat16"),
+        "activations_ptr": Buffer("activations", (p.pairs, width), "bfloat16"),
+        "pair_out_ptr": Buffer("pair_out", (p.pairs, p.hidden), "bfloat16"),
     }
     operands: dict[str, str | None] = {}
     ranks: dict[str, int] = {}
-    for projection, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
-        block_r, rank_padded = rank_blocks(rank or 1, LONGEST_RANK_BLOCK)
-        ranks |= {f"{projection}_RANK".upper(): rank or 0, f"{projection}_BLOCK_R".upper(): block_r}
+    flops = weight_bytes = 0
+    for one in (p.gate_up, p.down):
+        name, rank = one.name, one.rank
+        operands |= {
+            f"{name}_words_ptr": name,
+            f"{name}_scales_ptr": f"{name}_scales",
+            f"{name}_bias_ptr": f"{name}_bias" if one.bias else None,
+        }
+        block_r, rank_padded = rank_blocks(rank or 1, tile.block_r)
+        ranks |= {f"{name}_RANK".upper(): rank or 0, f"{name}_BLOCK_R".upper(): block_r}
         for part in ("a", "b", "scale"):
-            operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank else None
+            operands[f"{name}_{part}_ptr"] = f"{name}_{part}" if rank else None
         if rank:
-            programs += rank_padded // block_r * tile.shrink_splits * adapters
-            shrunk = Buffer(f"{projection}_shrunk", (tile.shrink_splits, pairs, rank_padded), "float32")
-            outputs[f"{projection}_shrunk_ptr"] = shrunk
+            programs += rank_padded // block_r * tile.shrink_splits * p.adapters
+            shrunk = Buffer(f"{name}_shrunk", (tile.shrink_splits, p.pairs, rank_padded), "float32")
+            outputs[f"{name}_shrunk_ptr"] = shrunk
         else:
-            operands[f"{projection}_shrunk_ptr"] = None
+            operands[f"{name}_shrunk_ptr"] = None
+        flops += 2 * p.pairs * (one.n * one.k + (rank or 0) * (one.n + one.k))
+        weight_bytes += one.layout.bytes(one.n, one.k)
     return Plan(
         kernel=packed_decode_kernel,
         grid=(spread * programs + (spread - last) * down + last * last_down,),
         operands={
             "x_ptr": "x_interleaved",
-            "gate_up_words_ptr": "gate_up",
-            "gate_up_scales_ptr": "gate_up_scales",
-            "gate_up_bias_ptr": "gate_up_bias" if gate_up_bias else None,
-            "down_words_ptr": "down",
-            "down_scales_ptr": "down_scales",
-            "down_bias_ptr": "down_bias" if down_bias else None,
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
+            "adapter_ids_ptr": "adapter_ids" if p.adapter_ids else None,
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
             "finished_ptr": "finished",
             **operands,
-            **stacked.weights_operand,
-            **stacked.lora_operand,
+            **p.stacked.weights_operand,
+            **p.stacked.lora_operand,
         },
         updates=("finished_ptr",),
         outputs=outputs,
-        scalars={"pairs": pairs, "slots": slots, "spread": spread, "last": last},
+        scalars={"pairs": p.pairs, "slots": slots, "spread": spread, "last": last},
         constexprs={
-            "H": hidden,
-            "I": intermediate,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            "ADAPTERS": adapters,
+            "H": p.hidden,
+            "I": p.intermediate,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ADAPTERS": p.adapters,
             **ranks,
             "SPLITS": tile.shrink_splits,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": p.activation,
             "BLOCK_M": tile.block_m,
             "AHEAD": tile.ahead,
             "STAGES": tile.stages,
             "GATE_UP_ROWS": tile.column_warps,
             "DOWN_ROWS": tile.down_column_warps,
-            "LAST_ROWS": tile.last_column_warps,
+            "LAST_ROWS": tile.tail_column_warps,
         },
         num_warps=4,
         num_stages=1,
         max_registers=tile.max_registers,
-        flops=2
-        * pairs
-        * (weights + (gate_up_rank or 0) * (2 * intermediate + hidden) + (down_rank or 0) * (hidden + intermediate)),
-        bytes_accessed=min(pairs, experts) * weights * 17 // 32 + 4 * pairs * (hidden + width),
+        flops=flops,
+        bytes_accessed=p.active_experts * weight_bytes + 4 * p.pairs * (p.hidden + width),
     )

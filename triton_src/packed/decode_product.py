@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.activation_tile import activate
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk, packed_column
 from jmoe.triton_src.packed.ready_counters import finish, wait_for
 from jmoe.triton_src.packed.tokens import (
@@ -252,7 +252,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, ROWS: gl.constexpr):
         odd += bias_odd.to(gl.float32)[:, None]
     ok = column_ok[:, None] & row_ok[None, :]
     if p.GATE_UP:
-        out = swiglu_tile(even, odd, p.ALPHA, p.LIMIT).to(gl.bfloat16)
+        out = activate(even, odd, p.ACTIVATION).to(gl.bfloat16)
         slot = column - column % 32 + column % 8 // 2 * 8 + column // 16 % 2 * 4 + column // 8 % 2 * 2 + column % 2
         # Columns that pad the width are written too, as zero: the next product reads them.
         out = gl.where(column_ok[:, None], out, 0.0)

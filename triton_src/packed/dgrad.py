@@ -13,11 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk
 from jmoe.triton_src.packed.transposed import STEP, decode_transposed, part_layout, spread_scales, transposed_column
 from jmoe.triton_src.packed.weight import nan_bits
-from jmoe.triton_src.plan import Buffer, Plan, cdiv
-from jmoe.triton_src.portable.dgrad import dgrad_lora_operands
+from jmoe.triton_src.plan import Plan, cdiv
+from jmoe.triton_src.portable.dgrad import dgrad_lora_operands, dgrad_output
 from jmoe.triton_src.portable.shrink import lora_constexprs
-from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import DgradTile, GroupedTile
+from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import DgradTile
 
 BLOCK_K = 128
 """Columns of a program."""
@@ -308,52 +309,37 @@ def store_tile(
     gl.store(out_ptr + row.to(gl.int64)[None, :] * K + column[:, None], out, mask=ok)
 
 
-def plan_packed_dgrad(
-    projection: str,
-    *,
-    n: int,
-    k: int,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    adapters: int,
-    rank: int | None,
-    adapter_ids: bool,
-    stacked: Stacked,
-    routed: GroupedTile,
-    tile: DgradTile,
-) -> Plan:
+def plan_packed_dgrad(product: Projection, problem: MoeProblem, tile: DgradTile, routed: RowTile) -> Plan:
     """gate_up: pair_dx [P, H] from pre_activations_grad [P, 2I]. down: down_dgrad [P, I] from dy [T, H].
 
     routed: the tile of the routing and of LoRA's shrink.
     """
-    gate_up = projection == "gate_up"
-    constants = lora_constexprs(adapters, rank, routed.shrink_splits)
+    p, n, k = problem, product.n, product.k
+    constants = lora_constexprs(product, p, routed)
     return Plan(
         kernel=packed_dgrad_kernel,
-        grid=(cdiv(k, BLOCK_K), slots),
+        grid=(cdiv(k, BLOCK_K), p.slots(routed)),
         operands={
-            "grad_ptr": "pre_activations_grad" if gate_up else "dy",
-            "words_ptr": projection,
-            "scales_ptr": f"{projection}_scales",
-            **dgrad_lora_operands(projection, rank, adapter_ids),
+            "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
+            "words_ptr": product.name,
+            "scales_ptr": f"{product.name}_scales",
+            **dgrad_lora_operands(product, p),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
-            **stacked.lora_operand,
+            **p.stacked.weights_operand,
+            **p.stacked.lora_operand,
         },
-        scalars={"pairs": pairs},
-        outputs={"out_ptr": Buffer("pair_dx" if gate_up else "down_dgrad", (pairs, k), "bfloat16")},
+        scalars={"pairs": p.pairs},
+        outputs=dgrad_output(product, p),
         constexprs={
             "N": n,
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
             **constants,
             # More ranks at once spill.
-            "BLOCK_R": min(constants["BLOCK_R"], 16 if adapter_ids else 32),
-            "GATE_UP": gate_up,
+            "BLOCK_R": min(constants["BLOCK_R"], tile.mixed_block_r if p.adapter_ids else tile.block_r),
+            "GATE_UP": product.is_gate_up,
             "BLOCK_M": routed.block_m,
             "SMALLEST_M": tile.smallest_m,
             "BLOCK_K": BLOCK_K,
@@ -363,6 +349,6 @@ def plan_packed_dgrad(
         num_warps=BLOCK_K // 32,
         num_stages=1,
         max_registers=tile.max_registers,
-        flops=2 * pairs * k * (n + (rank or 0)),
-        bytes_accessed=min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (n + k),
+        flops=2 * p.pairs * k * (n + (product.rank or 0)),
+        bytes_accessed=p.active_experts * product.layout.bytes(n, k) + 2 * p.pairs * (n + k),
     )

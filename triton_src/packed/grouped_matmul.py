@@ -14,7 +14,7 @@ from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.grouped_matmul import pre_activations
 from jmoe.triton_src.portable.shrink import rank_blocks
-from jmoe.triton_src.stacked import Stacked
+from jmoe.triton_src.problem import MoeProblem, Projection
 from jmoe.triton_src.tiles import GroupedTile
 
 
@@ -78,8 +78,7 @@ def packed_grouped_matmul_kernel(
     DOWN_RANK: gl.constexpr,
     DOWN_BLOCK_R: gl.constexpr,
     SPLITS: gl.constexpr,
-    ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr,
+    ACTIVATION: gl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: gl.constexpr,
     SMALLEST_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -101,7 +100,7 @@ def packed_grouped_matmul_kernel(
             Lora(
                 None, gate_up_b_ptr, None, lora_layer_ptr, gate_up_shrunk_ptr, GATE_UP_RANK, GATE_UP_BLOCK_R, SPLITS
             ),
-            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
         if program < slots * GATE_UP:
@@ -111,7 +110,7 @@ def packed_grouped_matmul_kernel(
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
             Lora(None, down_b_ptr, None, lora_layer_ptr, down_shrunk_ptr, DOWN_RANK, DOWN_BLOCK_R, SPLITS),
-            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ALPHA=ALPHA, LIMIT=LIMIT, AHEAD=AHEAD, STAGES=STAGES,
+            N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip
         if program >= 0:
@@ -119,92 +118,80 @@ def packed_grouped_matmul_kernel(
 
 
 def plan_packed_grouped_matmul(
-    projections: Sequence[str],
-    *,
-    hidden: int,
-    intermediate: int,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    biases: Sequence[str],
-    adapters: int,
-    ranks: dict[str, int | None],
-    adapter_ids: bool,
-    stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-    tile: GroupedTile,
-    keep: bool = False,
+    products: Sequence[Projection], problem: MoeProblem, tile: GroupedTile, keep: bool = False
 ) -> Plan:
-    """Of "gate_up": activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
+    """Of gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
 
-    Of "down": pair_out [P, H] from activations.
+    Of down: pair_out [P, H] from activations.
 
-    biases: the projections that have one.
+    products: one of the problem's two, or both in order.
     """
-    both = len(projections) == 2
-    lora = any(ranks[projection] is not None for projection in projections)
+    p = problem
+    both = len(products) == 2
+    lora = any(product.rank is not None for product in products)
     operands: dict[str, str | None] = {
-        "x_ptr": "x" if "gate_up" in projections else None,
-        "gates_ptr": "weights" if "down" in projections else None,
-        "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+        "x_ptr": "x" if p.gate_up in products else None,
+        "gates_ptr": "weights" if p.down in products else None,
+        "adapter_ids_ptr": "adapter_ids" if lora and p.adapter_ids else None,
         "order_ptr": "order",
         "tiles_ptr": "tiles",
         "finished_ptr": "finished" if both else None,
-        **stacked.weights_operand,
-        **stacked.lora_operand,
+        **p.stacked.weights_operand,
+        **p.stacked.lora_operand,
     }
     outputs: dict[str, Buffer] = {}
     constexprs: dict[str, Any] = {}
     flops = bytes_accessed = 0
-    for projection, n, k in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
-        here = projection in projections
-        rank = ranks[projection] if here else None
-        block_r, _ = rank_blocks(rank or 1)
+    for product in (p.gate_up, p.down):
+        here = product in products
+        name, n, k = product.name, product.n, product.k
+        rank = product.rank if here else None
+        block_r, _ = rank_blocks(rank or 1, tile.block_r)
         # Of mixed adapters more ranks at once spill, and ptxas then serialises the main loop's products too.
         constexprs |= {
-            f"{projection}_RANK".upper(): rank or 0,
-            f"{projection}_BLOCK_R".upper(): 16 if adapter_ids else block_r,
+            f"{name}_RANK".upper(): rank or 0,
+            f"{name}_BLOCK_R".upper(): tile.mixed_block_r if p.adapter_ids else block_r,
         }
-        constexprs[projection.upper()] = cdiv(n, 128) if here else 0
-        for part, name in (("words", projection), ("scales", f"{projection}_scales")):
-            operands[f"{projection}_{part}_ptr"] = name if here else None
-        operands[f"{projection}_bias_ptr"] = f"{projection}_bias" if here and projection in biases else None
+        constexprs[name.upper()] = cdiv(n, 128) if here else 0
+        operands |= {
+            f"{name}_words_ptr": name if here else None,
+            f"{name}_scales_ptr": f"{name}_scales" if here else None,
+            f"{name}_bias_ptr": f"{name}_bias" if here and product.bias else None,
+        }
         for part in ("shrunk", "b"):
-            operands[f"{projection}_{part}_ptr"] = f"{projection}_{part}" if rank is not None else None
+            operands[f"{name}_{part}_ptr"] = f"{name}_{part}" if rank is not None else None
         if here:
-            flops += 2 * pairs * n * (k + (rank or 0))
-            bytes_accessed += min(pairs, experts) * n * k * 17 // 32 + 2 * pairs * (k + n)
-    if "gate_up" in projections:
-        outputs["activations_ptr"] = Buffer("activations", (pairs, intermediate), "bfloat16")
+            flops += 2 * p.pairs * n * (k + (rank or 0))
+            bytes_accessed += p.active_experts * product.layout.bytes(n, k) + 2 * p.pairs * (k + n)
+    if p.gate_up in products:
+        outputs["activations_ptr"] = Buffer("activations", (p.pairs, p.intermediate), "bfloat16")
     else:
         operands["activations_ptr"] = "activations"
     if keep:
-        outputs |= pre_activations(pairs, 2 * intermediate)
+        outputs |= pre_activations(p)
     else:
         operands["pre_activations_ptr"] = None
-    if "down" in projections:
-        outputs["pair_out_ptr"] = Buffer("pair_out", (pairs, hidden), "bfloat16")
+    if p.down in products:
+        outputs["pair_out_ptr"] = Buffer("pair_out", (p.pairs, p.hidden), "bfloat16")
     else:
         operands["pair_out_ptr"] = None
+    slots = p.slots(tile)
     return Plan(
         kernel=packed_grouped_matmul_kernel,
         grid=(slots * (constexprs["GATE_UP"] + constexprs["DOWN"]),),
         operands=operands,
         updates=("finished_ptr",) if both else (),
-        scalars={"pairs": pairs, "slots": slots},
+        scalars={"pairs": p.pairs, "slots": slots},
         outputs=outputs,
         constexprs={
             **constexprs,
-            "H": hidden,
-            "I": intermediate,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            "ADAPTERS": adapters,
+            "H": p.hidden,
+            "I": p.intermediate,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ADAPTERS": p.adapters,
             "SPLITS": tile.shrink_splits,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "ACTIVATION": p.activation,
             "BLOCK_M": tile.block_m,
             "SMALLEST_M": tile.smallest_m,
             "STAGES": tile.stages,
@@ -213,7 +200,7 @@ def plan_packed_grouped_matmul(
         num_warps=8,
         num_stages=1,
         # Mixed adapters hold a second accumulator while they are expanded.
-        max_registers=max(128, tile.max_registers) if lora and adapter_ids else tile.max_registers,
+        max_registers=max(tile.mixed_max_registers if lora and p.adapter_ids else 0, tile.max_registers),
         flops=flops,
         bytes_accessed=bytes_accessed,
     )

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from jmoe.triton_src.activation import keep_clamped, swiglu_tile
+from jmoe.triton_src.activation_tile import activate, keep_clamped
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
 from jmoe.triton_src.packed.ready_counters import finish, wait_for
 from jmoe.triton_src.packed.weight import (
@@ -191,10 +191,10 @@ def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BL
     out_position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     row_ok = out_position < tile.end
     if pre_activations_ptr is not None:
-        kept_gate, kept_up = keep_clamped(even, odd, p.LIMIT)
+        kept_gate, kept_up = keep_clamped(even, odd, p.ACTIVATION)
         store_columns(pre_activations_ptr, kept_gate, kept_up, out_position, row_ok, column, p.N, BLOCK_M, OUT)
     if p.GATE_UP:
-        out = gl.convert_layout(swiglu_tile(even, odd, p.ALPHA, p.LIMIT).to(gl.bfloat16), OUT)
+        out = gl.convert_layout(activate(even, odd, p.ACTIVATION).to(gl.bfloat16), OUT)
         out_column = column // 2 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
         ok = (out_column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
         gl.store(p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + out_column[:, None], out, mask=ok)

@@ -54,8 +54,7 @@ class Product:
     K: gl.constexpr
     OUT_WIDTH: gl.constexpr
     GATE_UP: gl.constexpr
-    ALPHA: gl.constexpr
-    LIMIT: gl.constexpr
+    ACTIVATION: gl.constexpr  # jmoe.triton_src.activation.SwiGLU: what follows gate_up
     AHEAD: gl.constexpr  # blocks of weights in flight
     STAGES: gl.constexpr  # of tokens in shared memory
     X_READY: gl.constexpr  # what a tile's counter is at when x can be read, and when what is shrunk can

@@ -5,8 +5,9 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs
-from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import Tile
+from jmoe.triton_src.problem import Layout, MoeProblem, Projection, RowTile
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import PortableDgradTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -126,63 +127,56 @@ def e2m1_values(nibbles):
     return tl.where(code >= 8, -value, value)
 
 
-def plan_dgrad(
-    projection: str,
-    *,
-    n: int,
-    k: int,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    mxfp4: bool,
-    adapters: int,
-    rank: int | None,
-    adapter_ids: bool,
-    stacked: Stacked,
-    tile: Tile,
-) -> Plan:
-    """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H]."""
-    gate_up = projection == "gate_up"
-    weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
+def plan_dgrad(product: Projection, problem: MoeProblem, tile: PortableDgradTile, routed: RowTile) -> Plan:
+    """gate_up: pair_dx [P, H] from pre_activations_grad. down: down_dgrad [P, I] from dy [T, H].
+
+    routed: the tile of the routing and of LoRA's shrink.
+    """
+    p, n, k = problem, product.n, product.k
     return Plan(
         kernel=dgrad_kernel,
-        grid=(cdiv(k, tile.block_n), slots),
+        grid=(cdiv(k, tile.block_k), p.slots(routed)),
         operands={
-            "grad_ptr": "pre_activations_grad" if gate_up else "dy",
-            "weight_ptr": projection,
-            "scales_ptr": f"{projection}_scales" if mxfp4 else None,
-            **dgrad_lora_operands(projection, rank, adapter_ids),
+            "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
+            "weight_ptr": product.name,
+            "scales_ptr": None if product.layout is Layout.DENSE else f"{product.name}_scales",
+            **dgrad_lora_operands(product, p),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
-            **stacked.lora_operand,
+            **p.stacked.weights_operand,
+            **p.stacked.lora_operand,
         },
-        scalars={"pairs": pairs},
-        outputs={"out_ptr": Buffer("pair_dx" if gate_up else "down_dgrad", (pairs, k), "bfloat16")},
+        scalars={"pairs": p.pairs},
+        outputs=dgrad_output(product, p),
         constexprs={
             "N": n,
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            **lora_constexprs(adapters, rank, tile.shrink_splits),
-            "GATE_UP": gate_up,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": 32,
-            "BLOCK_K": tile.block_n,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            **lora_constexprs(product, p, routed),
+            "GATE_UP": product.is_gate_up,
+            "BLOCK_M": routed.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        flops=2 * pairs * k * (n + (rank or 0)),
-        bytes_accessed=weight_bytes + 2 * pairs * (n + k),
+        flops=2 * p.pairs * k * (n + (product.rank or 0)),
+        bytes_accessed=p.active_experts * product.layout.bytes(n, k) + 2 * p.pairs * (n + k),
     )
 
 
-def dgrad_lora_operands(projection: str, rank: int | None, adapter_ids: bool) -> dict[str, str | None]:
+def dgrad_output(product: Projection, problem: MoeProblem) -> dict[str, Buffer]:
+    """The output of a dgrad's launch."""
+    name = "pair_dx" if product.is_gate_up else "down_dgrad"
+    return {"out_ptr": Buffer(name, (problem.pairs, product.k), "bfloat16")}
+
+
+def dgrad_lora_operands(product: Projection, problem: MoeProblem) -> dict[str, str | None]:
     """The operands of a dgrad's launch that are about LoRA."""
-    lora = rank is not None
+    lora = product.rank is not None
     return {
-        "shrunk_ptr": f"{projection}_grad_shrunk" if lora else None,
-        "lora_a_ptr": f"{projection}_a" if lora else None,
-        "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+        "shrunk_ptr": f"{product.name}_grad_shrunk" if lora else None,
+        "lora_a_ptr": f"{product.name}_a" if lora else None,
+        "adapter_ids_ptr": "adapter_ids" if lora and problem.adapter_ids else None,
     }

@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import keep_clamped, swiglu_tile
+from jmoe.triton_src.activation_tile import activate, gate_up_row, keep_clamped
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.expert_weight import dense_product, mxfp4_product
 from jmoe.triton_src.portable.shrink import expand_tile, lora_constexprs, lora_operands
-from jmoe.triton_src.stacked import Stacked, in_stack
-from jmoe.triton_src.tiles import Tile
+from jmoe.triton_src.problem import Layout, MoeProblem, Projection
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import GroupedMatmulTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -37,8 +38,7 @@ def grouped_matmul_kernel(
     RANK_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
     GATE_UP: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +46,7 @@ def grouped_matmul_kernel(
 ):
     """out = x W[e]^T + LoRA + bias[e] by tiles of rows that share expert e, and what follows it.
 
-    gate_up: out[p] = swiglu(product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
+    gate_up: out[p] = activation of (product of x[token(p)]). down: out[pair(p)] = gate of the pair * (product of x[p]).
     Grid: (cdiv(N, BLOCK_N), slots); one program = one expert's tile of positions by BLOCK_N columns.
     """
     tile = tl.program_id(1)
@@ -61,6 +61,7 @@ def grouped_matmul_kernel(
     tokens = pair // TOP_K
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = columns < N
+    matrix_rows = gate_up_row(columns, N, ACTIVATION) if GATE_UP else columns
     # rows * K and, for 256 experts, expert * N * K pass 2^31.
     x_rows = x_ptr + (tokens if GATE_UP else rows).to(tl.int64) * K
     wide_expert = in_stack(expert, layer_ptr, EXPERTS).to(tl.int64)
@@ -68,31 +69,31 @@ def grouped_matmul_kernel(
     if scales_ptr is not None:
         blocks = weight_ptr + wide_expert * (N * K // 2)
         scales = scales_ptr + wide_expert * (N * K // 32)
-        acc = mxfp4_product(x_rows, row_ok, blocks, scales, columns, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = mxfp4_product(x_rows, row_ok, blocks, scales, matrix_rows, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         weight = weight_ptr + wide_expert * (N * K)
-        acc = dense_product(x_rows, row_ok, weight, columns, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = dense_product(x_rows, row_ok, weight, matrix_rows, column_ok, K, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if lora_b_ptr is not None:
         lora_expert = in_stack(expert, lora_layer_ptr, ADAPTERS * EXPERTS)
         acc = expand_tile(
-            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, columns, column_ok, lora_expert,
+            acc, shrunk_ptr, lora_b_ptr, adapter_ids_ptr, tokens, rows, row_ok, matrix_rows, column_ok, lora_expert,
             pairs, N, EXPERTS, ADAPTERS, RANK, RANK_PADDED, BLOCK_R, SPLITS, False, x_ptr.dtype.element_ty,
         )  # fmt: skip
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + wide_expert * N + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + wide_expert * N + matrix_rows, mask=column_ok, other=0.0).to(tl.float32)[None, :]
 
     if GATE_UP:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
         if pre_activations_ptr is not None:
-            kept_gate, kept_up = keep_clamped(gate, up, LIMIT)
+            kept_gate, kept_up = keep_clamped(gate, up, ACTIVATION)
             kept = tl.reshape(tl.join(kept_gate, kept_up), (BLOCK_M, BLOCK_N))
             tl.store(
-                pre_activations_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+                pre_activations_ptr + rows.to(tl.int64)[:, None] * N + matrix_rows[None, :],
                 kept.to(pre_activations_ptr.dtype.element_ty),
                 mask=row_ok[:, None] & column_ok[None, :],
             )
-        out = swiglu_tile(gate, up, ALPHA, LIMIT)
+        out = activate(gate, up, ACTIVATION)
         out_columns = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         out_rows = out_ptr + rows.to(tl.int64) * (N // 2)
         out_ok = out_columns < N // 2
@@ -108,71 +109,52 @@ def grouped_matmul_kernel(
     )
 
 
-def pre_activations(pairs: int, n: int) -> dict[str, Buffer]:
+def pre_activations(problem: MoeProblem) -> dict[str, Buffer]:
     """The output of gate_up's launch that is kept for gradients."""
-    return {"pre_activations_ptr": Buffer("pre_activations", (pairs, n), "bfloat16")}
+    return {"pre_activations_ptr": Buffer("pre_activations", (problem.pairs, problem.gate_up.n), "bfloat16")}
 
 
-def plan_grouped_matmul(
-    projection: str,
-    *,
-    n: int,
-    k: int,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    mxfp4: bool,
-    bias: bool,
-    adapters: int,
-    rank: int | None,
-    adapter_ids: bool,
-    stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-    tile: Tile,
-    keep: bool = False,
-) -> Plan:
+def plan_grouped_matmul(product: Projection, problem: MoeProblem, tile: GroupedMatmulTile, keep: bool = False) -> Plan:
     """gate_up: activations [P, I] from x [T, H], and pre_activations [P, 2I] too if `keep`.
 
     down: pair_out [P, H] from activations.
     """
-    gate_up = projection == "gate_up"
-    out = Buffer("activations", (pairs, n // 2), "bfloat16") if gate_up else Buffer("pair_out", (pairs, n), "bfloat16")
-    weight_bytes = min(pairs, experts) * n * (k * 17 // 32 if mxfp4 else 2 * k)
+    p, n, k = problem, product.n, product.k
+    out = Buffer("pair_out", (p.pairs, n), "bfloat16")
+    if product.is_gate_up:
+        out = Buffer("activations", (p.pairs, n // 2), "bfloat16")
     return Plan(
         kernel=grouped_matmul_kernel,
-        grid=(cdiv(n, tile.block_n), slots),
+        grid=(cdiv(n, tile.block_n), p.slots(tile)),
         operands={
-            "x_ptr": "x" if gate_up else "activations",
-            "weight_ptr": projection,
-            "scales_ptr": f"{projection}_scales" if mxfp4 else None,
-            "bias_ptr": f"{projection}_bias" if bias else None,
-            "gates_ptr": None if gate_up else "weights",
-            **lora_operands(projection, rank, adapter_ids),
+            "x_ptr": "x" if product.is_gate_up else "activations",
+            "weight_ptr": product.name,
+            "scales_ptr": None if product.layout is Layout.DENSE else f"{product.name}_scales",
+            "bias_ptr": f"{product.name}_bias" if product.bias else None,
+            "gates_ptr": None if product.is_gate_up else "weights",
+            **lora_operands(product, p),
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
-            **stacked.lora_operand,
+            **p.stacked.weights_operand,
+            **p.stacked.lora_operand,
             **({} if keep else {"pre_activations_ptr": None}),
         },
-        scalars={"pairs": pairs},
-        outputs={"out_ptr": out, **(pre_activations(pairs, n) if keep else {})},
+        scalars={"pairs": p.pairs},
+        outputs={"out_ptr": out, **(pre_activations(p) if keep else {})},
         constexprs={
             "N": n,
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            **lora_constexprs(adapters, rank, tile.shrink_splits),
-            "GATE_UP": gate_up,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            **lora_constexprs(product, p, tile),
+            "GATE_UP": product.is_gate_up,
+            "ACTIVATION": p.activation,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        flops=2 * pairs * n * (k + (rank or 0)),
-        bytes_accessed=weight_bytes + 2 * pairs * (k + out.shape[1]),
+        flops=2 * p.pairs * n * (k + (product.rank or 0)),
+        bytes_accessed=p.active_experts * product.layout.bytes(n, k) + 2 * p.pairs * (k + out.shape[1]),
     )

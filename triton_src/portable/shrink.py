@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan
-from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import ShrinkTile
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -137,81 +139,79 @@ def rank_blocks(rank: int, longest: int = 64) -> tuple[int, int]:
     return block, -(-rank // block) * block
 
 
-def lora_operands(projection: str, rank: int | None, adapter_ids: bool) -> dict[str, str | None]:
+def lora_operands(product: Projection, problem: MoeProblem) -> dict[str, str | None]:
     """The operands of a product's launch that are about LoRA."""
-    lora = rank is not None
+    lora = product.rank is not None
     return {
-        "shrunk_ptr": f"{projection}_shrunk" if lora else None,
-        "lora_b_ptr": f"{projection}_b" if lora else None,
-        "adapter_ids_ptr": "adapter_ids" if lora and adapter_ids else None,
+        "shrunk_ptr": f"{product.name}_shrunk" if lora else None,
+        "lora_b_ptr": f"{product.name}_b" if lora else None,
+        "adapter_ids_ptr": "adapter_ids" if lora and problem.adapter_ids else None,
     }
 
 
-def lora_constexprs(adapters: int, rank: int | None, splits: int) -> dict[str, int]:
+def lora_constexprs(product: Projection, problem: MoeProblem, routed: RowTile) -> dict[str, int]:
     """The constants of a product's launch that are about LoRA; one set for all sizes without it."""
-    if rank is None:
+    if product.rank is None:
         return {"ADAPTERS": 0, "RANK": 0, "RANK_PADDED": 16, "BLOCK_R": 16, "SPLITS": 1}
-    block_r, rank_padded = rank_blocks(rank)
-    return {"ADAPTERS": adapters, "RANK": rank, "RANK_PADDED": rank_padded, "BLOCK_R": block_r, "SPLITS": splits}
+    block_r, rank_padded = rank_blocks(product.rank)
+    return {
+        "ADAPTERS": problem.adapters,
+        "RANK": product.rank,
+        "RANK_PADDED": rank_padded,
+        "BLOCK_R": block_r,
+        "SPLITS": routed.shrink_splits,
+    }
+
+
+BY_TOKEN = ("x", "dy")
+"""Buffers that have a row for each token; others have one for each position."""
 
 
 def plan_shrink(
-    source: str,
-    matrix: str,
-    out: str,
-    *,
-    gather: bool,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    adapters: int,
-    rank: int,
-    k: int,
-    adapter_ids: bool,
-    stacked: Stacked,
-    splits: int,
-    tile_m: int,
-    transposed: bool = False,
+    source: str, matrix: str, out: str, product: Projection, problem: MoeProblem, tile: ShrinkTile, routed: RowTile
 ) -> Plan:
-    """Parts of `out` [splits, P, RANK_PADDED] from rows of `source` and from `matrix`, "gate_up_a" for example.
+    """Parts of `out` [splits, P, RANK_PADDED] from rows of `source` and from the product's matrix "a" or "b".
 
-    gather: the source has a row for each token, not for each position.
-    transposed: the matrix is [A, E, k, rank], as B is, and not [A, E, rank, k], as A is.
+    source: x or dy, which have a row for each token, or a buffer that has one for each position.
+    routed: the tile of the routing.
     """
-    block_k = 64
+    p, rank = problem, product.rank
+    assert rank is not None
+    transposed = matrix == "b"  # [A, E, n, rank], where A is [A, E, rank, k]
+    k = product.n if transposed else product.k
     block_r, rank_padded = rank_blocks(rank)
+    splits = routed.shrink_splits
     return Plan(
         kernel=shrink_kernel,
-        grid=(rank_padded // block_r, slots, splits * adapters),
+        grid=(rank_padded // block_r, p.slots(routed), splits * p.adapters),
         operands={
             "x_ptr": source,
-            "a_ptr": matrix,
-            "scale_ptr": f"{matrix[:-2]}_scale",
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
+            "a_ptr": f"{product.name}_{matrix}",
+            "scale_ptr": f"{product.name}_scale",
+            "adapter_ids_ptr": "adapter_ids" if p.adapter_ids else None,
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.lora_operand,
+            **p.stacked.lora_operand,
         },
-        outputs={"shrunk_ptr": Buffer(out, (splits, pairs, rank_padded), "float32")},
-        scalars={"pairs": pairs},
+        outputs={"shrunk_ptr": Buffer(out, (splits, p.pairs, rank_padded), "float32")},
+        scalars={"pairs": p.pairs},
         constexprs={
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            "ADAPTERS": adapters,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ADAPTERS": p.adapters,
             "RANK": rank,
             "RANK_PADDED": rank_padded,
-            "GATHER": gather,
+            "GATHER": source in BY_TOKEN,
             "TRANSPOSED": transposed,
             "SPLITS": splits,
-            "TILE_M": tile_m,
-            "BLOCK_M": max(16, tile_m),
-            "BLOCK_K": block_k,
+            "TILE_M": routed.block_m,
+            "BLOCK_M": max(16, routed.block_m),
+            "BLOCK_K": tile.block_k,
             "BLOCK_R": block_r,
         },
-        num_warps=4,
-        num_stages=3,
-        flops=2 * pairs * k * rank,
-        bytes_accessed=2 * (pairs * k + min(pairs, experts) * rank * k) + 4 * splits * pairs * rank,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=2 * p.pairs * k * rank,
+        bytes_accessed=2 * (p.pairs * k + p.active_experts * rank * k) + 4 * splits * p.pairs * rank,
     )

@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.activation import swiglu_tile
+from jmoe.triton_src.activation_tile import activate, activate_backward, gate_up_row
 from jmoe.triton_src.plan import Buffer, Plan, next_power_of_2
-from jmoe.triton_src.stacked import Stacked, in_stack
+from jmoe.triton_src.problem import MoeProblem, RowTile
+from jmoe.triton_src.stacked import in_stack
+from jmoe.triton_src.tiles import SwigluBackwardTile
 
 
 @triton.jit
@@ -25,11 +27,10 @@ def swiglu_backward_kernel(
     I: tl.constexpr,  # noqa: E741
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # jmoe.triton_src.activation.SwiGLU
     BLOCK: tl.constexpr,
 ):
-    """One position a program. Where a clamp holds a value, its gradient is zero.
+    """One position a program.
 
     The gate weight's gradient is <activation, down_dgrad> + <dy, down bias>, for which the experts' outputs need not be
     kept (SonicMoE, arXiv 2512.14080). Grid: (slots, rows of a tile).
@@ -47,20 +48,21 @@ def swiglu_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         ok = column < I
         both = 2 * start + tl.arange(0, 2 * BLOCK)
-        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + both, mask=both < 2 * I, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(z, (BLOCK, 2)))
+        rows_of_both = gate_up_row(both, 2 * I, ACTIVATION)
+        z = tl.load(pre_activations_ptr + wide_row * (2 * I) + rows_of_both, mask=both < 2 * I, other=0.0)
+        gate, up = tl.split(tl.reshape(z.to(tl.float32), (BLOCK, 2)))
         dh = tl.load(down_dgrad_ptr + wide_row * I + column, mask=ok, other=0.0).to(tl.float32)
-        activation = swiglu_tile(gate, up, ALPHA, LIMIT)
+        activation = activate(gate, up, ACTIVATION)
         total += activation * dh
         tl.store(
             weighted_activations_ptr + wide_row * I + column,
             (weight * activation).to(weighted_activations_ptr.dtype.element_ty),
             mask=ok,
         )
-        dgate, dup = swiglu_gradient(gate, up, weight * dh, ALPHA, LIMIT)
+        dgate, dup = activate_backward(gate, up, weight * dh, ACTIVATION)
         dz = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
         tl.store(
-            pre_activations_grad_ptr + wide_row * (2 * I) + both,
+            pre_activations_grad_ptr + wide_row * (2 * I) + rows_of_both,
             dz.to(pre_activations_grad_ptr.dtype.element_ty),
             mask=both < 2 * I,
         )
@@ -75,37 +77,12 @@ def swiglu_backward_kernel(
     tl.store(pair_gates_grad_ptr + pair, tl.sum(total, axis=0))
 
 
-@triton.jit
-def swiglu_gradient(gate, up, dh, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """(dgate, dup) of swiglu_tile, in float32."""
-    clamped_gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    clamped_up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    sigmoid = tl.sigmoid(ALPHA * clamped_gate)
-    swish = clamped_gate * sigmoid
-    dgate = dh * (clamped_up + 1) * (sigmoid + ALPHA * swish * (1 - sigmoid))
-    dgate = tl.where(gate <= LIMIT, dgate, 0.0)
-    dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dh * swish, 0.0)
-    return dgate, dup
-
-
-def plan_swiglu_backward(
-    *,
-    hidden: int,
-    intermediate: int,
-    pairs: int,
-    slots: int,
-    tile_m: int,
-    top_k: int,
-    experts: int,
-    bias: bool,
-    stacked: Stacked,
-    swiglu_alpha: float,
-    swiglu_limit: float,
-) -> Plan:
+def plan_swiglu_backward(problem: MoeProblem, tile: SwigluBackwardTile, routed: RowTile) -> Plan:
     """pre_activations_grad [P, 2I], weighted_activations [P, I] and pair_gates_grad [P] from pre_activations."""
+    p, bias = problem, problem.down.bias
     return Plan(
         kernel=swiglu_backward_kernel,
-        grid=(slots, tile_m),
+        grid=(p.slots(routed), routed.block_m),
         operands={
             "pre_activations_ptr": "pre_activations",
             "down_dgrad_ptr": "down_dgrad",
@@ -114,24 +91,23 @@ def plan_swiglu_backward(
             "gates_ptr": "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
-            **stacked.weights_operand,
+            **p.stacked.weights_operand,
         },
         outputs={
-            "pre_activations_grad_ptr": Buffer("pre_activations_grad", (pairs, 2 * intermediate), "bfloat16"),
-            "weighted_activations_ptr": Buffer("weighted_activations", (pairs, intermediate), "bfloat16"),
-            "pair_gates_grad_ptr": Buffer("pair_gates_grad", (pairs,), "float32"),
+            "pre_activations_grad_ptr": Buffer("pre_activations_grad", (p.pairs, 2 * p.intermediate), "bfloat16"),
+            "weighted_activations_ptr": Buffer("weighted_activations", (p.pairs, p.intermediate), "bfloat16"),
+            "pair_gates_grad_ptr": Buffer("pair_gates_grad", (p.pairs,), "float32"),
         },
         constexprs={
-            "H": hidden,
-            "I": intermediate,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
-            "ALPHA": swiglu_alpha,
-            "LIMIT": swiglu_limit,
-            "BLOCK": min(512, next_power_of_2(intermediate)),
+            "H": p.hidden,
+            "I": p.intermediate,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ACTIVATION": p.activation,
+            "BLOCK": min(tile.block, next_power_of_2(p.intermediate)),
         },
-        num_warps=4,
-        num_stages=1,
-        flops=20 * pairs * intermediate,
-        bytes_accessed=2 * pairs * (6 * intermediate + hidden * bias),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=20 * p.pairs * p.intermediate,
+        bytes_accessed=2 * p.pairs * (6 * p.intermediate + p.hidden * bias),
     )

@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-from jmoe.triton_src.portable.shrink import rank_blocks
+from jmoe.triton_src.portable.shrink import BY_TOKEN, rank_blocks
+from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
+from jmoe.triton_src.tiles import BiasGradTile, LoraGradTile
 
 
 @triton.jit
@@ -79,60 +81,58 @@ def lora_grad_kernel(
 
 
 def plan_lora_grad(
-    out: str,
+    matrix: str,
     wide: str,
     shrunk: str,
-    *,
+    product: Projection,
+    problem: MoeProblem,
+    tile: LoraGradTile,
+    routed: RowTile,
     dtype: str,
-    gather: bool,
-    transposed: bool,
-    slots: int,
-    pairs: int,
-    top_k: int,
-    experts: int,
-    adapters: int,
-    rank: int,
-    k: int,
-    adapter_ids: bool,
-    splits: int,
 ) -> Plan:
-    """`out` [A, E, rank, k], or [A, E, k, rank] if transposed, from rows `wide` [., k] and `shrunk` [., P, rank].
+    """The gradient of the product's matrix "a" or "b", like it, from rows `wide` [., K] and `shrunk` [., P, rank].
 
-    gather: `wide` has a row for each token, not for each position.
+    wide: x or dy, which have a row for each token, or a buffer that has one for each position.
+    routed: the tile of the routing and of LoRA's shrink.
     """
+    p, rank = problem, product.rank
+    assert rank is not None
+    transposed = matrix == "b"
+    k = product.n if transposed else product.k
     block_r, rank_padded = rank_blocks(rank)
-    shape = (adapters, experts, k, rank) if transposed else (adapters, experts, rank, k)
+    shape = (p.adapters, p.experts, k, rank) if transposed else (p.adapters, p.experts, rank, k)
+    slots = p.slots(routed)
     return Plan(
         kernel=lora_grad_kernel,
-        grid=(cdiv(k, 128), experts, adapters * rank_padded // block_r),
+        grid=(cdiv(k, tile.block_k), p.experts, p.adapters * rank_padded // block_r),
         operands={
             "wide_ptr": wide,
             "shrunk_ptr": shrunk,
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
+            "adapter_ids_ptr": "adapter_ids" if p.adapter_ids else None,
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
-        scalars={"pairs": pairs},
-        outputs={"out_ptr": Buffer(out, shape, dtype)},
+        scalars={"pairs": p.pairs},
+        outputs={"out_ptr": Buffer(f"{product.name}_{matrix}_grad", shape, dtype)},
         constexprs={
             "K": k,
-            "EXPERTS": experts,
-            "TOP_K": top_k,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
             "RANK": rank,
             "RANK_PADDED": rank_padded,
-            "SPLITS": splits,
-            "GATHER": gather,
+            "SPLITS": routed.shrink_splits,
+            "GATHER": wide in BY_TOKEN,
             "TRANSPOSED": transposed,
             "SLOTS": slots,
             "SLOTS_PADDED": next_power_of_2(slots),
-            "BLOCK_M": 64,
-            "BLOCK_K": 128,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
             "BLOCK_R": block_r,
         },
-        num_warps=4,
-        num_stages=3,
-        flops=2 * pairs * k * rank,
-        bytes_accessed=2 * pairs * k + 4 * splits * pairs * rank_padded,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=2 * p.pairs * k * rank,
+        bytes_accessed=2 * p.pairs * k + 4 * routed.shrink_splits * p.pairs * rank_padded,
     )
 
 
@@ -168,30 +168,31 @@ def bias_grad_kernel(
     tl.store(out_ptr + expert.to(tl.int64) * N + columns, out, mask=columns < N)
 
 
-def plan_bias_grad(projection: str, *, dtype: str, n: int, slots: int, pairs: int, top_k: int, experts: int) -> Plan:
+def plan_bias_grad(product: Projection, problem: MoeProblem, tile: BiasGradTile, routed: RowTile, dtype: str) -> Plan:
     """The gradient of gate_up_bias [E, 2I] from pre_activations_grad, or of down_bias [E, H] from dy."""
-    gate_up = projection == "gate_up"
+    p, n = problem, product.n
+    slots = p.slots(routed)
     return Plan(
         kernel=bias_grad_kernel,
-        grid=(cdiv(n, 128), experts),
+        grid=(cdiv(n, tile.block_n), p.experts),
         operands={
-            "grad_ptr": "pre_activations_grad" if gate_up else "dy",
-            "gates_ptr": None if gate_up else "weights",
+            "grad_ptr": "pre_activations_grad" if product.is_gate_up else "dy",
+            "gates_ptr": None if product.is_gate_up else "weights",
             "order_ptr": "order",
             "tiles_ptr": "tiles",
         },
-        outputs={"out_ptr": Buffer(f"{projection}_bias_grad", (experts, n), dtype)},
+        outputs={"out_ptr": Buffer(f"{product.name}_bias_grad", (p.experts, n), dtype)},
         constexprs={
             "N": n,
-            "TOP_K": top_k,
-            "GATHER": not gate_up,
+            "TOP_K": p.top_k,
+            "GATHER": not product.is_gate_up,
             "SLOTS": slots,
             "SLOTS_PADDED": next_power_of_2(slots),
-            "BLOCK_M": 32,
-            "BLOCK_N": 128,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
         },
-        num_warps=4,
-        num_stages=3,
-        flops=2 * pairs * n,
-        bytes_accessed=2 * pairs * n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=2 * p.pairs * n,
+        bytes_accessed=2 * p.pairs * n,
     )

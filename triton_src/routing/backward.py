@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.problem import MoeProblem
 from jmoe.triton_src.routing.problem import padded_experts
+from jmoe.triton_src.tiles import RouteBackwardTile
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -52,37 +54,36 @@ def route_backward_kernel(
         tl.store(at, out.to(logits_grad_ptr.dtype.element_ty), mask=ok[:, None] & (column < COLUMNS)[None, :])
 
 
-def plan_route_backward(
-    *, tokens: int, top_k: int, experts: int, router_experts: int | None, dtype: str, expert_offset: bool
-) -> Plan:
-    """router_logits_grad [T, E] in dtype, or weights_grad [T, k] where experts and weights were given."""
-    columns = router_experts or 1
-    block_t = max(1, min(32, 2048 // padded_experts(columns)))
-    outputs = {"logits_grad_ptr": Buffer("router_logits_grad", (tokens, columns), dtype)}
-    if router_experts is None:
-        outputs = {"weights_grad_ptr": Buffer("weights_grad", (tokens, top_k), "float32")}
+def plan_route_backward(problem: MoeProblem, tile: RouteBackwardTile, dtype: str) -> Plan:
+    """router_logits_grad [T, E] in dtype, or weights_grad [T, k] float32 where experts and weights were given."""
+    p = problem
+    columns = p.router_experts or 1
+    block_t = max(1, min(tile.block_rows, tile.largest_block // padded_experts(columns)))
+    outputs = {"logits_grad_ptr": Buffer("router_logits_grad", (p.tokens, columns), dtype)}
+    if p.router_experts is None:
+        outputs = {"weights_grad_ptr": Buffer("weights_grad", (p.tokens, p.top_k), "float32")}
     absent = {"weights_grad_ptr": None, "logits_grad_ptr": None}
     return Plan(
         kernel=route_backward_kernel,
-        grid=(cdiv(tokens, block_t),),
+        grid=(cdiv(p.tokens, block_t),),
         operands={
             "experts_ptr": "experts",
             "weights_ptr": "weights",
             "pair_gates_grad_ptr": "pair_gates_grad",
-            "expert_offset_ptr": "expert_offset" if expert_offset else None,
+            "expert_offset_ptr": "expert_offset" if p.expert_offset else None,
             **{name: None for name in absent if name not in outputs},
         },
-        scalars={"tokens": tokens},
+        scalars={"tokens": p.tokens},
         outputs=outputs,
         constexprs={
             "COLUMNS": columns,
             "COLUMNS_PADDED": padded_experts(columns),
-            "EXPERTS": experts,
-            "TOP_K": top_k,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
             "BLOCK_T": block_t,
         },
-        num_warps=4,
-        num_stages=1,
-        flops=4 * tokens * top_k,
-        bytes_accessed=tokens * (2 * columns + 12 * top_k),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        flops=4 * p.pairs,
+        bytes_accessed=p.tokens * (2 * columns + 12 * p.top_k),
     )

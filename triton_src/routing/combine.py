@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.problem import MoeProblem
+from jmoe.triton_src.tiles import CombineTile
 
 
 @triton.jit
@@ -40,32 +42,27 @@ def combine_kernel(
     tl.store(y_ptr + token.to(tl.int64) * H + h, acc.to(y_ptr.dtype.element_ty), mask=h < H)
 
 
-def plan_combine(
-    source: str,
-    out: str,
-    *,
-    tokens: int,
-    top_k: int,
-    hidden: int,
-    experts: int,
-    adapters: int,
-    adapter_ids: bool,
-    expert_offset: bool,
-) -> Plan:
-    """`out` [T, H] from `source` [P, H]."""
-    block_h = 512
+def plan_combine(source: str, out: str, problem: MoeProblem, tile: CombineTile, *, unknown_is_nan: bool = True) -> Plan:
+    """`out` [T, H] from `source` [P, H]: NaN where a token's adapter does not exist, if `unknown_is_nan`."""
+    p = problem
     return Plan(
         kernel=combine_kernel,
-        grid=(tokens, cdiv(hidden, block_h)),
+        grid=(p.tokens, cdiv(p.hidden, tile.block_h)),
         operands={
             "pair_out_ptr": source,
             "experts_ptr": "experts",
-            "expert_offset_ptr": "expert_offset" if expert_offset else None,
-            "adapter_ids_ptr": "adapter_ids" if adapter_ids else None,
+            "expert_offset_ptr": "expert_offset" if p.expert_offset else None,
+            "adapter_ids_ptr": "adapter_ids" if p.adapter_ids and unknown_is_nan else None,
         },
-        outputs={"y_ptr": Buffer(out, (tokens, hidden), "bfloat16")},
-        constexprs={"H": hidden, "EXPERTS": experts, "TOP_K": top_k, "ADAPTERS": adapters, "BLOCK_H": block_h},
-        num_warps=2,
-        flops=tokens * top_k * hidden,
-        bytes_accessed=2 * tokens * (top_k + 1) * hidden,
+        outputs={"y_ptr": Buffer(out, (p.tokens, p.hidden), "bfloat16")},
+        constexprs={
+            "H": p.hidden,
+            "EXPERTS": p.experts,
+            "TOP_K": p.top_k,
+            "ADAPTERS": p.adapters,
+            "BLOCK_H": tile.block_h,
+        },
+        num_warps=tile.num_warps,
+        flops=p.pairs * p.hidden,
+        bytes_accessed=2 * p.tokens * (p.top_k + 1) * p.hidden,
     )

@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
-from jmoe.triton_src.routing.problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem
+from jmoe.triton_src.routing.problem import RouteProblem
 from jmoe.triton_src.routing.side_work import interleave_or_fetch
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
 from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, held_pairs
+from jmoe.triton_src.tiles import LaunchTable, tile_for
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "slots", "interleave_programs"])
@@ -88,16 +89,15 @@ def route_few_kernel(
         )  # fmt: skip
 
 
-LARGEST_BLOCK = 4096
-"""Rows times columns that the one program holds in registers: with twice as many it takes longer than two launches."""
-
 STRIPS = 4
 
+MOST_ROWS = 256
+"""Of one program: count_earlier carries counts in bytes."""
 
-def fits(problem: RouteProblem) -> bool:
-    """Whether one program can route all rows."""
-    rows = padded_rows(problem)
-    return rows <= 256 and rows * problem.columns_padded <= LARGEST_BLOCK
+
+def elements(problem: RouteProblem) -> int:
+    """Rows times columns that one program of all rows holds in registers."""
+    return padded_rows(problem) * problem.columns_padded
 
 
 def padded_rows(problem: RouteProblem) -> int:
@@ -105,19 +105,25 @@ def padded_rows(problem: RouteProblem) -> int:
     return max(16, next_power_of_2(problem.rows))
 
 
-def plan_route_few(problem: RouteProblem) -> Plan:
+def fits(problem: RouteProblem, table: LaunchTable) -> bool:
+    """Whether one program routes all rows."""
+    return padded_rows(problem) <= MOST_ROWS and elements(problem) <= table.route_few[-1].elements
+
+
+def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
     """All of routing, and x_interleaved if asked for."""
     p = problem
+    tile, side_work = tile_for(table.route_few, elements(p)), tile_for(table.side_work, p.tokens)
     return Plan(
         kernel=route_few_kernel,
-        grid=(1 + p.interleave_programs + p.fetch_programs,),
+        grid=(1 + p.interleave_programs(side_work) + p.fetch_programs(side_work),),
         operands=p.operands | p.sort_operands | p.fetch_operands,
         scalars={
             "rows": p.rows,
             "tokens": p.tokens,
             "tiles_an_expert": cdiv(p.pairs, p.block_m),
             "slots": p.slots,
-            "interleave_programs": p.interleave_programs,
+            "interleave_programs": p.interleave_programs(side_work),
         },
         outputs=p.choice_outputs | p.sort_outputs | p.interleave_outputs,
         constexprs={
@@ -128,11 +134,10 @@ def plan_route_few(problem: RouteProblem) -> Plan:
             "STRIPS": STRIPS,
             "ROWS": padded_rows(p) // STRIPS,
             "BLOCK_M": p.block_m,
-            "BLOCK_TILES": BLOCK_TILES,
-            "BLOCK_SLOTS": BLOCK_SLOTS,
-            **p.interleave_constexprs,
-            **p.fetch_constexprs,
+            "BLOCK_TILES": tile.block_tiles,
+            "BLOCK_SLOTS": tile.block_slots,
+            **p.side_work_constexprs(side_work),
         },
-        num_warps=4 if padded_rows(p) * p.columns_padded <= 2048 else 8,
+        num_warps=tile.num_warps,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,
     )

@@ -9,9 +9,6 @@ import triton.language as tl
 from jmoe.triton_src.plan import cdiv
 from jmoe.triton_src.stacked import Stacked, in_stack
 
-LINES = 1024
-"""Lines of 128 bytes that a program asks for."""
-
 
 @triton.jit
 def fetch_lines(
@@ -58,9 +55,9 @@ class Fetch:
     fetched_blocks: int
     stacked: Stacked
 
-    @property
-    def programs(self) -> int:
-        return cdiv(self.fetched_experts * self.column_blocks * self.fetched_blocks * 17, LINES)
+    def programs(self, lines: int) -> int:
+        """Of so many lines of 128 bytes each."""
+        return cdiv(self.fetched_experts * self.column_blocks * self.fetched_blocks * 17, lines)
 
     @property
     def operands(self) -> dict[str, str | None]:
@@ -73,5 +70,4 @@ class Fetch:
             "BLOCKS": self.blocks,
             "FETCHED_MATRICES": self.fetched_experts * self.column_blocks,
             "FETCHED_BLOCKS": self.fetched_blocks,
-            "LINES": LINES,
         }

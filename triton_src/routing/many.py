@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-from jmoe.triton_src.routing.problem import BLOCK_SLOTS, BLOCK_TILES, RouteProblem, padded_experts
+from jmoe.triton_src.routing.problem import RouteProblem, padded_experts
 from jmoe.triton_src.routing.side_work import interleave_or_fetch
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
 from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, held_pairs
+from jmoe.triton_src.tiles import LaunchTable, tile_for
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "programs", "interleave_programs"])
@@ -167,42 +168,31 @@ def sort_kernel(
 
 STRIPS = 4
 
-BLOCK_TOKENS = 32
-BLOCK_PAIRS = 128
-"""Rows that a step of count takes, as far as LARGEST_BLOCK allows."""
 
-LARGEST_BLOCK = 8192
-"""Rows times columns that a step of count holds in registers."""
-
-MOST_PROGRAMS = 128
-"""Every program of sort reads every program's counts, so their number is bounded and each takes more rows instead."""
-
-COUNTS_AT_ONCE = 4096
-"""Counts that a program of sort reads at once, as far as there are so many: those of 128 programs of 32 experts."""
-
-
-def plan_route_many(problem: RouteProblem) -> list[Plan]:
+def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
     """count and sort, and x_interleaved if asked for."""
     p = problem
-    wanted = BLOCK_PAIRS if p.router_experts is None else BLOCK_TOKENS
-    block_rows = max(STRIPS, min(wanted, LARGEST_BLOCK // p.columns_padded))
-    steps = cdiv(p.rows, block_rows * MOST_PROGRAMS)
+    tile = tile_for(table.count_pairs if p.router_experts is None else table.count, p.columns_padded)
+    sort_tile, side_work = tile_for(table.sort, p.pairs), tile_for(table.side_work, p.tokens)
+    block_rows = max(STRIPS, min(tile.block_rows, tile.largest_block // p.columns_padded))
+    steps = cdiv(p.rows, block_rows * tile.most_programs)
     programs = cdiv(p.rows, block_rows * steps)
     counted = {
         "places_ptr": Buffer("places", (p.pairs,), "int32"),
         "counts_ptr": Buffer("counts", (programs, p.experts), "int32"),
     }
     run = block_rows * steps * p.pairs // p.rows
-    block_counts = min(MOST_PROGRAMS, max(8, COUNTS_AT_ONCE // padded_experts(p.experts)), next_power_of_2(programs))
+    most_counts = max(8, sort_tile.block_counts // padded_experts(p.experts))
+    block_counts = min(tile.most_programs, most_counts, next_power_of_2(programs))
     count = Plan(
         kernel=count_kernel,
-        grid=(programs + p.interleave_programs + p.fetch_programs,),
+        grid=(programs + p.interleave_programs(side_work) + p.fetch_programs(side_work),),
         operands=p.operands | p.fetch_operands,
         scalars={
             "rows": p.rows,
             "tokens": p.tokens,
             "programs": programs,
-            "interleave_programs": p.interleave_programs,
+            "interleave_programs": p.interleave_programs(side_work),
         },
         outputs=p.choice_outputs | counted | p.interleave_outputs,
         constexprs={
@@ -213,10 +203,9 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "STRIPS": STRIPS,
             "ROWS": block_rows // STRIPS,
             "STEPS": steps,
-            **p.interleave_constexprs,
-            **p.fetch_constexprs,
+            **p.side_work_constexprs(side_work),
         },
-        num_warps=8 if block_rows * p.columns_padded > 1024 else 4,
+        num_warps=tile.num_warps,
         bytes_accessed=p.choice_bytes + p.interleave_bytes,
     )
     sort = Plan(
@@ -240,13 +229,14 @@ def plan_route_many(problem: RouteProblem) -> list[Plan]:
             "EXPERTS": p.experts,
             "EXPERTS_PADDED": padded_experts(p.experts),
             "RUN": run,
-            "BLOCK_P": min(512, next_power_of_2(run)),
+            "BLOCK_P": min(sort_tile.block_pairs, next_power_of_2(run)),
             "COUNT_BLOCKS": cdiv(programs, block_counts),
             "BLOCK_COUNTS": block_counts,
             "BLOCK_M": p.block_m,
-            "BLOCK_TILES": BLOCK_TILES,
-            "BLOCK_SLOTS": BLOCK_SLOTS,
+            "BLOCK_TILES": sort_tile.block_tiles,
+            "BLOCK_SLOTS": sort_tile.block_slots,
         },
+        num_warps=sort_tile.num_warps,
         bytes_accessed=4 * (3 * p.pairs + programs * programs * p.experts + 3 * p.slots),
     )
     return [count, sort]

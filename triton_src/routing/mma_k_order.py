@@ -5,9 +5,6 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import cdiv
 
-INTERLEAVE_BLOCKS = 16
-"""Blocks of 64 values that one program takes."""
-
 
 @triton.jit
 def interleave_blocks(

@@ -3,14 +3,9 @@
 import dataclasses
 
 from jmoe.triton_src.plan import Buffer, cdiv, next_power_of_2
-from jmoe.triton_src.routing.l2_prefetch import LINES, Fetch
-from jmoe.triton_src.routing.mma_k_order import INTERLEAVE_BLOCKS, interleaved_width
-
-BLOCK_TILES = 4
-"""Tiles of every expert that a program writes at once."""
-
-BLOCK_SLOTS = 128
-"""Slots past the tiles that a program marks as unused at once."""
+from jmoe.triton_src.routing.l2_prefetch import Fetch
+from jmoe.triton_src.routing.mma_k_order import interleaved_width
+from jmoe.triton_src.tiles import SideWorkTile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,29 +88,24 @@ class RouteProblem:
         shape = (self.tokens, interleaved_width(self.hidden))
         return {"x_interleaved_ptr": Buffer("x_interleaved", shape, "bfloat16")}
 
-    @property
-    def interleave_programs(self) -> int:
+    def interleave_programs(self, tile: SideWorkTile) -> int:
         if self.hidden is None:
             return 0
-        return cdiv(self.tokens * interleaved_width(self.hidden), 64 * INTERLEAVE_BLOCKS)
+        return cdiv(self.tokens * interleaved_width(self.hidden), 64 * tile.interleave_blocks)
 
-    @property
-    def interleave_constexprs(self) -> dict[str, int]:
-        return {"K": self.hidden or 64, "INTERLEAVE_BLOCKS": INTERLEAVE_BLOCKS}
-
-    @property
-    def fetch_programs(self) -> int:
-        return 0 if self.fetch is None else self.fetch.programs
+    def fetch_programs(self, tile: SideWorkTile) -> int:
+        return 0 if self.fetch is None else self.fetch.programs(tile.prefetch_lines)
 
     @property
     def fetch_operands(self) -> dict[str, str | None]:
         return dict.fromkeys(("words_ptr", "scales_ptr", "layer_ptr")) if self.fetch is None else self.fetch.operands
 
-    @property
-    def fetch_constexprs(self) -> dict[str, int]:
-        if self.fetch is None:
-            return {"MATRICES": 1, "BLOCKS": 1, "FETCHED_MATRICES": 0, "FETCHED_BLOCKS": 1, "LINES": LINES}
-        return self.fetch.constexprs
+    def side_work_constexprs(self, tile: SideWorkTile) -> dict[str, int]:
+        constexprs = {"MATRICES": 1, "BLOCKS": 1, "FETCHED_MATRICES": 0, "FETCHED_BLOCKS": 1}
+        if self.fetch is not None:
+            constexprs = self.fetch.constexprs
+        blocks = {"K": self.hidden or 64, "INTERLEAVE_BLOCKS": tile.interleave_blocks}
+        return blocks | constexprs | {"LINES": tile.prefetch_lines}
 
     @property
     def choice_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jmoe.interop.moe import ExpertsLike, Mxfp4Like, RoutingLike
+from jmoe.triton_src.activation import SwiGLU
 
 
 def missing() -> str | None:
@@ -24,12 +25,17 @@ def missing() -> str | None:
 
 
 def prepare(
-    experts: ExpertsLike, *, num_warps: int, swiglu_alpha: float = 1.702, swiglu_limit: float = 7.0
+    experts: ExpertsLike, *, num_warps: int, activation: SwiGLU = SwiGLU()
 ) -> Callable[[torch.Tensor, Any], torch.Tensor]:
     """Swizzles MXFP4 experts once and returns the block: (x, what `route` returned) -> y [T, H].
 
     num_warps is that of the kernels the weights are laid out for: 4 is best at few tokens, 8 at many.
+
+    Raises:
+      ValueError: an activation that the peer does not have, or experts that are not MXFP4.
     """
+    if activation.offset != 1 or activation.limit is None or not activation.interleaved:
+        raise ValueError(f"the peer has gpt-oss's activation with any alpha and limit, got {activation}")
     import triton_kernels.matmul_ogs_details.opt_flags as opt_flags
     import triton_kernels.swiglu as swiglu
     from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
@@ -54,15 +60,15 @@ def prepare(
     gate_up, gate_up_precision = swizzle(experts.gate_up)
     down, down_precision = swizzle(experts.down)
     biases = [None if b is None else b.float() for b in (experts.gate_up_bias, experts.down_bias)]
-    activation = FusedActivation(
-        FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), (swiglu_alpha, swiglu_limit), 2
+    fused = FusedActivation(
+        FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), (activation.alpha, activation.limit), 2
     )
 
     def block(x: torch.Tensor, routed: Any) -> torch.Tensor:
         data, gather, scatter = routed
         h = matmul_ogs(
             x, gate_up, biases[0], data,
-            gather_indx=gather, precision_config=gate_up_precision, fused_activation=activation,
+            gather_indx=gather, precision_config=gate_up_precision, fused_activation=fused,
         )  # fmt: skip
         return matmul_ogs(
             h, down, biases[1], data,

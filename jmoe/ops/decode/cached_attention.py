@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import decoding_plans, launch, register
-from jmoe.ops.launch.local_gpu import local_capability
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.rotary import rotate
+from jmoe.ops.target import Target
 
 cached_attention_p = jex.core.Primitive("jmoe_cached_attention")
 """Operands as cached_attention's, in the order of NAMES. Results: the attended values, and the cache."""
@@ -36,7 +37,7 @@ def cached_attention(
     sinks: Float[Array, "layers N"],
     sinks_layer: Int32[Array, ""],
     *,
-    capability: int | None = None,
+    target: Target | None = None,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B M S 2D"]]:
     """(each query's mean of a layer's values, weighted by softmax(q k / sqrt(D)) with exp(sink) in the sum; the cache).
 
@@ -49,14 +50,14 @@ def cached_attention(
       layer: of the cache.
       position: of the latest token, whose slot is written and, as those of tokens to come, not read.
       sinks: of each layer a logit for each query head, of a key without value.
-      capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
+      target: a GPU that may not be here, to lower for it; forces Triton.
     """
     operands = (heads, cosine, sine, cache, layer.reshape(1), position, sinks, sinks_layer.reshape(1))
 
     def triton(*operands: Array) -> Sequence[Array]:
-        return cached_attention_p.bind(*operands, capability=capability)
+        return cached_attention_p.bind(*operands, target=target)
 
-    if capability is not None:
+    if target is not None:
         attended, cache = triton(*operands)
     elif heads.dtype != jnp.bfloat16:
         attended, cache = keep_and_attend_by_xla(*operands)
@@ -112,13 +113,13 @@ def attend_by_xla(q: Array, cache: Array, sinks: Array, layer: Array, position: 
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _launches(*operands: Array, capability: int | None) -> list[Array]:
+def _launches(*operands: Array, target: Target | None) -> list[Array]:
     buffers = dict(zip(NAMES, operands, strict=True))
     key_heads, slots = buffers["cache"].shape[2:4]
     batch, _, dim = buffers["heads"].shape
     heads = buffers["sinks"].shape[1]
-    plans = decoding_plans("cached_attention", batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
-    written = launch(plans, buffers, local_capability() if capability is None else capability)
+    sizes = {"rows": batch, "heads": heads, "key_heads": key_heads, "slots": slots, "head_dim": dim}
+    written = launch_decode("cached_attention", buffers, target, **sizes)
     return [written["attended"], written["cache"]]
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch.calls import decoding_plans, launch, register
-from jmoe.ops.launch.local_gpu import local_capability
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.decode import launch_decode
+from jmoe.ops.target import Target
 
 MOST_ROWS = 64
 """Rows of decode_linear at most. For more a product is no longer bound by reading the weights."""
@@ -36,13 +37,13 @@ def decode_linear(
     layer: Int32[Array, ""],
     lora: Expand | None = None,
     *,
-    capability: int | None = None,
+    target: Target | None = None,
 ) -> BFloat16[Array, "T N"]:
     """x weight[layer]^T + bias[layer], plus LoRA of that layer, summed in float32 and rounded once. It has no gradient.
 
     Args:
       x: at most MOST_ROWS rows.
-      capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
+      target: a GPU that may not be here, to lower for it; forces Triton.
     """
     buffers = {"x": x, "weight": weight, "bias": bias, "layer": layer.reshape(1)}
     if lora is not None:
@@ -50,9 +51,9 @@ def decode_linear(
     names = tuple(buffers)
 
     def triton(*operands: Array) -> Array:
-        return decode_linear_p.bind(*operands, names=names, capability=capability)
+        return decode_linear_p.bind(*operands, names=names, target=target)
 
-    if capability is not None:
+    if target is not None:
         return triton(*buffers.values())
     return lax.platform_dependent(*buffers.values(), cuda=triton, default=linear_by_xla)
 
@@ -68,14 +69,14 @@ def linear_by_xla(x: Array, weight: Array, bias: Array, layer: Array, *lora: Arr
     return y.astype(x.dtype)
 
 
-def _launches(*operands: Array, names: tuple[str, ...], capability: int | None) -> Array:
+def _launches(*operands: Array, names: tuple[str, ...], target: Target | None) -> Array:
     buffers: dict[str, jax.Array] = dict(zip(names, operands, strict=True))
     rows, k = buffers["x"].shape
     lora = {}
     if "shrunk" in buffers:
         lora = {"rank": buffers["shrunk"].shape[1], "lora_rows": buffers["lora_b"].shape[1]}
-    plans = decoding_plans("decode_linear", rows=rows, n=buffers["weight"].shape[1], k=k, **lora)
-    return launch(plans, buffers, local_capability() if capability is None else capability)["linear"]
+    sizes = {"rows": rows, "n": buffers["weight"].shape[1], "k": k, **lora}
+    return launch_decode("decode_linear", buffers, target, **sizes)["linear"]
 
 
 register(decode_linear_p, _launches)

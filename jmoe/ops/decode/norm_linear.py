@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch.calls import decoding_plans, launch, register
-from jmoe.ops.launch.local_gpu import local_capability
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.norm import rms_norm
+from jmoe.ops.target import Target
 
 norm_linear_p = jex.core.Primitive("jmoe_norm_linear")
 """Operands as the plan names them, in the order of the parameter `names`. Results: those of `result_names`."""
@@ -43,13 +44,13 @@ def norm_linear(
     norm: BFloat16[Array, "L K"] | None = None,
     eps: float = 0.0,
     narrow: Narrow | None = None,
-    capability: int | None = None,
+    target: Target | None = None,
 ) -> NormLinear:
     """One layer's norm and product for few rows, each step summed in float32 and rounded once. It has no gradient.
 
     Args:
       norm, eps: the weight of all layers' norms, and what is added to the mean of squares.
-      capability: compute capability * 10 of a GPU that is not here, to lower for it; forces Triton.
+      target: a GPU that may not be here, to lower for it; forces Triton.
     """
     given = {"x": x, "layer": layer.reshape(1), "addend": addend, "norm": norm}
     if narrow is not None:
@@ -59,12 +60,12 @@ def norm_linear(
     columns = 0 if narrow is None else narrow.columns
 
     def triton(*operands: Array) -> Sequence[Array]:
-        return norm_linear_p.bind(*operands, names=names, columns=columns, eps=eps, capability=capability)
+        return norm_linear_p.bind(*operands, names=names, columns=columns, eps=eps, target=target)
 
     def xla(*operands: Array) -> Sequence[Array]:
         return norm_linear_by_xla(dict(zip(names, operands, strict=True)), columns, eps)
 
-    if capability is not None:
+    if target is not None:
         results = triton(*buffers.values())
     else:
         results = lax.platform_dependent(*buffers.values(), cuda=triton, default=xla)
@@ -114,13 +115,13 @@ def _avals(*avals: Any, names: tuple[str, ...], columns: int, **_: Any) -> list[
 norm_linear_p.def_abstract_eval(_avals)
 
 
-def _launches(
-    *operands: Array, names: tuple[str, ...], columns: int, eps: float, capability: int | None
-) -> list[Array]:
+def _launches(*operands: Array, names: tuple[str, ...], columns: int, eps: float, target: Target | None) -> list[Array]:
     buffers = dict(zip(names, operands, strict=True))
     rows, k = buffers["x"].shape
-    plans = decoding_plans(
+    written = launch_decode(
         "norm_linear",
+        buffers,
+        target,
         rows=rows,
         k=k,
         n=columns,
@@ -128,7 +129,6 @@ def _launches(
         eps=eps,
         **{name: name in buffers for name in ("addend", "norm", "scale", "bias")},
     )
-    written = launch(plans, buffers, local_capability() if capability is None else capability)
     return [written[name] for name in result_names(names)]
 
 

@@ -9,7 +9,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax.interpreters import mlir, xla
 
-from jmoe.ops.launch.installed import check_installed, import_jax_triton
+from jmoe.ops.launch.installed import import_jax_triton
 
 if TYPE_CHECKING:
     from jmoe.triton_src.plan import Plan
@@ -65,11 +65,3 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
         for parameter, reference in references.items():
             everything[str(plan.operands[parameter])] = jax.freeze(reference)
     return everything
-
-
-def decoding_plans(operation: str, **sizes: Any) -> list["Plan"]:
-    """Of one of jmoe.triton_src.decode.plans's operations; for the sizes see its plan."""
-    check_installed()
-    from jmoe.triton_src.decode.plans import PLANS
-
-    return PLANS[operation](**sizes)

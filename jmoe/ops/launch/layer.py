@@ -1,211 +1,196 @@
-"""A mixture-of-experts layer, its gradients and its routing as launches: primitives for what is traced anywhere."""
+"""A mixture-of-experts layer, its gradients and its routing as launches: a primitive for what is traced anywhere."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import batching
 
-from jmoe.ops.buffers import Buffers, Options, names_of_stacks, of_one_layer
+from jmoe.ops.batching import batch_launches
+from jmoe.ops.call import Call, Kept, Options, buffers_of
 from jmoe.ops.launch.calls import launch, register
-from jmoe.ops.launch.installed import check_installed
-from jmoe.ops.launch.local_gpu import local_capability, local_tables
-from jmoe.ops.packed import unpack_buffers
+from jmoe.ops.launch.local_gpu import Gpu, gpu_of
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
+from jmoe.ops.packed import unpack
+from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
-    from jmoe.triton_src.moe import MoeProblem
-    from jmoe.triton_src.tiles import TileTables
+    from jmoe.triton_src.problem import Layout, MoeProblem
 
 moe_p = jex.core.Primitive("jmoe_moe")
-"""Operands: the layer's buffers, in the order of the parameter `names`. Result: y like x."""
+"""Operands: the leaves of (Call, Kept or None, dy or None), whose structure is the parameter `tree`.
 
-moe_forward_p = jex.core.Primitive("jmoe_moe_forward")
-"""moe_p for a gradient to follow. Results: those that the parameter `results` names, y among them."""
-
-moe_backward_p = jex.core.Primitive("jmoe_moe_backward")
-"""Operands: moe_forward_p's and its results without y, and dy. Results: gradients of the operands in `wanted`."""
-
-moe_p.def_abstract_eval(lambda *avals, names, **_: avals[names.index("x")])
+Results: the buffers that the parameter `results` names. From a Call alone these are y, which is first, experts, weights
+and pre_activations; with what it kept and dy, they are gradients, x_grad for example.
+"""
+moe_p.multiple_results = True
+batching.primitive_batchers[moe_p] = functools.partial(batch_launches, moe_p.bind)
 
 
-def _forward_avals(*avals: Any, names: tuple[str, ...], results: tuple[str, ...], options: Options) -> list[Any]:
-    x = avals[names.index("x")]
-    tokens = x.shape[0]
-    shapes = {
-        "y": (x.shape, x.dtype),
-        "experts": ((tokens, options.top_k), jnp.int32),
-        "weights": ((tokens, options.top_k), jnp.float32),
-        "pre_activations": ((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16),
+def launches_of(
+    options: Options, results: tuple[str, ...], call: Call, kept: Kept | None = None, dy: jax.Array | None = None
+) -> list[jax.Array]:
+    """The primitive's results."""
+    leaves, tree = jax.tree.flatten((call, kept, dy))
+    return moe_p.bind(*leaves, tree=tree, results=results, options=options)
+
+
+@moe_p.def_abstract_eval
+def _result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Options) -> list[Any]:
+    call: Call = tree.unflatten(avals)[0]
+    x = call.tokens.x
+    tokens, pairs = x.shape[0], x.shape[0] * options.top_k
+    by_name = {
+        "y": x,
+        "experts": x.update(shape=(tokens, options.top_k), dtype=jnp.dtype(jnp.int32)),
+        "weights": x.update(shape=(tokens, options.top_k), dtype=jnp.dtype(jnp.float32)),
+        "pre_activations": x.update(shape=(pairs, 2 * call.intermediate), dtype=jnp.dtype(jnp.bfloat16)),
     }
-    return [x.update(shape=shapes[name][0], dtype=jnp.dtype(shapes[name][1])) for name in results]
+    by_name |= {f"{name}_grad": aval for name, aval in buffers_of(call).items()}
+    return [by_name[name] for name in results]
 
 
-moe_forward_p.multiple_results = True
-moe_forward_p.def_abstract_eval(_forward_avals)
-moe_backward_p.multiple_results = True
-moe_backward_p.def_abstract_eval(lambda *avals, names, wanted, **_: [avals[names.index(name)] for name in wanted])
+def _launches(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
+    """What the primitive stands for on CUDA."""
+    call, kept, dy = tree.unflatten(leaves)
+    check_triton_takes(call)
+    if call.tokens.x.size == 0 or not results:
+        avals = _result_avals(*map(jax.typeof, leaves), tree=tree, results=results, options=options)
+        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+    gpu = gpu_of(options.target)
+    if dy is None:
+        written = launch_layer(call, options, gpu, keep="pre_activations" in results)
+    else:
+        written = launch_gradients(call, kept, dy, results, options, gpu)
+    return [written[name] for name in results]
 
 
-def _moe_launches(*arrays: jax.Array, names: tuple[str, ...], options: Options) -> jax.Array:
-    """The layer as launches: what the primitive stands for on CUDA."""
-    return launch_layer(dict(zip(names, arrays, strict=True)), options, *gpu_of(options))["y"]
+register(moe_p, _launches)
 
 
-def _forward_launches(
-    *arrays: jax.Array, names: tuple[str, ...], results: tuple[str, ...], options: Options
-) -> list[jax.Array]:
-    """As _moe_launches, with what the gradient needs."""
-    buffers = dict(zip(names, arrays, strict=True))
-    everything = launch_layer(buffers, options, *gpu_of(options), keep=not options.recompute)
-    return [everything[name] for name in results]
-
-
-def _backward_launches(
-    *arrays: jax.Array, names: tuple[str, ...], wanted: tuple[str, ...], options: Options
-) -> list[jax.Array]:
-    """The gradients as launches."""
-    gradients = launch_gradients(dict(zip(names, arrays, strict=True)), wanted, options, *gpu_of(options))
-    return [gradients[name] for name in wanted]
-
-
-def gpu_of(options: Options) -> tuple[int, "TileTables | None"]:
-    """The compute capability to lower for, and the user's tiles for it.
-
-    A Target says which GPU, not whose: what is compiled for it is the same everywhere, and no user's tiles count.
-
-    Raises:
-      ImportError: Triton or jax-triton is not there.
-      NotImplementedError: no Target is named, and there is no GPU here.
-    """
-    check_installed()
-    return (local_capability(), local_tables()) if options.capability is None else (options.capability, None)
-
-
-def launch_layer(
-    buffers: Buffers, options: Options, capability: int, tables: "TileTables | None", *, keep: bool = False
-) -> Buffers:
-    """The layer as launches for a GPU of this compute capability, with these tiles or, if None, the package's own.
-
-    Every buffer by name: "y", the routing's, and with `keep` pre_activations.
-    """
+def launch_layer(call: Call, options: Options, gpu: Gpu, *, keep: bool) -> dict[str, jax.Array]:
+    """The layer as launches for a GPU: every buffer by name, y among them, and with `keep` pre_activations."""
     from jmoe.triton_src.moe import plan_moe
 
-    check_dtypes(buffers)
-    if buffers["x"].size == 0:
-        tokens = buffers["x"].shape[0]
-        nothing = jnp.zeros((tokens, options.top_k))
-        empty = {"experts": nothing.astype(jnp.int32), "weights": nothing.astype(jnp.float32)}
-        pairs = jnp.zeros((tokens * options.top_k, 2 * options.intermediate), jnp.bfloat16)
-        return {"y": jnp.zeros_like(buffers["x"]), "pre_activations": pairs, **empty}
-    buffers, problem = problem_of(buffers, options, capability)
-    return launch(plan_moe(problem, capability, tables, keep=keep), buffers, capability)
+    buffers, problem = problem_of(call, options, gpu, gradient=keep)
+    return launch(plan_moe(problem, gpu.capability, gpu.table, keep=keep), buffers, gpu.capability)
+
+
+NO_WEIGHT_GRADIENT = (
+    "the Triton backend of jmoe.moe takes the experts' weights for constants and has no gradient in them; "
+    'differentiate bf16 experts with backend="xla", or leave them out of what is differentiated'
+)
+
+WEIGHT_GRADIENTS = ("gate_up_grad", "down_grad")
+"""What is refused when it is lowered: on a CPU the launches are traced, then left out."""
 
 
 def launch_gradients(
-    buffers: Buffers, wanted: tuple[str, ...], options: Options, capability: int, tables: "TileTables | None"
-) -> Buffers:
-    """The gradients of the wanted buffers as launches, by the buffers' names; arguments as in launch_layer."""
+    call: Call, kept: Kept, dy: jax.Array, results: tuple[str, ...], options: Options, gpu: Gpu
+) -> dict[str, jax.Array]:
+    """The gradients that `results` names as launches.
+
+    Raises:
+      NotImplementedError: the experts' weights are among what is differentiated.
+    """
     from jmoe.triton_src.moe_backward import plan_moe_backward
 
-    if buffers["x"].size == 0 or not wanted:
-        return {name: jnp.zeros_like(buffers[name]) for name in wanted}
-    logits = buffers.get("router_logits")
-    extra = {name: buffers[name] for name in ("dy", "pre_activations") if name in buffers}
-    given = {name: array for name, array in buffers.items() if name not in ("router_logits", *extra)}
-    given, problem = problem_of(given, options, capability)
-    if "adapter_ids" in given:
+    if set(results) & set(WEIGHT_GRADIENTS):
+        raise NotImplementedError(NO_WEIGHT_GRADIENT)
+    inputs = buffers_of(call)
+    if kept.routing is not None:
+        call = dataclasses.replace(call, tokens=dataclasses.replace(call.tokens, routing=kept.routing))
+    buffers, problem = problem_of(call, options, gpu, gradient=True)
+    if call.tokens.adapter_ids is not None:
         # A token whose adapter does not exist is NaN whatever the arguments are: no gradient comes from it.
-        known = (given["adapter_ids"] >= -1) & (given["adapter_ids"] < problem.adapters)
-        extra["dy"] = jnp.where(known[:, None], extra["dy"], 0)
-    plans = plan_moe_backward(
-        problem,
-        {name: buffers[name].dtype.name for name in wanted},
-        None if logits is None else logits.shape[1],
-        "pre_activations" in extra,
-        capability,
-        tables,
-    )
-    everything = launch(plans, given | extra, capability)
-    stacks = names_of_stacks(buffers)
-    gradients = {name: everything[f"{name}_grad"] for name in wanted}
-    return {
-        name: in_its_layer(grad, buffers[name], buffers["layer"]) if name in stacks else grad
-        for name, grad in gradients.items()
-    }
+        known = (call.tokens.adapter_ids >= -1) & (call.tokens.adapter_ids < problem.adapters)
+        dy = jnp.where(known[:, None], dy, 0)
+    buffers["dy"] = dy
+    if kept.pre_activations is not None:
+        buffers["pre_activations"] = kept.pre_activations
+    of = {name: inputs[name.removesuffix("_grad")] for name in results}
+    wanted = {name.removesuffix("_grad"): buffer.dtype.name for name, buffer in of.items()}
+    is_kept = kept.pre_activations is not None
+    written = launch(plan_moe_backward(problem, wanted, is_kept, gpu.capability, gpu.table), buffers, gpu.capability)
+    return {name: in_its_layer(written[name], buffer, call.layer) for name, buffer in of.items()}
 
 
-def in_its_layer(grad: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
-    """One layer's gradient among those of the other layers, which are zero."""
-    return lax.dynamic_update_index_in_dim(jnp.zeros_like(stack), grad, layer[0], axis=0)
+def in_its_layer(grad: jax.Array, buffer: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """The gradient of a buffer; of one that is a stack of layers, among those of the other layers, which are zero."""
+    if layer is None or grad.shape == buffer.shape:
+        return grad
+    return lax.dynamic_update_index_in_dim(jnp.zeros_like(buffer), grad, layer[0], axis=0)
 
 
-def problem_of(buffers: Buffers, options: Options, capability: int) -> tuple[Buffers, "MoeProblem"]:
-    """The problem that the buffers pose, and they, unpacked if no kernel reads packed weights on that GPU."""
-    from jmoe.triton_src.moe import MoeProblem, reads_packed
+def problem_of(call: Call, options: Options, gpu: Gpu, *, gradient: bool) -> tuple[dict[str, jax.Array], "MoeProblem"]:
+    """A call's buffers and the problem that they pose, unpacked where kernels for packed weights are missing."""
+    from jmoe.triton_src.problem import MoeProblem
+    from jmoe.triton_src.tiles import packed_tile_for
 
-    packed = [buffers[projection].dtype == jnp.int32 for projection in ("gate_up", "down")]
-    read_as_packed = all(packed) and reads_packed(capability)
-    if any(packed) and not read_as_packed:
-        buffers = unpack_buffers(of_one_layer(buffers), options.intermediate)
+    packed = [isinstance(weight, PackedMxfp4) for weight in (call.experts.gate_up, call.experts.down)]
+    rows = call.tokens.x.shape[0] * options.top_k / call.experts.down.shape[-3]
+    if any(packed) and not (all(packed) and packed_tile_for(gpu.table, rows, gradient)):
+        call = call.of_one_layer()
+        call = dataclasses.replace(call, experts=unpack(call.experts))
+    buffers = buffers_of(call)
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
-        intermediate=options.intermediate,
-        packed=read_as_packed,
+        intermediate=call.intermediate,
+        layouts={"gate_up": layout_of(call.experts.gate_up), "down": layout_of(call.experts.down)},
         top_k=options.top_k,
-        swiglu_alpha=options.swiglu_alpha,
-        swiglu_limit=options.swiglu_limit,
+        activation=options.activation,
     )
     return buffers, problem
 
 
+def layout_of(weight: Mxfp4 | PackedMxfp4 | jax.Array) -> "Layout":
+    """Which layout of the plans a weight is in."""
+    from jmoe.triton_src.problem import Layout
+
+    return {Mxfp4: Layout.MXFP4, PackedMxfp4: Layout.PACKED}.get(type(weight), Layout.DENSE)
+
+
 def route_and_sort(
-    router_logits: jax.Array, zeros: jax.Array, *, top_k: int, capability: int | None = None
+    router_logits: jax.Array, zeros: jax.Array, *, top_k: int, target: Target | None = None
 ) -> dict[str, jax.Array]:
     """The launches that precede a layer's products on packed experts, alone, for a GPU. For measuring them.
 
     zeros: int32, of which the first is read. The result's "finished" are zeros: given to the next call, they make the
     calls run one after another, which as nodes of one CUDA graph would run side by side.
     """
-    from jmoe.triton_src.moe import reads_packed
+    gpu = gpu_of(target)
     from jmoe.triton_src.routing.plan import plan_routing
     from jmoe.triton_src.routing.problem import RouteProblem
-    from jmoe.triton_src.tiles import choose_packed_tile, choose_tile
+    from jmoe.triton_src.tiles import packed_tile_for, tile_for
 
-    check_installed()
-    tables = None
-    if capability is None:
-        capability, tables = local_capability(), local_tables()
     tokens, experts = router_logits.shape
-    choose = choose_packed_tile if reads_packed(capability) else choose_tile
+    rows = tokens * top_k / experts
+    tile = packed_tile_for(gpu.table, rows) or tile_for(gpu.table.grouped_matmul, rows)
     problem = RouteProblem(
         tokens=tokens,
         top_k=top_k,
         experts=experts,
         router_experts=experts,
         expert_offset=True,
-        block_m=choose(capability, tokens * top_k, experts, tables).block_m,
+        block_m=tile.block_m,
         hidden=None,
         counters=True,
     )
     given = {"router_logits": router_logits, "expert_offset": zeros}
-    buffers = launch(plan_routing(problem), given, capability)
+    buffers = launch(plan_routing(problem, gpu.table), given, gpu.capability)
     return {name: buffers[name] for name in ("weights", "order", "tiles", "finished")}
 
 
-def check_dtypes(buffers: Mapping[str, jax.Array]) -> None:
+def check_triton_takes(call: Call) -> None:
     """Raises NotImplementedError for what only backend "xla" computes."""
-    if jax.export.is_symbolic_dim(tokens := buffers["x"].shape[0]):
+    if jax.export.is_symbolic_dim(tokens := call.tokens.x.shape[0]):
         raise NotImplementedError(
             f"the Triton backend takes numbers of tokens, got {tokens}: export one program for each"
         )
-    for name in ("x", "gate_up", "down"):
-        dtype = buffers[name].dtype
-        if dtype not in (jnp.bfloat16, jnp.uint8, jnp.int32):
-            raise NotImplementedError(f'the Triton backend takes bfloat16 {name}, got {dtype}; use backend="xla"')
-
-
-register(moe_p, _moe_launches)
-register(moe_forward_p, _forward_launches)
-register(moe_backward_p, _backward_launches)
+    for name, array in (("x", call.tokens.x), ("gate_up", call.experts.gate_up), ("down", call.experts.down)):
+        if not isinstance(array, Mxfp4 | PackedMxfp4) and array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f'the Triton backend takes bfloat16 {name}, got {array.dtype}; use backend="xla"')

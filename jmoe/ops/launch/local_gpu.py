@@ -1,17 +1,35 @@
-"""The GPU of this machine, and what of jmoe's kernels and tiles is for it."""
+"""The GPU of this machine or of a Target, and what of jmoe's kernels and launch parameters is for it."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from jmoe.ops.launch.installed import check_installed, import_jax_triton
+from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
-    from jmoe.triton_src.tiles import TileTables
+    from jmoe.triton_src.tiles import LaunchTable
 
 
-def local_capability() -> int:
-    """The compute capability of this machine's GPU (90 is 9.0).
+class Gpu(NamedTuple):
+    """What launches are planned for."""
+
+    capability: int
+    """Compute capability * 10."""
+    table: "LaunchTable"
+    """The launch parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial(Target):
+    """A Target with launch parameters that are to be tried."""
+
+    table: "LaunchTable | None" = None
+
+
+def local_gpu() -> tuple[int, str]:
+    """The compute capability (90 is 9.0) and the name of this machine's GPU.
 
     Raises:
       NotImplementedError: there is none, so that the target must be named.
@@ -24,7 +42,28 @@ def local_capability() -> int:
             'name the GPU to compile for, as in backend=jmoe.Target("sm_90")'
         ) from None
     major, minor = device.compute_capability.split(".")
-    return int(major) * 10 + int(minor)
+    return int(major) * 10 + int(minor), device.device_kind
+
+
+def gpu_of(target: Target | None) -> Gpu:
+    """The GPU to plan for: the Target's, or else this machine's, with the launch parameters that its user measured.
+
+    A Target says which GPU, not whose: what is compiled for it is the same everywhere, and no user's tiles count.
+
+    Raises:
+      ImportError: Triton or jax-triton is missing.
+      NotImplementedError: no Target is named, and there is no GPU here; or the GPU is older than the kernels support.
+      ValueError: the user's table is invalid, or the Target's device has another architecture.
+    """
+    check_installed()
+    from jmoe.triton_src.tile_tables import own_table, table_for
+
+    if isinstance(target, Trial) and target.table is not None:
+        return Gpu(target.capability, target.table)
+    if target is not None:
+        return Gpu(target.capability, own_table(target.capability, target.device))
+    capability, device = local_gpu()
+    return Gpu(capability, table_for(capability, device))
 
 
 def has_cuda() -> bool:
@@ -36,28 +75,19 @@ def has_cuda() -> bool:
 
 
 def reads_packed_here() -> bool:
-    """Whether JAX's default device has kernels that read packed experts.
+    """Whether JAX's default device has kernels that read packed experts, whatever the number of tokens.
 
     Raises:
-      ImportError: it is a GPU, and Triton or jax-triton is not there.
+      ImportError: it is a GPU, and Triton or jax-triton is missing.
     """
     if jax.default_backend() != "gpu":
         return False
     check_installed()
-    from jmoe.triton_src.moe import reads_packed
+    from jmoe.triton_src.tile_tables import own_table
+    from jmoe.triton_src.tiles import OLDEST, reads_packed
 
-    return reads_packed(local_capability())
-
-
-def local_tables() -> "TileTables | None":
-    """The tile tables that the user has measured for this machine's GPU with `jmoe tune`, if any.
-
-    Raises:
-      ValueError: the user's file is no such table.
-    """
-    from jmoe.triton_src.tile_tables import read_user_table
-
-    return read_user_table(jax.local_devices(backend="cuda")[0].device_kind)
+    capability, device = local_gpu()
+    return capability >= OLDEST and reads_packed("packed_grouped_matmul", own_table(capability, device))
 
 
 def why_no_triton() -> str | None:
@@ -67,34 +97,30 @@ def why_no_triton() -> str | None:
     try:
         check_installed()
         import_jax_triton()
-        from jmoe.triton_src.tiles import tiles_of
+        from jmoe.triton_src.tile_tables import own_table
 
-        tiles_of(local_capability())
+        own_table(*local_gpu())
     except (ImportError, NotImplementedError) as error:
         return str(error)
     return None
 
 
 def tiles_here() -> str:
-    """Whose tile tables are used on this machine's GPU, which Triton must be able to run on."""
-    from jmoe.triton_src.tile_tables import user_table
-    from jmoe.triton_src.tiles import PACKED_TILES
+    """Whose launch parameters are used on this machine's GPU, which Triton must be able to run on.
 
-    capability = local_capability()
-    if local_tables() is not None:
-        return f"the user's, {user_table(jax.local_devices(backend='cuda')[0].device_kind)}"
-    if capability in PACKED_TILES:
-        return f"jmoe's own for sm_{capability}"
-    return f"jmoe's own, of which none was measured on sm_{capability}: run jmoe tune"
+    Raises:
+      ValueError: the user's table is invalid.
+    """
+    from jmoe.triton_src.tile_tables import origin_of, table_for
+
+    table_for(*local_gpu())
+    return origin_of(*local_gpu())
 
 
 def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
-    from jmoe.triton_src.moe import reads_packed
-    from jmoe.triton_src.tiles import DecodeTile, choose_packed_tile
+    from jmoe.triton_src.moe import LAYERS
+    from jmoe.triton_src.tiles import GroupedMatmulTile, packed_tile_for
 
-    capability = local_capability()
-    if not reads_packed(capability):
-        return "grouped_matmul"
-    tile = choose_packed_tile(capability, tokens * top_k, experts, local_tables())
-    return "packed_decode" if isinstance(tile, DecodeTile) else "packed_grouped_matmul"
+    tile = packed_tile_for(gpu_of(None).table, tokens * top_k / experts) if reads_packed_here() else None
+    return LAYERS[GroupedMatmulTile if tile is None else type(tile)].kernel

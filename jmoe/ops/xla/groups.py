@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jmoe.ops.sharding import vary_alike
-
 FEWEST_ROWS = 8
 """Rows of the smallest tile. A product of one bfloat16 row takes a CPU longer than one of eight."""
 
@@ -93,7 +91,6 @@ def tile_rows(pairs: int, experts: int) -> int:
 
 def for_each_expert[C](groups: Groups, body: Callable[[Int32[Array, ""], C], C], carry: C) -> C:
     """body(expert, carry) for each expert that has pairs, in ascending order."""
-    carry, groups = vary_alike((carry, groups))
     return lax.fori_loop(0, groups.active_count, lambda i, carry: body(groups.active[i], carry), carry)
 
 

@@ -5,17 +5,15 @@ for the order of sums: operands in x's dtype, sums in float32, and what kernels 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.reference import adapter_count, down_of, gate_up_of, weight_experts
-from jmoe.ops.routing import Routing
+from jmoe.ops.call import Call, buffers_of
+from jmoe.ops.reference import adapter_count, down_of, gate_up_of, swiglu
 from jmoe.ops.xla.columns import decode_columns
 from jmoe.ops.xla.groups import (
     Groups,
@@ -28,75 +26,55 @@ from jmoe.ops.xla.groups import (
     store_tile,
 )
 from jmoe.ops.xla.projection import Projection, ProjectionGradient, add_gradient
-
-type Activation = Callable[[Float[Array, "M 2I"]], Float[Array, "M I"]]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("x", "routing", "experts", "lora", "adapter_ids", "expert_offset"),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The arrays of a call; a pytree. See jmoe.moe."""
-
-    x: Float[Array, "T H"]
-    routing: Routing
-    experts: Experts
-    lora: Lora | None
-    adapter_ids: Int32[Array, " T"] | None
-    expert_offset: Int32[Array, ""] | int
+from jmoe.triton_src.activation import SwiGLU
 
 
-def forward(activation: Activation, call: Call) -> Float[Array, "T H"]:
+def forward(activation: SwiGLU, call: Call) -> Float[Array, "T H"]:
     """y[t] = sum over t's pairs of weight * expert(x[t]), in float32, so that those of shards can be added.
 
     Pairs of experts outside [expert_offset, expert_offset + E) add nothing. The weights of an expert without pairs are
     not read, so that neither their time nor a NaN in them counts.
     """
-    if call.x.shape[0] == 0:
-        return call.x.astype(jnp.float32)
+    if call.tokens.x.shape[0] == 0:
+        return call.tokens.x.astype(jnp.float32)
     call, known = _only_known_adapters(call)
-    groups = _group(call)
+    groups, x = _group(call), call.tokens.x
 
     def one_expert(expert: Int32[Array, ""], outputs: Float[Array, "P H"]) -> Float[Array, "P H"]:
         gate_up, down = _projections(call, expert)
 
         def one_tile(tile: Tile, outputs: Float[Array, "P H"]) -> Float[Array, "P H"]:
             x, gate, ids = _rows(call, tile)
-            h = activation(gate_up(x, ids)).astype(x.dtype)
+            h = swiglu(gate_up(x, ids), activation).astype(x.dtype)
             return store_tile(outputs, tile, gate * down(h, ids))
 
         return for_each_tile(groups, expert, one_tile, outputs)
 
-    outputs = for_each_expert(groups, one_expert, empty_places(groups, call.x, call.x.dtype, call.x.shape[1]))
+    outputs = for_each_expert(groups, one_expert, empty_places(groups, x, x.dtype, x.shape[1]))
     y = jnp.sum(rows_of_pairs(groups, outputs), axis=1)
     return y if known is None else jnp.where(known[:, None], y, jnp.nan)
 
 
-def backward(
-    activation: Activation, call: Call, wanted: Collection[str], dy: Float[Array, "T H"]
-) -> dict[str, jax.Array]:
+def backward(activation: SwiGLU, call: Call, wanted: Collection[str], dy: Float[Array, "T H"]) -> dict[str, jax.Array]:
     """The gradients of these of the call's arrays, in their dtypes but for x's, which is float32 as y is.
 
     Args:
       wanted: any of "x", "weights" (the routing's) and, for gate_up and down alike, "gate_up" (floating weights alone),
         "gate_up_bias", "gate_up_a" and "gate_up_b".
     """
-    arrays = arrays_of(call)
-    gradients = {name: jnp.zeros_like(arrays[name]) for name in wanted}
-    if call.x.shape[0] == 0 or not wanted:
+    buffers = buffers_of(call)
+    gradients = {name: jnp.zeros_like(buffers[name]) for name in wanted}
+    if call.tokens.x.shape[0] == 0:
         return gradients
     call, known = _only_known_adapters(call)
-    groups = _group(call)
+    groups, x = _group(call), call.tokens.x
     if known is not None:
         dy = jnp.where(known[:, None], dy, 0)
     stored = {name: gradients.pop(name) for name in ("x", "weights") if name in wanted}
     if "x" in stored:
-        stored["x"] = empty_places(groups, call.x, call.x.dtype, call.x.shape[1])
+        stored["x"] = empty_places(groups, x, x.dtype, x.shape[1])
     if "weights" in stored:
-        stored["weights"] = empty_places(groups, call.x, jnp.float32, 1)
+        stored["weights"] = empty_places(groups, x, jnp.float32, 1)
 
     def one_expert(expert: Int32[Array, ""], carry: tuple[dict, dict]) -> tuple[dict, dict]:
         stored, gradients = carry
@@ -107,7 +85,7 @@ def backward(
         ) -> tuple[dict, ProjectionGradient, ProjectionGradient]:
             stored, of_gate_up, of_down = carry
             x, gate, ids = _rows(call, tile)
-            h, pull_back = jax.vjp(activation, gate_up(x, ids))
+            h, pull_back = jax.vjp(lambda z: swiglu(z, activation), gate_up(x, ids))
             dy_rows = dy[tile.tokens]
             # Before the gate's weight multiplies it, dh also tells the weight's gradient, without down's results.
             dh, of_down = add_gradient(down, of_down, h.astype(x.dtype), dy_rows, gate, ids, tile.is_own)
@@ -133,35 +111,29 @@ def backward(
     return gradients
 
 
-def arrays_of(call: Call) -> dict[str, jax.Array]:
-    """The call's arrays that may have a gradient, by name."""
-    arrays = {"x": call.x, "weights": call.routing.weights}
-    for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
-        arrays[name] = getattr(call.experts, name)
-    for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"):
-        arrays[name] = getattr(call.lora, name, None)
-    return {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
-
-
 def _only_known_adapters(call: Call) -> tuple[Call, jax.Array | None]:
     """(the call, which tokens have a known adapter or none): others have no adapter and an x of 0.
 
     Such a token of an earlier layer is NaN, which times its gradient of 0 would be NaN in all of LoRA's.
     """
+    tokens = call.tokens
     if call.lora is None:
         return call, None
-    if call.adapter_ids is None:
-        return dataclasses.replace(call, adapter_ids=jnp.zeros_like(call.routing.experts[:, 0])), None
-    ids = call.adapter_ids
+    if tokens.adapter_ids is None:
+        tokens = dataclasses.replace(tokens, adapter_ids=jnp.zeros_like(tokens.routing.experts[:, 0]))
+        return dataclasses.replace(call, tokens=tokens), None
+    ids = tokens.adapter_ids
     known = (ids >= -1) & (ids < adapter_count(call.lora))
-    x = jnp.where(known[:, None], call.x, 0)
-    return dataclasses.replace(call, x=x, adapter_ids=jnp.where(known, ids, -1)), known
+    x, ids = jnp.where(known[:, None], tokens.x, 0), jnp.where(known, ids, -1)
+    return dataclasses.replace(call, tokens=dataclasses.replace(tokens, x=x, adapter_ids=ids)), known
 
 
 def _group(call: Call) -> Groups:
     adapters = 0 if call.lora is None else adapter_count(call.lora)
-    count = weight_experts(call.experts.down)
-    return group_pairs(call.routing.experts, call.expert_offset, count, call.adapter_ids, adapters)
+    offset = 0 if call.expert_offset is None else call.expert_offset[0]
+    return group_pairs(
+        call.tokens.routing.experts, offset, call.experts.down.shape[0], call.tokens.adapter_ids, adapters
+    )
 
 
 def _projections(call: Call, expert: Int32[Array, ""]) -> tuple[Projection, Projection]:
@@ -172,8 +144,8 @@ def _projections(call: Call, expert: Int32[Array, ""]) -> tuple[Projection, Proj
         call.lora,
     )
     return (
-        Projection(decode_columns(own.gate_up, call.x.dtype), own.gate_up_bias, gate_up_of(lora)),
-        Projection(decode_columns(own.down, call.x.dtype), own.down_bias, down_of(lora)),
+        Projection(decode_columns(own.gate_up, call.tokens.x.dtype), own.gate_up_bias, gate_up_of(lora)),
+        Projection(decode_columns(own.down, call.tokens.x.dtype), own.down_bias, down_of(lora)),
     )
 
 
@@ -181,8 +153,9 @@ def _rows(
     call: Call, tile: Tile
 ) -> tuple[Float[Array, "rows H"], Float[Array, "rows 1"], Int32[Array, " rows"] | None]:
     """(x, routing weight, adapter) of each row of a tile; no adapter for rows that are not the expert's."""
-    ids = None if call.adapter_ids is None else jnp.where(tile.is_own, call.adapter_ids[tile.tokens], -1)
-    return call.x[tile.tokens], call.routing.weights.reshape(-1)[tile.pairs][:, None], ids
+    tokens = call.tokens
+    ids = None if tokens.adapter_ids is None else jnp.where(tile.is_own, tokens.adapter_ids[tile.tokens], -1)
+    return tokens.x[tile.tokens], tokens.routing.weights.reshape(-1)[tile.pairs][:, None], ids
 
 
 def _zero_gradient(projection: str, gradients: dict[str, jax.Array], expert: Int32[Array, ""]) -> ProjectionGradient:

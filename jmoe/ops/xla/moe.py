@@ -1,37 +1,46 @@
 """jmoe.moe's arrays through the layer by XLA, with rules for jax.grad, jax.vmap and meshes."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
-from jmoe.ops.batching import TOKEN_BUFFERS, merge_batch, one_after_another
-from jmoe.ops.buffers import Buffers, Options, of_one_layer
-from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
-from jmoe.ops.reference import swiglu
-from jmoe.ops.routing import Routing, route
-from jmoe.ops.xla.layer import Activation, Call, backward, forward
+from jmoe.ops.batching import batch_launches
+from jmoe.ops.call import Call, Options, buffers_of, like_call
+from jmoe.ops.routing import route
+from jmoe.ops.xla.layer import backward, forward
 from jmoe.ops.xla.partition import partitioned
 
 
-def moe_xla(options: Options, buffers: Buffers) -> jax.Array:
+def moe_xla(options: Options, call: Call) -> jax.Array:
     """The layer by plain XLA operations. Of its forward pass nothing is kept for a gradient but its inputs."""
-    buffers = of_one_layer(buffers)
-    if "router_logits" in buffers:
-        routing = route(buffers["router_logits"], options.top_k)
-        buffers = {name: array for name, array in buffers.items() if name != "router_logits"}
-        buffers |= {"experts": routing.experts, "weights": routing.weights}
-    return routed_moe(options, buffers)
+    return routed_moe(options, with_routing(options, call.of_one_layer()))
+
+
+def with_routing(options: Options, call: Call) -> Call:
+    """The call with its routing instead of its router's logits."""
+    if call.tokens.routing is not None:
+        return call
+    routing = route(call.tokens.router_logits, options.top_k)
+    return dataclasses.replace(call, tokens=dataclasses.replace(call.tokens, router_logits=None, routing=routing))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def routed_moe(options: Options, buffers: Buffers) -> jax.Array:
+def routed_moe(options: Options, call: Call) -> jax.Array:
     """y of tokens whose experts are chosen."""
-    return _forward_of_batches(options)(buffers)
+    (y,) = _bind(options, ("y",), call, None)
+    return y
+
+
+def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[tuple[str, ...], Call]]:
+    call = jax.tree.map(lambda primal: primal.value, primals)
+    wanted = Names(
+        name for name, primal in buffers_of(primals).items() if primal.perturbed and not name.endswith("_scale")
+    )
+    return routed_moe(options, call), (wanted, call)
 
 
 @jax.tree_util.register_static
@@ -39,86 +48,49 @@ class Names(tuple[str, ...]):
     """Names of buffers, static among what is kept."""
 
 
-def _forward(options: Options, primals: dict[str, CustomVJPPrimal]) -> tuple[jax.Array, tuple[Names, Buffers]]:
-    buffers = {name: primal.value for name, primal in primals.items()}
-    wanted = Names(name for name, primal in primals.items() if primal.perturbed and not name.endswith("_scale"))
-    return routed_moe(options, buffers), (wanted, buffers)
-
-
-def _backward(options: Options, kept: tuple[Names, Buffers], dy: Any) -> tuple[dict[str, Any]]:
-    wanted, buffers = kept
-    gradients: dict[str, Any] = dict.fromkeys(buffers)
+def _backward(options: Options, kept: tuple[Names, Call], dy: Any) -> tuple[Call]:
+    wanted, call = kept
+    gradients: dict[str, Any] = {}
     if wanted and not isinstance(dy, SymbolicZero):
-        gradients |= one_after_another(functools.partial(_gradients, options, wanted))(buffers | {"dy": dy})
-    return (gradients,)
+        arrays = _bind(options, tuple(f"{name}_grad" for name in wanted), call, dy)
+        gradients = dict(zip(wanted, arrays, strict=True))
+    return (like_call(call, gradients),)
 
 
 routed_moe.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-@functools.cache
-def _forward_of_batches(options: Options) -> Any:
-    """The forward pass with a rule for vmap: more tokens where only tokens are batched, one after another else."""
-
-    @custom_vmap
-    def call(buffers: Buffers) -> jax.Array:
-        dtype = buffers["x"].dtype
-        compute = lambda own: [forward(activation_of(options), call_of(options, own))]  # noqa: E731
-        (y,) = partitioned(compute, ("x",))(buffers)
-        return y.astype(dtype)
-
-    @call.def_vmap
-    def batch(axis_size: int, in_batched: list[dict[str, bool]], buffers: Buffers) -> tuple[jax.Array, bool]:
-        batched = {name for name, is_batched in in_batched[0].items() if is_batched}
-        if batched <= TOKEN_BUFFERS:
-            merged = {
-                name: merge_batch(array, axis_size, name in batched) if name in TOKEN_BUFFERS else array
-                for name, array in buffers.items()
-            }
-            y = call(merged)
-            return y.reshape(axis_size, buffers["x"].shape[-2], y.shape[1]), True
-        moving = {name: buffers[name] for name in batched}
-        return jax.lax.map(lambda one: call({**buffers, **one}), moving), True
-
-    return call
+def _bind(options: Options, results: tuple[str, ...], call: Call, dy: jax.Array | None) -> list[jax.Array]:
+    """Results like those of the launches' primitive, from a call of one layer with its routing."""
+    leaves, tree = jax.tree.flatten((call, dy))
+    return _of_leaves(*leaves, tree=tree, results=results, options=options)
 
 
-def _gradients(options: Options, wanted: Names, buffers: Buffers) -> Buffers:
-    def compute(own: Buffers) -> list[jax.Array]:
-        gradients = backward(activation_of(options), call_of(options, own), wanted, own["dy"])
-        return [gradients[name] for name in wanted]
+def _of_leaves(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
+    """The results, with batch_launches' rule for vmap."""
+    compute = custom_vmap(functools.partial(_compute, **params))
 
-    gradients = partitioned(compute, wanted)(buffers)
-    return {name: array.astype(buffers[name].dtype) for name, array in zip(wanted, gradients, strict=True)}
+    @compute.def_vmap
+    def batch(_: int, is_batched: list[bool], *leaves: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+        dims = [0 if moves else None for moves in is_batched]
+        results, _ = batch_launches(_of_leaves, leaves, dims, **params)
+        return results, [True] * len(results)
+
+    return compute(*leaves)
 
 
-def activation_of(options: Options) -> Activation:
-    """The call's activation, of rows [M, 2I]."""
-    return functools.partial(swiglu, alpha=options.swiglu_alpha, limit=options.swiglu_limit)
+def _compute(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
+    call, dy = tree.unflatten(leaves)
+    if dy is None:
+        compute = lambda call, _: [forward(options.activation, call)]  # noqa: E731
+        (y,) = partitioned(compute, ("x",), call, None)
+        return [y.astype(call.tokens.x.dtype)]
+    wanted = tuple(name.removesuffix("_grad") for name in results)
 
+    def gradients(call: Call, dy: jax.Array) -> list[jax.Array]:
+        by_name = backward(options.activation, call, wanted, dy)
+        return [by_name[name] for name in wanted]
 
-def call_of(options: Options, buffers: Buffers) -> Call:
-    """The arrays of one layer and its routing in their containers."""
-    hidden, intermediate = buffers["x"].shape[1], options.intermediate
-
-    def weight(projection: str, n: int, k: int) -> Mxfp4 | PackedMxfp4 | jax.Array:
-        weight, scales = buffers[projection], buffers.get(f"{projection}_scales")
-        if scales is None:
-            return weight
-        return Mxfp4(weight, scales) if weight.dtype == jnp.uint8 else PackedMxfp4(weight, scales, n, k)
-
-    experts = Experts(
-        weight("gate_up", 2 * intermediate, hidden),
-        buffers.get("gate_up_bias"),
-        weight("down", hidden, intermediate),
-        buffers.get("down_bias"),
-    )
-    parts = {f"{p}_{part}": buffers.get(f"{p}_{part}") for p in ("gate_up", "down") for part in ("a", "b", "scale")}
-    return Call(
-        buffers["x"],
-        Routing(buffers["experts"], buffers["weights"]),
-        experts,
-        None if all(part is None for part in parts.values()) else Lora(**parts),
-        buffers.get("adapter_ids"),
-        buffers["expert_offset"][0] if "expert_offset" in buffers else 0,
-    )
+    buffers = buffers_of(call)
+    arrays = partitioned(gradients, wanted, call, dy)
+    return [array.astype(buffers[name].dtype) for name, array in zip(wanted, arrays, strict=True)]

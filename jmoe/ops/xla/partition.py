@@ -5,9 +5,10 @@ layer of its own tokens and experts, and the results are summed over the axes th
 weights, over those that split the tokens). Other splits, along rows or columns of weights, are gathered.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jmoe.ops.buffers import Buffers
+from jmoe.ops.call import Call, buffers_of
 
 TOKENS, EXPERTS = "tokens", "experts"
 
@@ -25,7 +26,8 @@ TOKEN_NAMES = frozenset({"x", "experts", "weights", "adapter_ids", "dy"})
 FACTOR_NAMES = frozenset(f"{projection}_{part}" for projection in ("gate_up", "down") for part in ("a", "b"))
 WHOLE_NAMES = frozenset({"gate_up_scale", "down_scale", "expert_offset"})
 
-type Compute = Callable[[Buffers], list[jax.Array]]
+type Compute = Callable[[Call, jax.Array | None], list[jax.Array]]
+type Names = tuple[str, ...]
 
 
 def what_splits(name: str) -> tuple[str, int] | None:
@@ -37,66 +39,71 @@ def what_splits(name: str) -> tuple[str, int] | None:
     return None if name in WHOLE_NAMES else (EXPERTS, 0)
 
 
-def partitioned(compute: Compute, results: Sequence[str]) -> Compute:
-    """The function, whose results are like the call's arrays of these names, with a rule for XLA's partitioner.
+def partitioned(compute: Compute, results: Names, call: Call, dy: jax.Array | None) -> list[jax.Array]:
+    """compute(call, dy), whose results are like the call's arrays of these names, with a rule for XLA's partitioner.
 
     Each result is a sum over experts if it is of tokens, and a sum over tokens if it is of experts.
     """
+    leaves, tree = jax.tree.flatten((call, dy))
+    of_call, of_dy = tree.unflatten(range(len(leaves)))
+    named = buffers_of(of_call) | ({} if dy is None else {"dy": of_dy})
+    names = tuple(sorted(named, key=lambda name: named[name]))
 
-    def call(buffers: Buffers) -> list[jax.Array]:
-        names = tuple(buffers)
-        function = custom_partitioning(lambda *arrays: compute(dict(zip(names, arrays, strict=True))))
-        function.def_partition(
-            partition=functools.partial(_partition, compute, names, tuple(results)),
-            infer_sharding_from_operands=functools.partial(_infer, names, tuple(results)),
-            sharding_rule=functools.partial(_rule, names, tuple(results)),
-        )
-        return function(*buffers.values())
+    def function(*leaves: jax.Array) -> list[jax.Array]:
+        return compute(*tree.unflatten(leaves))
 
-    return call
+    def partition(mesh: Mesh, arguments: Any, shapes: Any) -> tuple[Any, ...]:
+        axes = _split_axes(mesh, dict(zip(names, arguments, strict=True)))
 
+        def on_device(*leaves: jax.Array) -> list[jax.Array]:
+            call, dy = tree.unflatten(leaves)
+            arrays = compute(_from_its_first_expert(call, axes[EXPERTS]), dy)
+            return [_summed(array, name, axes) for name, array in zip(results, arrays, strict=True)]
 
-def _partition(
-    compute: Compute, names: tuple[str, ...], results: tuple[str, ...], mesh: Mesh, arguments: Any, shapes: Any
-) -> tuple[Mesh, Callable[..., list[jax.Array]], list[NamedSharding], tuple[NamedSharding, ...]]:
-    """As custom_partitioning wants it: (mesh, what a device runs, shardings of results, of arguments)."""
-    axes = _split_axes(mesh, dict(zip(names, arguments, strict=True)))
-    ranks = {name: len(argument.shape) for name, argument in zip(names, arguments, strict=True)}
+        return mesh, on_device, _shardings(mesh, results, shapes, axes), tuple(_shardings(mesh, names, arguments, axes))
 
-    def own(*arrays: jax.Array) -> list[jax.Array]:
-        buffers = dict(zip(names, arrays, strict=True))
-        if axes[EXPERTS]:
-            first = lax.axis_index(axes[EXPERTS]) * buffers["down"].shape[0]
-            before = buffers.get("expert_offset", jnp.zeros(1, jnp.int32))
-            buffers["expert_offset"] = before + first.astype(jnp.int32)
-        sums = []
-        for name, result in zip(results, compute(buffers), strict=True):
-            summed = axes[EXPERTS if _kind(name) == TOKENS else TOKENS]
-            sums.append(lax.psum(result, summed) if summed else result)
-        return sums
+    def infer(mesh: Mesh, arguments: Any, shapes: Any) -> list[NamedSharding]:
+        return _shardings(mesh, results, shapes, _split_axes(mesh, dict(zip(names, arguments, strict=True))))
 
-    given = tuple(NamedSharding(mesh, _spec(name, ranks[name], axes)) for name in names)
-    made = [
-        NamedSharding(mesh, _spec(name, len(shape.shape), axes))
-        for name, shape in zip(results, jax.tree.leaves(shapes), strict=True)
-    ]
-    return mesh, own, made, given
+    split = custom_partitioning(function)
+    split.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=functools.partial(_rule, names, results),
+    )
+    return split(*leaves)
 
 
-def _infer(
-    names: tuple[str, ...], results: tuple[str, ...], mesh: Mesh, arguments: Any, shapes: Any
-) -> list[NamedSharding]:
-    axes = _split_axes(mesh, dict(zip(names, arguments, strict=True)))
-    return [
-        NamedSharding(mesh, _spec(name, len(shape.shape), axes))
-        for name, shape in zip(results, jax.tree.leaves(shapes), strict=True)
-    ]
+def _from_its_first_expert(call: Call, axes: Names) -> Call:
+    """What a device has of a call whose experts these mesh axes split, with the offset of its experts."""
+    if not axes:
+        return call
+    first = lax.axis_index(axes) * call.experts.down.shape[0]
+    before = jnp.zeros(1, jnp.int32) if call.expert_offset is None else call.expert_offset
+    return dataclasses.replace(call, expert_offset=before + first.astype(jnp.int32))
 
 
-def _rule(names: tuple[str, ...], results: tuple[str, ...], mesh: Mesh, types: Any, result_types: Any) -> str:
+def _summed(array: jax.Array, name: str, axes: dict[str, Names]) -> jax.Array:
+    """A device's part of a result, summed over the axes that split what it is a sum over."""
+    split = what_splits(name)
+    summed = axes[EXPERTS if split and split[0] == TOKENS else TOKENS]
+    return lax.psum(array, summed) if summed else array
+
+
+def _shardings(mesh: Mesh, names: Names, arrays: Any, axes: dict[str, Names]) -> list[NamedSharding]:
+    shardings = []
+    for name, array in zip(names, jax.tree.leaves(arrays), strict=True):
+        parts: list[Any] = [None] * len(array.shape)
+        if split := what_splits(name):
+            parts[split[1]] = axes[split[0]] or None
+        shardings.append(NamedSharding(mesh, P(*parts)))
+    return shardings
+
+
+def _rule(names: Names, results: Names, mesh: Mesh, types: Any, result_types: Any) -> str:
     """Which axes of operands and results are split alike, in Shardy's notation."""
 
-    def factors(prefix: str, names: tuple[str, ...], types: Any) -> str:
+    def factors(prefix: str, names: Names, types: Any) -> str:
         operands = []
         for i, (name, type_) in enumerate(zip(names, types, strict=True)):
             axes = [f"{prefix}{i}_{axis}" for axis in range(type_.rank)]
@@ -108,19 +115,9 @@ def _rule(names: tuple[str, ...], results: tuple[str, ...], mesh: Mesh, types: A
     return f"{factors('in', names, types)} -> {factors('out', results, result_types)}"
 
 
-def _kind(name: str) -> str | None:
-    split = what_splits(name)
-    return split and split[0]
-
-
-def _spec(name: str, rank: int, axes: dict[str, tuple[str, ...]]) -> P:
-    split = what_splits(name)
-    return P(*(axes[split[0]] or None if split and axis == split[1] else None for axis in range(rank)))
-
-
-def _split_axes(mesh: Mesh, arguments: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def _split_axes(mesh: Mesh, arguments: dict[str, Any]) -> dict[str, Names]:
     """The mesh axes that split experts, and of the others those that split tokens, if they do evenly."""
-    chosen: dict[str, tuple[str, ...]] = {}
+    chosen: dict[str, Names] = {}
     for kind, name in ((EXPERTS, "down"), (TOKENS, "x")):
         argument = arguments[name]
         spec = getattr(argument.sharding, "spec", P())

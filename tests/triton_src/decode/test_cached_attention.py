@@ -7,7 +7,8 @@ import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
-from jmoe.triton_src.decode.cached_attention import plan_cached_attention
+from jmoe.triton_src.decode.plans import plan_decode
+from jmoe.triton_src.tile_tables import own_table
 
 pytestmark = pytest.mark.interpret
 
@@ -46,7 +47,8 @@ def test_each_sequence_sees_what_it_has(batch: int, heads: int, key_heads: int, 
     before, layer = cache.clone(), torch.tensor([1], dtype=torch.int32)
     buffers = {"heads": given, "cosine": cosine, "sine": sine, "cache": cache, "sinks": sinks}
     buffers |= {"sinks_layer": layer + 1, "layer": layer, "position": position}
-    plans = plan_cached_attention(batch=batch, heads=heads, key_heads=key_heads, slots=slots, head_dim=dim)
+    sizes = {"rows": batch, "heads": heads, "key_heads": key_heads, "slots": slots, "head_dim": dim}
+    plans = plan_decode("cached_attention", own_table(90), **sizes)
     for plan in plans:
         plan.check_names()
     with bfloat16_arithmetic():

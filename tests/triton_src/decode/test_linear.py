@@ -5,7 +5,8 @@ import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
-from jmoe.triton_src.decode.linear import plan_decode_linear
+from jmoe.triton_src.decode.plans import plan_decode
+from jmoe.triton_src.tile_tables import own_table
 
 pytestmark = pytest.mark.interpret
 
@@ -23,7 +24,7 @@ def test_one_layer_of_a_stack(rows: int, n: int, k: int, rank: int | None) -> No
     if rank is not None:
         buffers |= {"shrunk": normal(rows, rank), "lora_b": normal(3, 2 * n, rank)}
         buffers["lora_b"][[0, 2]] = buffers["lora_b"][:, n:] = float("nan")
-    plans = plan_decode_linear(rows=rows, n=n, k=k, rank=rank, lora_rows=2 * n)
+    plans = plan_decode("decode_linear", own_table(90), rows=rows, n=n, k=k, rank=rank, lora_rows=2 * n)
     plans[0].check_names()
     with bfloat16_arithmetic():
         got = launch(plans, buffers)["linear"].double()

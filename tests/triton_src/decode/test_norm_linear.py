@@ -5,7 +5,8 @@ import torch
 
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
-from jmoe.triton_src.decode.norm_linear import plan_norm_linear
+from jmoe.triton_src.decode.plans import plan_decode
+from jmoe.triton_src.tile_tables import own_table
 
 pytestmark = pytest.mark.interpret
 
@@ -32,7 +33,7 @@ def run(buffers: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
     rows, k = buffers["x"].shape
     given = {name: name in buffers for name in ("addend", "norm", "scale", "bias")}
     weight_rows = buffers["weight"].shape[1] if n else 0
-    plans = plan_norm_linear(rows=rows, k=k, n=n, weight_rows=weight_rows, eps=EPS, **given)
+    plans = plan_decode("norm_linear", own_table(90), rows=rows, k=k, n=n, weight_rows=weight_rows, eps=EPS, **given)
     plans[0].check_names()
     with bfloat16_arithmetic():
         return launch(plans, buffers)

@@ -10,22 +10,20 @@ from jmoe.ops.packed import pack_weight
 from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.packed.transposed import transposed_column
 from jmoe.triton_src.plan import Plan
-from jmoe.triton_src.stacked import ONE_LAYER
-from jmoe.triton_src.tiles import PACKED_DGRAD_TILES, PACKED_TILES, GroupedTile
+from jmoe.triton_src.problem import Layout
+from jmoe.triton_src.tile_tables import own_table
+from jmoe.triton_src.tiles import tile_for
 from tests.triton_src.packed.test_registers import assemble
-
-SIZES = {"gate_up": (5760, 2880), "down": (2880, 2880)}
+from tests.triton_src.problems import moe_problem
 
 
 def plan_of(projection: str, block_m: int, rank: int | None = None, adapters: int = 1) -> Plan:
     """A plan at gpt-oss-20b's sizes; more adapters than one are mixed."""
-    n, k = SIZES[projection]
-    routed = next(tile for tile in PACKED_TILES[90] if isinstance(tile, GroupedTile) and tile.block_m == block_m)
-    return plan_packed_dgrad(
-        projection, n=n, k=k, slots=160, pairs=16384, top_k=4, experts=32,
-        adapters=adapters, rank=rank, adapter_ids=adapters > 1, stacked=ONE_LAYER, routed=routed,
-        tile=PACKED_DGRAD_TILES[90][block_m],
-    )  # fmt: skip
+    table = own_table(90)
+    routed = next(tile for tile in table.packed_grouped_matmul if tile.block_m == block_m)
+    problem = moe_problem(4096, layout=Layout.PACKED, ranks=(rank, rank), adapters=adapters, adapter_ids=adapters > 1)
+    product = problem.gate_up if projection == "gate_up" else problem.down
+    return plan_packed_dgrad(product, problem, tile_for(table.packed_dgrad, block_m), routed)
 
 
 def test_each_weight_stands_in_the_transposed_fragment_of_its_column() -> None:
@@ -51,7 +49,7 @@ def test_each_weight_stands_in_the_transposed_fragment_of_its_column() -> None:
     np.testing.assert_array_equal(at, codes[:, columns])
 
 
-@pytest.mark.parametrize("projection", SIZES)
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
 @pytest.mark.parametrize("rank", [None, 16, 64])
 @pytest.mark.parametrize(("block_m", "programs"), [(64, 3), (128, 2)])
 def test_several_programs_fit_a_multiprocessor(
@@ -73,7 +71,7 @@ def test_products_overlap_with_mixed_adapters_too(block_m: int, rank: int, tmp_p
     assert "serialized" not in assemble(plan_of("gate_up", block_m, rank, adapters=8), tmp_path)[0]
 
 
-@pytest.mark.parametrize("capability", PACKED_DGRAD_TILES)
-def test_every_tile_of_the_routing_has_one(capability: int) -> None:
-    routed = {tile.block_m for tile in PACKED_TILES[capability] if isinstance(tile, GroupedTile)}
-    assert routed == set(PACKED_DGRAD_TILES[capability])
+def test_every_tile_of_the_routing_has_one() -> None:
+    table = own_table(90)
+    routed = [tile.block_m for tile in table.packed_grouped_matmul]
+    assert [tile_for(table.packed_dgrad, block_m).block_m for block_m in routed] == routed

@@ -1,6 +1,5 @@
 """The packed kernels assembled for Hopper: they fit its registers and shared memory, and their products overlap."""
 
-import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from jmoe.triton_src.moe import MoeProblem, plan_moe
+from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.plan import Plan
+from jmoe.triton_src.problem import Layout
+from tests.triton_src.problems import moe_problem
 
 KINDS = {"gate_up": "*i32", "down": "*i32", "gate_up_scales": "*i32", "down_scales": "*i32", "order": "*i32"}
 KINDS |= {"gate_up_grad_shrunk": "*fp32", "down_grad_shrunk": "*fp32"}
 KINDS |= {"finished": "*i32", "gate_up_scale": "*fp32", "down_scale": "*fp32"}
 KINDS |= {"tiles": "*i32", "adapter_ids": "*i32", "weights": "*fp32", "gate_up_shrunk": "*fp32", "down_shrunk": "*fp32"}
-
-PROBLEM = MoeProblem(
-    tokens=1, hidden=2880, intermediate=2880, experts=32, top_k=4, router_experts=32, packed=True,
-    gate_up_mxfp4=True, down_mxfp4=True, gate_up_bias=True, down_bias=True,
-    adapters=0, gate_up_rank=None, down_rank=None, adapter_ids=False, expert_offset=False,
-    swiglu_alpha=1.702, swiglu_limit=7.0,
-)  # fmt: skip
 
 
 def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
@@ -55,9 +49,7 @@ def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
 @pytest.mark.parametrize("tokens", [256, 4096])
 @pytest.mark.parametrize("rank", [16, 64, 100])
 def test_products_overlap_with_mixed_adapters_too(tokens: int, rank: int, tmp_path: Path) -> None:
-    problem = dataclasses.replace(
-        PROBLEM, tokens=tokens, adapters=8, gate_up_rank=rank, down_rank=rank, adapter_ids=True
-    )
+    problem = moe_problem(tokens, layout=Layout.PACKED, ranks=(rank, rank), adapters=8, adapter_ids=True)
     for plan in plan_moe(problem, 90):
         if plan.name == "packed_grouped_matmul":
             assert "serialized" not in assemble(plan, tmp_path)[0]
@@ -66,8 +58,7 @@ def test_products_overlap_with_mixed_adapters_too(tokens: int, rank: int, tmp_pa
 @pytest.mark.parametrize("rank", [None, 16, 64])
 @pytest.mark.parametrize(("tokens", "programs"), [(1, 4), (16, 4), (64, 4), (256, 3), (4096, 2)])
 def test_several_programs_fit_a_multiprocessor(tokens: int, programs: int, rank: int | None, tmp_path: Path) -> None:
-    problem = PROBLEM if rank is None else dataclasses.replace(PROBLEM, adapters=1, gate_up_rank=rank, down_rank=rank)
-    problem = dataclasses.replace(problem, tokens=tokens)
+    problem = moe_problem(tokens, layout=Layout.PACKED, ranks=(rank, rank), adapters=0 if rank is None else 1)
     plan = next(plan for plan in plan_moe(problem, 90) if plan.name.startswith("packed"))
     messages, shared = assemble(plan, tmp_path)
     registers = int(messages.split(" registers")[0].split()[-1])
