@@ -84,9 +84,11 @@ def group_pairs(
 
 
 def tile_rows(pairs: int, experts: int) -> int:
-    """The power of two at or above the mean number of pairs an expert, within what products take well."""
-    mean = -(-pairs // experts)
-    return min(max(1 << max(mean - 1, 0).bit_length(), FEWEST_ROWS), MOST_ROWS)
+    """One and a half times the mean number of pairs an expert, in steps of eight, within what products take well.
+
+    Where experts are chosen evenly almost all of them then have one tile.
+    """
+    return min(max(-(-3 * pairs // (16 * experts)) * 8, FEWEST_ROWS), MOST_ROWS)
 
 
 def for_each_expert[C](groups: Groups, body: Callable[[Int32[Array, ""], C], C], carry: C) -> C:

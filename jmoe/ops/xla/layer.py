@@ -1,6 +1,6 @@
 """The layer and its gradient as loops over the experts that tokens chose, and within over tiles of their rows.
 
-One expert's weights are decoded at a time, once for all of its rows. The numbers are those of jmoe.ops.reference but
+Weights are decoded for one tile at a time, in pieces. The numbers are those of jmoe.ops.reference but
 for the order of sums: operands in x's dtype, sums in float32, and what kernels store between launches in x's dtype.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, buffers_of
 from jmoe.ops.reference import adapter_count, down_of, gate_up_of, swiglu
-from jmoe.ops.xla.columns import decode_columns
+from jmoe.ops.xla.columns import unpacked
 from jmoe.ops.xla.groups import (
     Groups,
     Tile,
@@ -144,8 +144,8 @@ def _projections(call: Call, expert: Int32[Array, ""]) -> tuple[Projection, Proj
         call.lora,
     )
     return (
-        Projection(decode_columns(own.gate_up, call.tokens.x.dtype), own.gate_up_bias, gate_up_of(lora)),
-        Projection(decode_columns(own.down, call.tokens.x.dtype), own.down_bias, down_of(lora)),
+        Projection(unpacked(own.gate_up), own.gate_up_bias, gate_up_of(lora)),
+        Projection(unpacked(own.down), own.down_bias, down_of(lora)),
     )
 
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from jmoe.ops.xla.adapters import FactorGradients, Factors, add_adapter_gradients, add_adapters
-from jmoe.ops.xla.columns import Columns, matmul, times, times_transposed
+from jmoe.ops.xla.columns import ExpertWeight, matmul, times, times_transposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """x W^T + LoRA + bias of one expert."""
 
-    weight: Columns
+    weight: ExpertWeight
     bias: Float[Array, " N"] | None
     factors: Factors | None
 
