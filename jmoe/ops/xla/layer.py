@@ -1,7 +1,8 @@
 """The layer and its gradient as loops over the experts that tokens chose, and within over tiles of their rows.
 
-Weights are decoded for one tile at a time, in pieces. The numbers are those of jmoe.ops.reference but
-for the order of sums: operands in x's dtype, sums in float32, and what kernels store between launches in x's dtype.
+Products take operands in x's dtype and sum in float32; bias, LoRA's sum, the activation and gate weights are float32;
+what the kernels store between launches (LoRA's shrunk rows, activations, each expert's output) is rounded to x's dtype
+here too. The backward pass computes everything again from the call's arrays.
 """
 
 import dataclasses
