@@ -1,8 +1,11 @@
 """What jmoe.interop.moe refuses, before any launch: the kernels trust shapes, and would read past a tensor's end."""
 
+from collections.abc import Mapping
+
 import torch
 
 from jmoe.triton_src.plan import cdiv
+from jmoe.triton_src.problem import Layout
 
 ALIGNMENT = 16
 """Bytes. jax-triton compiles for buffers so aligned; Triton's own launcher looks at each pointer and would compile
@@ -13,7 +16,9 @@ RANKS = {"x": 2, "gate_up": 3, "down": 3, "gate_up_a": 4, "down_a": 4}
 """Of the tensors that the sizes of all others are read from; MXFP4 blocks have one axis more."""
 
 
-def check_buffers(buffers: dict[str, torch.Tensor], top_k: int, intermediate: int) -> None:
+def check_buffers(
+    buffers: dict[str, torch.Tensor], layouts: Mapping[str, Layout], top_k: int, intermediate: int
+) -> None:
     """Raises ValueError unless the kernels can read every tensor as it lies, and their shapes and dtypes agree."""
     device = buffers["x"].device
     for name, tensor in buffers.items():
@@ -21,7 +26,7 @@ def check_buffers(buffers: dict[str, torch.Tensor], top_k: int, intermediate: in
         rank = RANKS.get(name, tensor.ndim) + (f"{name}_scales" in buffers)
         if tensor.ndim != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {tuple(tensor.shape)}")
-    wanted = wanted_buffers(buffers, top_k, intermediate)
+    wanted = wanted_buffers(buffers, layouts, top_k, intermediate)
     for name, tensor in buffers.items():
         shape, dtypes = wanted[name]
         if tuple(tensor.shape) != shape:
@@ -36,7 +41,7 @@ def check_buffers(buffers: dict[str, torch.Tensor], top_k: int, intermediate: in
 
 
 def wanted_buffers(
-    buffers: dict[str, torch.Tensor], top_k: int, intermediate: int
+    buffers: dict[str, torch.Tensor], layouts: Mapping[str, Layout], top_k: int, intermediate: int
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Shape and dtypes that each buffer must have, by the sizes of x, gate_up and the first A.
 
@@ -44,7 +49,7 @@ def wanted_buffers(
     """
     tokens, hidden = buffers["x"].shape
     experts, double = buffers["gate_up"].shape[0], 2 * intermediate
-    packed = buffers["gate_up"].dtype == torch.int32
+    packed = layouts["gate_up"] is Layout.PACKED
     logits = buffers.get("router_logits")
     # A shard holds fewer experts than the router knows.
     columns = max(experts, logits.shape[1]) if logits is not None and logits.ndim == 2 else experts
@@ -59,7 +64,7 @@ def wanted_buffers(
         "expert_offset": ((1,), ints),
     }
     for name, n, k in (("gate_up", double, hidden), ("down", hidden, double // 2)):
-        mxfp4 = f"{name}_scales" in buffers
+        mxfp4 = layouts[name] is not Layout.DENSE
         rank = buffers[f"{name}_a"].shape[2] if f"{name}_a" in buffers else 0
         wanted |= {
             name: ((experts, n, k // 32, 16), (torch.uint8,)) if mxfp4 else ((experts, n, k), (torch.bfloat16,)),

@@ -1,6 +1,7 @@
 """The layer as a function that PyTorch's autograd differentiates, by the launches that the JAX side runs."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,6 +21,7 @@ class Options(NamedTuple):
     """What is static about a call."""
 
     intermediate: int
+    layouts: Mapping[str, Layout]
     top_k: int
     activation: SwiGLU
     recompute: bool
@@ -29,15 +31,10 @@ class Options(NamedTuple):
         return MoeProblem.from_shapes(
             {name: tuple(tensor.shape) for name, tensor in buffers.items()},
             intermediate=self.intermediate,
-            layouts={name: layout_of(buffers[name]) for name in ("gate_up", "down")},
+            layouts=self.layouts,
             top_k=self.top_k,
             activation=self.activation,
         )
-
-
-def layout_of(weight: torch.Tensor) -> Layout:
-    """Of the first of a weight's tensors."""
-    return {torch.int32: Layout.PACKED, torch.uint8: Layout.MXFP4}.get(weight.dtype, Layout.DENSE)
 
 
 def run(options: Options, buffers: Buffers, keep: bool = False) -> Buffers:

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer on torch tensors, by the launches that the JAX side runs."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -9,6 +9,7 @@ from jmoe.interop.gradient import DifferentiableMoe, Options, check_gradient, ru
 from jmoe.interop.launch import capability_of
 from jmoe.triton_src.activation import SwiGLU, check_activation
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
+from jmoe.triton_src.problem import Layout
 
 
 class Mxfp4Like(Protocol):
@@ -113,44 +114,17 @@ def moe(
         raise ValueError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
-    buffers = {"x": x}
-    if routing is not None:
-        buffers |= {"experts": routing.experts, "weights": routing.weights}
-    elif router_logits is not None:
-        buffers["router_logits"] = router_logits
-    else:
+    if routing is None and router_logits is None:
         raise ValueError("router_logits may be None only when routing is given")
-    if expert_offset is not None:
-        buffers["expert_offset"] = expert_offset
-    if adapter_ids is not None:
-        buffers["adapter_ids"] = adapter_ids
-    for projection in ("gate_up", "down"):
-        weight, bias = getattr(experts, projection), getattr(experts, f"{projection}_bias")
-        if isinstance(weight, torch.Tensor):
-            buffers[projection] = weight
-        elif hasattr(weight, "words"):
-            buffers |= {projection: weight.words, f"{projection}_scales": weight.scales}
-        else:
-            buffers |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
-        if bias is not None:
-            buffers[f"{projection}_bias"] = bias
-        parts = {f"{projection}_{part}": getattr(lora, f"{projection}_{part}", None) for part in ("a", "b", "scale")}
-        given = {name: tensor for name, tensor in parts.items() if tensor is not None}
-        if 0 < len(given) < len(parts):
-            raise ValueError(f"{projection}_a, _b and _scale must be given together or not at all, got {[*given]}")
-        buffers |= given
+    buffers = tensors_by_name(x, router_logits, experts, lora, adapter_ids, routing, expert_offset)
+    layouts = {"gate_up": layout_of(experts.gate_up), "down": layout_of(experts.down)}
+    packed = layouts["gate_up"] is Layout.PACKED
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise ValueError(f"top_k must be an int, got {top_k!r}")
     intermediate = intermediate_size(experts.gate_up)
-    check_buffers(buffers, top_k, intermediate)
-    packed = buffers["gate_up"].dtype == torch.int32
+    check_buffers(buffers, layouts, top_k, intermediate)
     check_activation(activation, packed)
-    options = Options(
-        intermediate=intermediate,
-        top_k=top_k,
-        activation=activation,
-        recompute=recompute,
-    )
+    options = Options(intermediate, layouts, top_k, activation, recompute)
     capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)
@@ -160,6 +134,51 @@ def moe(
         check_gradient(buffers)
         return DifferentiableMoe.apply(options, tuple(buffers), *buffers.values())
     return run(options, buffers)["y"]
+
+
+def tensors_by_name(
+    x: torch.Tensor,
+    router_logits: torch.Tensor | None,
+    experts: ExpertsLike | PackedExpertsLike,
+    lora: LoraLike | None,
+    adapter_ids: torch.Tensor | None,
+    routing: RoutingLike | None,
+    expert_offset: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """A call's tensors by the names that launch plans use; the logits are left out where a routing is given.
+
+    Raises:
+      ValueError: a projection has a part of LoRA and lacks another.
+    """
+    named: dict[str, Any] = {"x": x}
+    if routing is None:
+        named["router_logits"] = router_logits
+    else:
+        named |= {"experts": routing.experts, "weights": routing.weights}
+    named |= {"expert_offset": expert_offset, "adapter_ids": adapter_ids}
+    for projection in ("gate_up", "down"):
+        weight: Any = getattr(experts, projection)
+        match layout_of(weight):
+            case Layout.DENSE:
+                named[projection] = weight
+            case Layout.MXFP4:
+                named |= {projection: weight.blocks, f"{projection}_scales": weight.scales}
+            case Layout.PACKED:
+                named |= {projection: weight.words, f"{projection}_scales": weight.scales}
+        named[f"{projection}_bias"] = getattr(experts, f"{projection}_bias")
+        parts = {f"{projection}_{part}": getattr(lora, f"{projection}_{part}", None) for part in ("a", "b", "scale")}
+        given = [name for name, tensor in parts.items() if tensor is not None]
+        if 0 < len(given) < len(parts):
+            raise ValueError(f"{projection}_a, _b and _scale must be given together or not at all, got {given}")
+        named |= parts
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def layout_of(weight: Mxfp4Like | PackedMxfp4Like | torch.Tensor) -> Layout:
+    """Which layout of the plans a weight is in."""
+    if isinstance(weight, torch.Tensor):
+        return Layout.DENSE
+    return Layout.PACKED if hasattr(weight, "words") else Layout.MXFP4
 
 
 def intermediate_size(gate_up: Mxfp4Like | PackedMxfp4Like | torch.Tensor) -> int:

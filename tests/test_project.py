@@ -93,7 +93,7 @@ def test_jmoe_imports_neither_torch_nor_the_torch_side() -> None:
 
 def test_peers_are_torch_and_what_is_measured() -> None:
     for found in imports(PEERS.removesuffix("/")):
-        packages = ["torch", "jmoe.interop", "jmoe.bench.peers"]
+        packages = ["torch", "jmoe.interop", "jmoe.bench.peers", "jmoe.triton_src.activation"]
         packages += ["triton_kernels"] * (found.file == PEERS + "triton_kernels.py")
         packages += ["vllm"] * (found.file == PEERS + "vllm_lora.py")
         assert starts(found.module, *packages) or found.module.split(".")[0] in sys.stdlib_module_names, found

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from jmoe.triton_src.activation import SwiGLU
+
 
 @dataclasses.dataclass
 class Weight:
@@ -40,7 +42,7 @@ class Routing:
 
 @dataclasses.dataclass
 class Layer:
-    """The tensor arguments of jmoe.interop.moe, and top_k."""
+    """The tensor arguments of jmoe.interop.moe, top_k and the activation."""
 
     x: torch.Tensor
     router_logits: torch.Tensor
@@ -48,10 +50,16 @@ class Layer:
     lora: Lora | None
     adapter_ids: torch.Tensor | None
     top_k: int
+    activation: SwiGLU = SwiGLU()
 
     @property
     def options(self) -> dict:
-        return {"top_k": self.top_k, "lora": self.lora, "adapter_ids": self.adapter_ids}
+        return {
+            "top_k": self.top_k,
+            "lora": self.lora,
+            "adapter_ids": self.adapter_ids,
+            "activation": self.activation,
+        }
 
 
 def random_layer(
@@ -67,6 +75,7 @@ def random_layer(
     mixed: bool = False,
     mxfp4: bool = True,
     bias: bool = True,
+    activation: SwiGLU = SwiGLU(),
     seed: int = 0,
 ) -> Layer:
     """Rows of weights have norm about 1, logits have no ties, adapters are about as strong as the weights."""
@@ -103,6 +112,7 @@ def random_layer(
         lora=lora if adapters else None,
         adapter_ids=torch.randint(-1, adapters, (tokens,), generator=g, dtype=torch.int32) if mixed else None,
         top_k=top_k,
+        activation=activation,
     )
 
 

@@ -344,8 +344,9 @@ def packed_tile_for(table: LaunchTable, rows: float, gradient: bool = False) -> 
     Few rows are packed_decode's, and others packed_grouped_matmul's. A gradient is packed_grouped_matmul's whatever the
     rows are, and packed_dgrad's.
     """
-    if not gradient and reads_packed("packed_decode", table) and rows <= bound_of(table.packed_decode[-1]):
-        return tile_for(table.packed_decode, rows)
+    decode = () if gradient else table.packed_decode
+    if decode and rows <= decode[-1].rows:
+        return tile_for(decode, rows)
     kernels = ("packed_grouped_matmul", "packed_dgrad") if gradient else ("packed_grouped_matmul",)
     if all(reads_packed(kernel, table) for kernel in kernels):
         return tile_for(table.packed_grouped_matmul, rows)

@@ -1,20 +1,19 @@
 """A layer's forward and backward pass: jmoe's, and PyTorch's grouped products on dequantised weights."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jmoe.bench.case import FULL, SMALL, Case, Matrix, Size, calls_for, steps_for
-from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
+from jmoe.bench.case import FULL, SMALL, Case, Matrix, calls_for, steps_for
+from jmoe.bench.grouped_mm import grouped_layer, products
+from jmoe.bench.implementation import Figures, Implementation, Measure, without_lora
 from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.ours import PACKED
 from jmoe.bench.torch_timing import graph_microseconds
 from jmoe.bench.weights import Weights, random_input
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
-from jmoe.triton_src.activation import SwiGLU
 
 RECOMPUTED = f"{PACKED}, recomputed"
 GROUPED_MM = "torch._grouped_mm"
@@ -64,18 +63,10 @@ def layer(name: str, recompute: bool, weights: Weights) -> Measure:
 
 def grouped_mm(weights: Weights) -> Measure:
     """y and the gradient in x by PyTorch's autograd on bfloat16 weights, in CUDA graphs."""
-    if jax.default_backend() != "gpu":
-        raise UnavailableError("GPU only")
+    dense = products(weights)
     import torch
 
     from jmoe.interop.dlpack import to_torch
-    from jmoe.interop.reference import dequantize
-
-    def dense(weight: Any) -> torch.Tensor:
-        return torch.stack([dequantize(weight, expert, torch.bfloat16) for expert in range(weights.count)])
-
-    experts = weights.torch_experts
-    products = [(dense(experts.gate_up), experts.gate_up_bias), (dense(experts.down), experts.down_bias)]
 
     def measure(case: Case) -> Figures:
         calls = max(2, calls_for(case.tokens) // 5)
@@ -84,7 +75,7 @@ def grouped_mm(weights: Weights) -> Measure:
 
         def call(i: int) -> torch.Tensor:
             leaf = x.detach().requires_grad_()
-            y = grouped_layer(leaf, logits[i], products, weights.size)
+            y = grouped_layer(leaf, logits[i], dense, weights.size)
             return torch.autograd.grad(y, leaf, dy)[0]
 
         call(0)
@@ -97,24 +88,6 @@ def grouped_mm(weights: Weights) -> Measure:
         return {GROUPED_MM: graph_microseconds(call, calls), MEMORY.format(GROUPED_MM): held / 2**20}
 
     return measure
-
-
-def grouped_layer(x: Any, logits: Any, products: list[tuple[Any, Any]], size: Size) -> Any:
-    """The layer as PyTorch users write it: rows sorted by expert, two grouped products, weights, sum."""
-    import torch
-
-    from jmoe.interop.reference import swiglu
-
-    chosen, experts = torch.topk(logits.float(), size.top_k)
-    order = torch.argsort(experts.flatten(), stable=True)
-    rows = experts.flatten()[order]
-    counts = torch.zeros(logits.shape[1], device=x.device, dtype=torch.int32)
-    ends = counts.index_add(0, rows, torch.ones_like(rows, dtype=torch.int32)).cumsum(0).int()
-    (gate_up, gate_up_bias), (down, down_bias) = products
-    z = torch._grouped_mm(x[order // size.top_k], gate_up.transpose(1, 2), offs=ends) + gate_up_bias[rows]
-    out = torch._grouped_mm(swiglu(z, SwiGLU()), down.transpose(1, 2), offs=ends) + down_bias[rows]
-    out = out * torch.softmax(chosen, dim=1).flatten()[order, None].to(out.dtype)
-    return torch.zeros_like(x).index_add(0, order // size.top_k, out)
 
 
 IMPLEMENTATIONS = (

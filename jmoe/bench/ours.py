@@ -14,7 +14,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.launch.layer import route_and_sort
 from jmoe.ops.moe import moe
 
-PACKED, CHECKPOINT, ROUTING = "jmoe packed", "jmoe", "jmoe routing"
+PACKED, CHECKPOINT, DENSE, ROUTING = "jmoe packed", "jmoe", "jmoe bf16", "jmoe routing"
 
 
 def layer(name: str, experts_of: Callable[[Weights], Experts], weights: Weights) -> Measure:
@@ -76,6 +76,11 @@ IMPLEMENTATIONS = (
         (CHECKPOINT,),
         lambda case: without_lora(case) and case.experts <= 32,
         functools.partial(layer, CHECKPOINT, lambda weights: weights.experts),
+    ),
+    Implementation(
+        (DENSE,),
+        lambda case: without_lora(case) and case.experts <= 32,
+        functools.partial(layer, DENSE, lambda weights: weights.dense),
     ),
     Implementation((ROUTING,), lambda case: without_lora(case) and case.tokens <= 4096, routing),
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jmoe.bench import ours, ragged_dot, torch_peers
+from jmoe.bench import grouped_mm, ours, ragged_dot, torch_peers
 from jmoe.bench.case import Case, Matrix, cases
 from jmoe.bench.implementation import Implementation, Measure, UnavailableError
 from jmoe.bench.weights import Weights
@@ -24,7 +24,12 @@ class Measured(NamedTuple):
 
 def implementations(marlin_library: Path | None = None) -> tuple[Implementation, ...]:
     """All there are, ours first."""
-    return (*ours.IMPLEMENTATIONS, *torch_peers.implementations(marlin_library), *ragged_dot.IMPLEMENTATIONS)
+    return (
+        *ours.IMPLEMENTATIONS,
+        *torch_peers.implementations(marlin_library),
+        *grouped_mm.IMPLEMENTATIONS,
+        *ragged_dot.IMPLEMENTATIONS,
+    )
 
 
 def select(all_of_them: Sequence[Implementation], only: Sequence[str], skip: Sequence[str]) -> list[Implementation]:

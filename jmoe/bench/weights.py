@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jmoe.bench.case import Case, Size
 from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.mxfp4 import Mxfp4, dequantize
 from jmoe.ops.packed import pack
 from jmoe.ops.random_layer import LayerShape, random_layer
 
@@ -31,6 +32,14 @@ class Weights:
     def packed(self) -> Experts:
         """As jmoe.pack lays them out."""
         return pack(self.experts)
+
+    @functools.cached_property
+    def dense(self) -> Experts:
+        """Dequantised to bfloat16."""
+        experts = self.experts
+        assert isinstance(experts.gate_up, Mxfp4)
+        assert isinstance(experts.down, Mxfp4)
+        return dataclasses.replace(experts, gate_up=dequantize(experts.gate_up), down=dequantize(experts.down))
 
     @functools.cached_property
     def torch_experts(self) -> Any:

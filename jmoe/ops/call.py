@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -39,11 +40,6 @@ class Tokens:
     routing: Routing | None
     adapter_ids: Int32[Array, "..."] | None
 
-    def flat(self) -> Self:
-        """With one axis of tokens."""
-        axes = self.x.ndim - 1
-        return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:axes]), *leaf.shape[axes:]), self)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +55,31 @@ class Call:
     lora: Lora | None
     expert_offset: Int32[Array, "1"] | None
     layer: Int32[Array, "1"] | None
+
+    @classmethod
+    def of_arguments(
+        cls,
+        tokens: Tokens,
+        experts: Experts,
+        lora: Lora | None,
+        expert_offset: Int32[Array, ""] | int,
+        layer: Int32[Array, ""] | int | None,
+    ) -> Self:
+        """The call of jmoe.moe's arguments: with one axis of tokens, and numbers as kernels read them."""
+        axes = tokens.x.ndim - 1
+        flat = [leaf.reshape(math.prod(leaf.shape[:axes]), *leaf.shape[axes:]) for leaf in jax.tree.leaves(tokens)]
+        if lora is not None:
+            scales = (lora.gate_up_scale, lora.down_scale)
+            gate_up_scale, down_scale = lax.stop_gradient(scales)
+            lora = dataclasses.replace(lora, gate_up_scale=gate_up_scale, down_scale=down_scale)
+        no_offset = isinstance(expert_offset, int) and expert_offset == 0
+        return cls(
+            jax.tree.unflatten(jax.tree.structure(tokens), flat),
+            experts,
+            lora,
+            None if no_offset else jnp.asarray(expert_offset, jnp.int32).reshape(1),
+            None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
+        )
 
     @property
     def intermediate(self) -> int:
@@ -118,7 +139,8 @@ def buffers_of(call: Call) -> dict[str, Any]:
 
 def like_call(call: Call, named: dict[str, Any]) -> Call:
     """A call's structure with what is named for leaves, and None for the others: the inverse of buffers_of."""
-    leaves, tree = jax.tree.flatten(call)
-    places = buffers_of(tree.unflatten(range(len(leaves))))
+    tree: Any = jax.tree.structure(call)
+    leaves = range(tree.num_leaves)
+    places = buffers_of(tree.unflatten(leaves))
     found = {place: named[name] for name, place in places.items() if name in named}
-    return tree.unflatten([found.get(place) for place in range(len(leaves))])
+    return tree.unflatten([found.get(place) for place in leaves])

@@ -1,10 +1,8 @@
 """The weights of one mixture-of-experts layer, and the LoRA adapters on them."""
 
 import dataclasses
-from typing import Self
 
 import jax
-from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.ops.exportable import exportable
@@ -47,8 +45,3 @@ class Lora:
     down_a: Float[Array, "A E R I"] | None = None
     down_b: Float[Array, "A E H R"] | None = None
     down_scale: Float[Array, " A"] | None = None
-
-    def with_constant_scales(self) -> Self:
-        """Without a gradient in the scales."""
-        gate_up, down = (lax.stop_gradient(scale) for scale in (self.gate_up_scale, self.down_scale))
-        return dataclasses.replace(self, gate_up_scale=gate_up, down_scale=down)

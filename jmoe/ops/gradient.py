@@ -7,7 +7,7 @@ again, gate_up's results before the activation.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jmoe.ops.call import Call, Kept, Options, buffers_of, like_call
-from jmoe.ops.launch.layer import NO_WEIGHT_GRADIENT, WEIGHT_GRADIENTS, launches_of
+from jmoe.ops.launch.layer import NO_WEIGHT_GRADIENT, WEIGHT_GRADIENTS, moe_p
 from jmoe.ops.launch.local_gpu import has_cuda
 from jmoe.ops.routing import Routing
 from jmoe.ops.xla.moe import Names, moe_xla, with_routing
@@ -28,55 +28,56 @@ KEPT = "jmoe_pre_activations"
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def moe_by_platform(options: Options, call: Call) -> jax.Array:
     """y by Triton on CUDA or where it was forced, by XLA elsewhere."""
-    (y,) = on_platform(options, functools.partial(launches_of, options, ("y",)), functools.partial(_xla, options), call)
+    (y,) = on_platform(options, ("y",), functools.partial(_xla, options), call, None, None)
     return y
 
 
-def on_platform[T](options: Options, triton: Callable[..., T], other: Callable[..., T], *arguments: Any) -> T:
-    """triton(*arguments) on CUDA, and everywhere if Triton was forced; other(*arguments) else."""
+def on_platform(
+    options: Options,
+    results: tuple[str, ...],
+    xla: Callable[[Call, Kept | None, jax.Array | None], list[jax.Array]],
+    *operands: Any,
+) -> list[jax.Array]:
+    """The primitive's results on CUDA, and everywhere if Triton was forced; those of `xla` else.
+
+    operands: the call, what it kept and dy, the last two None in the forward pass.
+    """
+    leaves, tree = jax.tree.leaves(operands), cast(Any, jax.tree.structure(operands))
+    launches = functools.partial(moe_p.bind, tree=tree, results=results, options=options)
     if options.forced:
-        return triton(*arguments)
-    return lax.platform_dependent(*arguments, cuda=triton, default=other)
+        return launches(*leaves)
+    return lax.platform_dependent(*leaves, cuda=launches, default=lambda *leaves: xla(*tree.unflatten(leaves)))
 
 
-def _xla(options: Options, call: Call) -> list[jax.Array]:
-    """As launches_of one result, y."""
+def _xla(options: Options, call: Call, *_: None) -> list[jax.Array]:
+    """As the primitive's y."""
     return [moe_xla(options, call)]
 
 
 def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[Names, Call, Kept]]:
     call = jax.tree.map(lambda primal: primal.value, primals)
     wanted = Names(name for name, primal in buffers_of(primals).items() if primal.perturbed)
-    if options.forced and wanted_weights(wanted):
+    if options.forced and any(f"{name}_grad" in WEIGHT_GRADIENTS for name in wanted):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
     if not options.forced and not (call.tokens.x.dtype == jnp.bfloat16 and has_cuda()):
         options = options._replace(recompute=True)  # XLA alone can run this, and reads no pre_activations
     given = call.tokens.routing is not None
     names = ("y", *(() if given else ("experts", "weights")), *(() if options.recompute else ("pre_activations",)))
-    arrays = on_platform(
-        options,
-        functools.partial(launches_of, options, names),
-        functools.partial(_forward_xla, options, names),
-        call,
-    )
+    arrays = on_platform(options, names, functools.partial(_forward_xla, options, names), call, None, None)
     results = dict(zip(names, arrays, strict=True))
     routing = None if given else Routing(results["experts"], results["weights"])
     pre_activations = None if options.recompute else checkpoint_name(results["pre_activations"], KEPT)
     return results["y"], (wanted, call, Kept(routing, pre_activations))
 
 
-def wanted_weights(wanted: Names) -> bool:
-    """Whether a gradient in the experts' weights is among them."""
-    return any(f"{name}_grad" in WEIGHT_GRADIENTS for name in wanted)
-
-
-def _forward_xla(options: Options, names: tuple[str, ...], call: Call) -> list[jax.Array]:
-    """As launches_of. XLA's backward pass computes everything again: its pre_activations are zeros.
+def _forward_xla(options: Options, names: tuple[str, ...], call: Call, *_: None) -> list[jax.Array]:
+    """As the primitive. XLA's backward pass computes everything again: its pre_activations are zeros.
 
     They are there only beside a GPU, for which the same program might be lowered.
     """
     call, x = with_routing(options, call), call.tokens.x
     routing = call.tokens.routing
+    assert routing is not None
     results = {"y": moe_xla(options, call), "experts": routing.experts, "weights": routing.weights}
     if "pre_activations" in names:
         shape = (x.shape[0] * options.top_k, 2 * call.intermediate)
@@ -89,21 +90,14 @@ def _backward(options: Options, kept: tuple[Names, Call, Kept], dy: Any) -> tupl
     gradients: dict[str, Any] = {}
     if wanted and not isinstance(dy, SymbolicZero):
         names = tuple(f"{name}_grad" for name in wanted)
-        arrays = on_platform(
-            options,
-            functools.partial(launches_of, options, names),
-            functools.partial(_backward_xla, options, wanted),
-            call,
-            extra,
-            dy,
-        )
+        arrays = on_platform(options, names, functools.partial(_backward_xla, options, wanted), call, extra, dy)
         gradients = dict(zip(wanted, arrays, strict=True))
     return (like_call(call, gradients),)
 
 
 def _backward_xla(options: Options, wanted: Names, call: Call, _: Kept, dy: jax.Array) -> list[jax.Array]:
     """The gradients of what is wanted, by JAX's rules for moe_xla."""
-    leaves, tree = jax.tree.flatten(call)
+    leaves, tree = jax.tree.leaves(call), cast(Any, jax.tree.structure(call))
     places = buffers_of(tree.unflatten(range(len(leaves))))
     point = [leaves[places[name]] for name in wanted]
 

@@ -3,8 +3,6 @@
 import functools
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
@@ -78,21 +76,11 @@ def moe(
     check_backend(backend)
     if one_lora is not None and adapter_count(one_lora) == 0:
         lora = None
-    call = Call(
-        Tokens(x, None if routing is not None else router_logits, routing, adapter_ids).flat(),
-        experts,
-        None if lora is None else lora.with_constant_scales(),
-        None if isinstance(expert_offset, int) and expert_offset == 0 else as_operand(expert_offset),
-        None if layer is None else as_operand(layer),
-    )
+    tokens = Tokens(x, None if routing is not None else router_logits, routing, adapter_ids)
+    call = Call.of_arguments(tokens, experts, lora, expert_offset, layer)
     target = backend if isinstance(backend, Target) else None
     options = Options(top_k, activation, target, forced=backend is not None, recompute=recompute)
     if options.forced and backend != "xla":
         check_triton_takes(call)
     run = moe_xla if backend == "xla" else moe_by_platform
     return on_mesh(functools.partial(run, options), call).reshape(x.shape)
-
-
-def as_operand(number: jax.Array | int) -> Int32[Array, "1"]:
-    """As kernels read it."""
-    return jnp.asarray(number, jnp.int32).reshape(1)

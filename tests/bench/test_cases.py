@@ -26,8 +26,9 @@ def test_what_is_measured_where() -> None:
         return {name for each in implementations() if each.wants(case) for name in each.names}
 
     peers = {"triton_kernels", "triton_kernels routing", "Marlin GEMMs"}
-    assert figures(Case(32, 64)) == {"jmoe packed", "jmoe", "jmoe routing", "lax.ragged_dot"} | peers
-    assert figures(Case(32, 16384)) == {"jmoe packed", "jmoe"} | peers
+    bf16 = {"jmoe bf16", "torch._grouped_mm bf16"}
+    assert figures(Case(32, 64)) == {"jmoe packed", "jmoe", "jmoe routing", "lax.ragged_dot"} | bf16 | peers
+    assert figures(Case(32, 16384)) == {"jmoe packed", "jmoe"} | bf16 | peers
     assert figures(Case(128, 64)) == {"jmoe packed", "jmoe routing"} | peers
     assert figures(Case(128, 64, 16, 1)) == {"jmoe packed", "vLLM LoRA"}
     assert figures(Case(32, 16384, 64, 1)) == {"jmoe packed"}

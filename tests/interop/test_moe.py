@@ -15,6 +15,7 @@ from jmoe.interop.dlpack import to_torch
 from jmoe.interop.moe import moe
 from jmoe.ops.random_layer import LayerShape
 from jmoe.ops.random_layer import random_layer as jax_random_layer
+from jmoe.triton_src.activation import SwiGLU
 from tests.tolerances import BFLOAT16, OF_TORCH
 from tests.torch_layers import (
     Layer,
@@ -55,6 +56,15 @@ def check(layer: Layer) -> torch.Tensor:
     return y
 
 
+activations = st.builds(
+    SwiGLU,
+    alpha=st.floats(0.25, 3),
+    limit=st.one_of(st.none(), st.floats(0.5, 8)),
+    offset=st.sampled_from([0.0, 1.0, -0.5]),
+    interleaved=st.booleans(),
+)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     """Layers of at most some two hundred tiles."""
@@ -76,6 +86,7 @@ def layers(draw: st.DrawFn) -> Layer:
         mixed=adapters > 1 or (adapters == 1 and draw(st.booleans())),
         mxfp4=mxfp4,
         bias=draw(st.booleans()),
+        activation=draw(activations),
         seed=draw(st.integers(0, 10**6)),
     )
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jmoe
 from jmoe.ops.mxfp4 import dequantize
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
+from jmoe.triton_src.activation import SwiGLU
 from tests.tolerances import BFLOAT16, FLOAT32
 
 SMALL = LayerShape(6, hidden=64, intermediate=96, experts=5, top_k=2)
@@ -25,7 +26,7 @@ def run(layer: Layer, top_k: int = 2, **options: object) -> jax.Array:
     return jmoe.moe(layer.x, layer.router_logits, layer.experts, top_k=top_k, **given)
 
 
-def exact(layer: Layer, top_k: int) -> np.ndarray:
+def exact(layer: Layer, top_k: int, activation: SwiGLU = SwiGLU()) -> np.ndarray:
     """The layer in float64 numpy, token by token."""
     wide = lambda array: np.asarray(array).astype(np.float64)  # noqa: E731
     weights = {
@@ -47,8 +48,11 @@ def exact(layer: Layer, top_k: int) -> np.ndarray:
         adapter = 0 if layer.adapter_ids is None else int(layer.adapter_ids[token])
         for expert, weight in zip(routing.experts[token].astype(int), routing.weights[token], strict=True):
             z = project("gate_up", expert, adapter, x)
-            gate, up = np.minimum(z[0::2], 7), np.clip(z[1::2], -7, 7)
-            y[token] += weight * project("down", expert, adapter, gate / (1 + np.exp(-1.702 * gate)) * (up + 1))
+            gate, up = (z[0::2], z[1::2]) if activation.interleaved else np.split(z, 2)
+            limit = np.inf if activation.limit is None else activation.limit
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+            h = gate / (1 + np.exp(-activation.alpha * gate)) * (up + activation.offset)
+            y[token] += weight * project("down", expert, adapter, h)
     return y
 
 
@@ -66,17 +70,29 @@ def error(y: jax.Array, want: np.ndarray) -> float:
     rank=st.integers(1, 20),
     mxfp4=st.booleans(),
     bias=st.booleans(),
+    activation=st.builds(
+        SwiGLU, st.floats(0.25, 3), st.one_of(st.none(), st.floats(0.5, 8)), st.floats(-1, 1), st.booleans()
+    ),
     seed=st.integers(0, 10**6),
 )
 def test_xla_agrees_with_float64(
-    tokens: int, experts: int, top_k: int, adapters: int, rank: int, mxfp4: bool, bias: bool, seed: int
+    tokens: int,
+    experts: int,
+    top_k: int,
+    adapters: int,
+    rank: int,
+    mxfp4: bool,
+    bias: bool,
+    activation: SwiGLU,
+    seed: int,
 ) -> None:
     top_k = min(top_k, experts)
     shape = LayerShape(tokens, 64, 32, experts, top_k, adapters, rank, adapters > 1, mxfp4, bias)
     layer = random_layer(shape, seed)
-    assert error(run(layer, top_k), exact(layer, top_k)) <= BFLOAT16.relative
+    want = exact(layer, top_k, activation)
+    assert error(run(layer, top_k, activation=activation), want) <= BFLOAT16.relative
     wide = dataclasses.replace(layer, x=layer.x.astype(jnp.float32))
-    assert error(run(wide, top_k), exact(layer, top_k)) <= FLOAT32.relative
+    assert error(run(wide, top_k, activation=activation), want) <= FLOAT32.relative
 
 
 def test_one_layer_at_real_width() -> None:

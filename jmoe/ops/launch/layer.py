@@ -19,7 +19,7 @@ from jmoe.ops.packed import unpack
 from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
-    from jmoe.triton_src.problem import Layout, MoeProblem
+    from jmoe.triton_src.problem import MoeProblem
 
 moe_p = jex.core.Primitive("jmoe_moe")
 """Operands: the leaves of (Call, Kept or None, dy or None), whose structure is the parameter `tree`.
@@ -31,18 +31,10 @@ moe_p.multiple_results = True
 batching.primitive_batchers[moe_p] = functools.partial(batch_launches, moe_p.bind)
 
 
-def launches_of(
-    options: Options, results: tuple[str, ...], call: Call, kept: Kept | None = None, dy: jax.Array | None = None
-) -> list[jax.Array]:
-    """The primitive's results."""
-    leaves, tree = jax.tree.flatten((call, kept, dy))
-    return moe_p.bind(*leaves, tree=tree, results=results, options=options)
-
-
 @moe_p.def_abstract_eval
-def _result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Options) -> list[Any]:
+def result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Options) -> list[Any]:
     call: Call = tree.unflatten(avals)[0]
-    x = call.tokens.x
+    x: Any = call.tokens.x
     tokens, pairs = x.shape[0], x.shape[0] * options.top_k
     by_name = {
         "y": x,
@@ -54,32 +46,6 @@ def _result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Opt
     return [by_name[name] for name in results]
 
 
-def _launches(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
-    """What the primitive stands for on CUDA."""
-    call, kept, dy = tree.unflatten(leaves)
-    check_triton_takes(call)
-    if call.tokens.x.size == 0 or not results:
-        avals = _result_avals(*map(jax.typeof, leaves), tree=tree, results=results, options=options)
-        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
-    gpu = gpu_of(options.target)
-    if dy is None:
-        written = launch_layer(call, options, gpu, keep="pre_activations" in results)
-    else:
-        written = launch_gradients(call, kept, dy, results, options, gpu)
-    return [written[name] for name in results]
-
-
-register(moe_p, _launches)
-
-
-def launch_layer(call: Call, options: Options, gpu: Gpu, *, keep: bool) -> dict[str, jax.Array]:
-    """The layer as launches for a GPU: every buffer by name, y among them, and with `keep` pre_activations."""
-    from jmoe.triton_src.moe import plan_moe
-
-    buffers, problem = problem_of(call, options, gpu, gradient=keep)
-    return launch(plan_moe(problem, gpu.capability, gpu.table, keep=keep), buffers, gpu.capability)
-
-
 NO_WEIGHT_GRADIENT = (
     "the Triton backend of jmoe.moe takes the experts' weights for constants and has no gradient in them; "
     'differentiate bf16 experts with backend="xla", or leave them out of what is differentiated'
@@ -89,18 +55,39 @@ WEIGHT_GRADIENTS = ("gate_up_grad", "down_grad")
 """What is refused when it is lowered: on a CPU the launches are traced, then left out."""
 
 
-def launch_gradients(
-    call: Call, kept: Kept, dy: jax.Array, results: tuple[str, ...], options: Options, gpu: Gpu
-) -> dict[str, jax.Array]:
-    """The gradients that `results` names as launches.
+def launch_layer(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
+    """The layer or its gradient as launches: what the primitive stands for on CUDA.
 
     Raises:
-      NotImplementedError: the experts' weights are among what is differentiated.
+      NotImplementedError: the experts' weights are among what is differentiated, or see check_triton_takes.
     """
-    from jmoe.triton_src.moe_backward import plan_moe_backward
-
+    call, kept, dy = tree.unflatten(leaves)
+    check_triton_takes(call)
     if set(results) & set(WEIGHT_GRADIENTS):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
+    if call.tokens.x.size == 0 or not results:
+        avals = result_avals(*map(jax.typeof, leaves), tree=tree, results=results, options=options)
+        return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+    gpu = gpu_of(options.target)
+    if dy is not None:
+        return launch_gradients(call, kept, dy, results, options, gpu)
+    from jmoe.triton_src.moe import plan_moe
+
+    keep = "pre_activations" in results
+    buffers, problem = problem_of(call, options, gpu, gradient=keep)
+    written = launch(plan_moe(problem, gpu.capability, gpu.table, keep=keep), buffers, gpu.capability)
+    return [written[name] for name in results]
+
+
+register(moe_p, launch_layer)
+
+
+def launch_gradients(
+    call: Call, kept: Kept, dy: jax.Array, results: tuple[str, ...], options: Options, gpu: Gpu
+) -> list[jax.Array]:
+    """The gradients that `results` names as launches."""
+    from jmoe.triton_src.moe_backward import plan_moe_backward
+
     inputs = buffers_of(call)
     if kept.routing is not None:
         call = dataclasses.replace(call, tokens=dataclasses.replace(call.tokens, routing=kept.routing))
@@ -116,7 +103,7 @@ def launch_gradients(
     wanted = {name.removesuffix("_grad"): buffer.dtype.name for name, buffer in of.items()}
     is_kept = kept.pre_activations is not None
     written = launch(plan_moe_backward(problem, wanted, is_kept, gpu.capability, gpu.table), buffers, gpu.capability)
-    return {name: in_its_layer(written[name], buffer, call.layer) for name, buffer in of.items()}
+    return [in_its_layer(written[name], buffer, call.layer) for name, buffer in of.items()]
 
 
 def in_its_layer(grad: jax.Array, buffer: jax.Array, layer: jax.Array | None) -> jax.Array:
@@ -128,30 +115,27 @@ def in_its_layer(grad: jax.Array, buffer: jax.Array, layer: jax.Array | None) ->
 
 def problem_of(call: Call, options: Options, gpu: Gpu, *, gradient: bool) -> tuple[dict[str, jax.Array], "MoeProblem"]:
     """A call's buffers and the problem that they pose, unpacked where kernels for packed weights are missing."""
-    from jmoe.triton_src.problem import MoeProblem
+    from jmoe.triton_src.problem import Layout, MoeProblem
     from jmoe.triton_src.tiles import packed_tile_for
 
-    packed = [isinstance(weight, PackedMxfp4) for weight in (call.experts.gate_up, call.experts.down)]
-    rows = call.tokens.x.shape[0] * options.top_k / call.experts.down.shape[-3]
+    experts = call.experts
+    packed = [isinstance(weight, PackedMxfp4) for weight in (experts.gate_up, experts.down)]
+    rows = call.tokens.x.shape[0] * options.top_k / experts.down.shape[-3]
     if any(packed) and not (all(packed) and packed_tile_for(gpu.table, rows, gradient)):
         call = call.of_one_layer()
-        call = dataclasses.replace(call, experts=unpack(call.experts))
+        experts = unpack(call.experts)
+        call = dataclasses.replace(call, experts=experts)
     buffers = buffers_of(call)
+    kinds = {Mxfp4: Layout.MXFP4, PackedMxfp4: Layout.PACKED}
+    weights = {"gate_up": experts.gate_up, "down": experts.down}
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
         intermediate=call.intermediate,
-        layouts={"gate_up": layout_of(call.experts.gate_up), "down": layout_of(call.experts.down)},
+        layouts={name: kinds.get(type(weight), Layout.DENSE) for name, weight in weights.items()},
         top_k=options.top_k,
         activation=options.activation,
     )
     return buffers, problem
-
-
-def layout_of(weight: Mxfp4 | PackedMxfp4 | jax.Array) -> "Layout":
-    """Which layout of the plans a weight is in."""
-    from jmoe.triton_src.problem import Layout
-
-    return {Mxfp4: Layout.MXFP4, PackedMxfp4: Layout.PACKED}.get(type(weight), Layout.DENSE)
 
 
 def route_and_sort(

@@ -120,7 +120,9 @@ def tiles_here() -> str:
 def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
     from jmoe.triton_src.moe import LAYERS
-    from jmoe.triton_src.tiles import GroupedMatmulTile, packed_tile_for
+    from jmoe.triton_src.tiles import GroupedMatmulTile, packed_tile_for, reads_packed
 
-    tile = packed_tile_for(gpu_of(None).table, tokens * top_k / experts) if reads_packed_here() else None
+    table = gpu_of(None).table
+    packed = reads_packed("packed_grouped_matmul", table)  # as reads_packed_here, by which load decides
+    tile = packed_tile_for(table, tokens * top_k / experts) if packed else None
     return LAYERS[GroupedMatmulTile if tile is None else type(tile)].kernel

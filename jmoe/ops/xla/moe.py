@@ -24,6 +24,7 @@ def with_routing(options: Options, call: Call) -> Call:
     """The call with its routing instead of its router's logits."""
     if call.tokens.routing is not None:
         return call
+    assert call.tokens.router_logits is not None
     routing = route(call.tokens.router_logits, options.top_k)
     return dataclasses.replace(call, tokens=dataclasses.replace(call.tokens, router_logits=None, routing=routing))
 
