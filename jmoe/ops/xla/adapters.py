@@ -21,10 +21,10 @@ def shrink(x: Float[Array, "M K"], a: Float[Array, "R K"], scale: Float[Array, "
 
 
 def add_adapters(
-    z: Float[Array, "M N"], x: Float[Array, "M K"], factors: Factors | None, ids: Int32[Array, " M"]
+    z: Float[Array, "M N"], x: Float[Array, "M K"], factors: Factors | None, ids: Int32[Array, " M"] | None
 ) -> Float[Array, "M N"]:
     """z + scale (x a^T) b^T by each row's adapter, where it has one."""
-    if factors is None:
+    if factors is None or ids is None:
         return z
 
     def add(adapter: Int32[Array, ""], mine: Bool[Array, "M 1"], z: Float[Array, "M N"]) -> Float[Array, "M N"]:
@@ -41,14 +41,14 @@ def add_adapter_gradients(
     dz: Float[Array, "M N"],
     dz_scale: Float[Array, "M 1"] | float,
     factors: Factors | None,
-    ids: Int32[Array, " M"],
+    ids: Int32[Array, " M"] | None,
 ) -> tuple[Float[Array, "M K"], FactorGradients]:
     """The transpose of add_adapters: what dz says of x, added to dx, and of a and b, added to the gradients.
 
     Args:
       dz_scale: what dz is of: its part in the factors' gradients is multiplied by this, that in dx is not.
     """
-    if factors is None:
+    if factors is None or ids is None:
         return dx, gradients
 
     def add(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, buffers_of
 from jmoe.ops.reference import adapter_count, down_of, gate_up_of, swiglu
+from jmoe.ops.routing import Routing
 from jmoe.ops.xla.columns import unpacked
 from jmoe.ops.xla.groups import (
     Groups,
@@ -99,8 +100,8 @@ def backward(activation: SwiGLU, call: Call, wanted: Collection[str], dy: Float[
             return {n: store_tile(array, tile, rows[n]) for n, array in stored.items()}, of_gate_up, of_down
 
         sums = (_zero_gradient("gate_up", gradients, expert), _zero_gradient("down", gradients, expert))
-        stored, *sums = for_each_tile(groups, expert, one_tile, (stored, *sums))
-        for projection, of_projection in zip(("gate_up", "down"), sums, strict=True):
+        stored, *of_both = for_each_tile(groups, expert, one_tile, (stored, *sums))
+        for projection, of_projection in zip(("gate_up", "down"), of_both, strict=True):
             gradients = _set_gradient(gradients, projection, expert, of_projection)
         return stored, gradients
 
@@ -121,7 +122,7 @@ def _only_known_adapters(call: Call) -> tuple[Call, jax.Array | None]:
     if call.lora is None:
         return call, None
     if tokens.adapter_ids is None:
-        tokens = dataclasses.replace(tokens, adapter_ids=jnp.zeros_like(tokens.routing.experts[:, 0]))
+        tokens = dataclasses.replace(tokens, adapter_ids=jnp.zeros_like(routing_of(call).experts[:, 0]))
         return dataclasses.replace(call, tokens=tokens), None
     ids = tokens.adapter_ids
     known = (ids >= -1) & (ids < adapter_count(call.lora))
@@ -129,12 +130,16 @@ def _only_known_adapters(call: Call) -> tuple[Call, jax.Array | None]:
     return dataclasses.replace(call, tokens=dataclasses.replace(tokens, x=x, adapter_ids=ids)), known
 
 
+def routing_of(call: Call) -> Routing:
+    """The routing, which a call has here."""
+    assert call.tokens.routing is not None
+    return call.tokens.routing
+
+
 def _group(call: Call) -> Groups:
     adapters = 0 if call.lora is None else adapter_count(call.lora)
     offset = 0 if call.expert_offset is None else call.expert_offset[0]
-    return group_pairs(
-        call.tokens.routing.experts, offset, call.experts.down.shape[0], call.tokens.adapter_ids, adapters
-    )
+    return group_pairs(routing_of(call).experts, offset, call.experts.down.shape[0], call.tokens.adapter_ids, adapters)
 
 
 def _projections(call: Call, expert: Int32[Array, ""]) -> tuple[Projection, Projection]:
@@ -156,7 +161,7 @@ def _rows(
     """(x, routing weight, adapter) of each row of a tile; no adapter for rows that are not the expert's."""
     tokens = call.tokens
     ids = None if tokens.adapter_ids is None else jnp.where(tile.is_own, tokens.adapter_ids[tile.tokens], -1)
-    return tokens.x[tile.tokens], tokens.routing.weights.reshape(-1)[tile.pairs][:, None], ids
+    return tokens.x[tile.tokens], routing_of(call).weights.reshape(-1)[tile.pairs][:, None], ids
 
 
 def _zero_gradient(projection: str, gradients: dict[str, jax.Array], expert: Int32[Array, ""]) -> ProjectionGradient:

@@ -44,7 +44,8 @@ def partitioned(compute: Compute, results: Names, call: Call, dy: jax.Array | No
 
     Each result is a sum over experts if it is of tokens, and a sum over tokens if it is of experts.
     """
-    leaves, tree = jax.tree.flatten((call, dy))
+    leaves = jax.tree.leaves((call, dy))
+    tree: Any = jax.tree.structure((call, dy))
     of_call, of_dy = tree.unflatten(range(len(leaves)))
     named = buffers_of(of_call) | ({} if dy is None else {"dy": of_dy})
     names = tuple(sorted(named, key=lambda name: named[name]))
