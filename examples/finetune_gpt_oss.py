@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jmoe import gpt_oss
 from jmoe.commands.evaluate import table
-from jmoe.evaluate.run import Options, evaluate
+from jmoe.evaluate.run import EvaluateOptions, evaluate
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.run import finetune
 from jmoe.text import chat_text, encode, load_tokenizer
@@ -44,7 +44,7 @@ def main() -> None:
     )
     adapter = finetune(config, console).adapter
 
-    options = Options(
+    options = EvaluateOptions(
         model=TINY,
         adapter=adapter,
         tasks=["even"],
