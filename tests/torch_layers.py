@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -132,6 +133,30 @@ def transform(tree: object, fn: object) -> object:
     if dataclasses.is_dataclass(tree):
         return type(tree)(**{f.name: transform(getattr(tree, f.name), fn) for f in dataclasses.fields(tree)})
     return tree
+
+
+def leaves(layer: Layer) -> dict[str, torch.Tensor]:
+    """What is differentiated, by name."""
+    named = {"x": layer.x, "router_logits": layer.router_logits}
+    for projection in ("gate_up", "down"):
+        named[f"{projection}_bias"] = getattr(layer.experts, f"{projection}_bias")
+        if layer.lora is not None:
+            named |= {f"{projection}_{part}": getattr(layer.lora, f"{projection}_{part}") for part in "ab"}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def gradients(
+    layer: Layer, function: Callable[..., torch.Tensor], dy: torch.Tensor, **options: object
+) -> dict[str, torch.Tensor]:
+    """Of <y, dy> in every leaf."""
+    found = leaves(layer)
+    for tensor in found.values():
+        tensor.requires_grad_()
+    y = function(layer.x, layer.router_logits, layer.experts, **{**layer.options, **options})
+    grads = torch.autograd.grad(y, list(found.values()), dy.to(y.dtype), allow_unused=True)
+    for tensor in found.values():
+        tensor.requires_grad_(False)
+    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None}
 
 
 POISON = {torch.uint8: 0xFF, torch.int32: 0x7FFFFFF0, torch.bfloat16: math.nan, torch.float32: math.nan}

@@ -10,36 +10,23 @@ from jmoe.interop import launch, reference
 from jmoe.interop.moe import moe
 from jmoe.triton_src.activation import SwiGLU
 from tests.interop.test_moe import layers
-from tests.torch_layers import Layer, PoisonedAllocator, Routing, random_layer, relative_error, surround, transform
+from tests.tolerances import GRADIENT, GRADIENT_OF_TORCH
+from tests.torch_layers import (
+    Layer,
+    PoisonedAllocator,
+    Routing,
+    gradients,
+    leaves,
+    random_layer,
+    relative_error,
+    surround,
+    transform,
+)
 
 pytestmark = pytest.mark.interpret
 
-RELATIVE = 1e-2
-OF_TORCH = 1.2
 ENOUGH = 512
 """Elements over which rounding errors average out."""
-
-
-def leaves(layer: Layer) -> dict[str, torch.Tensor]:
-    """What is differentiated, by name."""
-    named = {"x": layer.x, "router_logits": layer.router_logits}
-    for projection in ("gate_up", "down"):
-        named[f"{projection}_bias"] = getattr(layer.experts, f"{projection}_bias")
-        if layer.lora is not None:
-            named |= {f"{projection}_{part}": getattr(layer.lora, f"{projection}_{part}") for part in "ab"}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def gradients(layer: Layer, function: object, dy: torch.Tensor, **options: object) -> dict[str, torch.Tensor]:
-    """Of <y, dy> in every leaf."""
-    found = leaves(layer)
-    for tensor in found.values():
-        tensor.requires_grad_()
-    y = function(layer.x, layer.router_logits, layer.experts, **{**layer.options, **options})
-    grads = torch.autograd.grad(y, list(found.values()), dy.to(y.dtype), allow_unused=True)
-    for tensor in found.values():
-        tensor.requires_grad_(False)
-    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None}
 
 
 def check(layer: Layer, **options: object) -> dict[str, torch.Tensor]:
@@ -61,9 +48,9 @@ def check(layer: Layer, **options: object) -> dict[str, torch.Tensor]:
         assert got.dtype == leaves(layer)[name].dtype
         error = relative_error(got, want)
         few = want.numel() < ENOUGH
-        assert error <= RELATIVE * (2 if few else 1), name
+        assert error <= GRADIENT.relative * (2 if few else 1), name
         if not few:
-            assert error <= OF_TORCH * relative_error(theirs[name], want), name
+            assert error <= GRADIENT_OF_TORCH * relative_error(theirs[name], want), name
     return ours
 
 
@@ -111,7 +98,7 @@ def test_a_replayed_routing_has_a_gradient_in_its_weights() -> None:
         routing = Routing(chosen.int(), weights.to(dtype, copy=True).requires_grad_())
         y = function(layer.x, None, layer.experts, top_k=3, routing=routing)
         (found[function],) = torch.autograd.grad(y, routing.weights, dy.to(y.dtype))
-    assert relative_error(found[moe], found[reference.moe]) <= RELATIVE
+    assert relative_error(found[moe], found[reference.moe]) <= GRADIENT.relative
 
 
 def test_an_offset_leaves_out_pairs_that_are_not_held() -> None:
@@ -125,7 +112,7 @@ def test_an_offset_leaves_out_pairs_that_are_not_held() -> None:
 
     whole, low, high = gradients(layer, moe, dy), of_shard(0, 2), of_shard(2, 6)
     for name in ("x", "router_logits"):
-        assert relative_error(low[name].double() + high[name].double(), whole[name].double()) <= RELATIVE
+        assert relative_error(low[name].double() + high[name].double(), whole[name].double()) <= GRADIENT.relative
 
 
 def test_nan_ends_where_autograd_has_it() -> None:
@@ -135,7 +122,7 @@ def test_nan_ends_where_autograd_has_it() -> None:
     dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact, ours = gradients(layer, reference.moe, dy), gradients(layer, moe, dy)
     for name in ("x", "router_logits", "down_a", "gate_up_a"):
-        assert relative_error(ours[name], exact[name]) <= 2 * RELATIVE, name
+        assert relative_error(ours[name], exact[name]) <= 2 * GRADIENT.relative, name
 
 
 def test_no_gradient_comes_from_a_token_whose_adapter_does_not_exist() -> None:

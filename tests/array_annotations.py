@@ -1,0 +1,46 @@
+"""Makes jmoe's annotations of arrays hold while tests run: a call with other shapes or dtypes fails where it is made."""
+
+import ast
+import functools
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import beartype
+import jaxtyping
+
+ROOT = Path(__file__).parent.parent
+
+
+def install() -> None:
+    """Has them checked in every module imported from now on that has some.
+
+    Left out are the homes of public functions, whose ValueErrors say more than a type checker.
+    """
+    paths = sorted(path for path in (ROOT / "jmoe").rglob("*.py") if "from jaxtyping import" in path.read_text())
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    inner = [name for name in names if name not in public_modules()]
+    jaxtyping.install_import_hook(inner, f"{__name__}.{check.__name__}")
+
+
+@functools.cache
+def public_modules() -> set[str]:
+    """The modules in `jmoe.HOME`, found without importing jmoe, which the hook has to precede."""
+    for node in ast.parse((ROOT / "jmoe" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOME":
+            return set(ast.literal_eval(node.value).values())
+    raise LookupError("jmoe/__init__.py defines no HOME")
+
+
+def check[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """The function with its annotations of arrays checked at each call; mypy sees to the others."""
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if is_about_arrays(hint)}
+    return beartype.beartype(function) if function.__annotations__ else function
+
+
+def is_about_arrays(hint: Any) -> bool:
+    """Whether a shape and dtype stand anywhere in it."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(is_about_arrays(part) for part in typing.get_args(hint))
