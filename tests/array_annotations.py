@@ -1,7 +1,10 @@
-"""Makes jmoe's annotations of arrays hold while tests run: a call with other shapes or dtypes fails where it is made."""
+"""Makes jmoe's annotations of arrays hold while tests run: a call with other shapes or dtypes fails."""
 
 import ast
 import functools
+import operator
+import re
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +38,27 @@ def public_modules() -> set[str]:
 
 def check[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """The function with its annotations of arrays checked at each call; mypy sees to the others."""
-    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if is_about_arrays(hint)}
+    hints = function.__annotations__.items()
+    function.__annotations__ = {name: checkable(hint) for name, hint in hints if is_about_arrays(hint)}
     return beartype.beartype(function) if function.__annotations__ else function
 
 
 def is_about_arrays(hint: Any) -> bool:
     """Whether a shape and dtype stand anywhere in it."""
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return True
-    return any(is_about_arrays(part) for part in typing.get_args(hint))
+    return is_array(hint) or any(is_about_arrays(part) for part in typing.get_args(hint))
+
+
+def is_array(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+
+
+def checkable(hint: Any) -> Any:
+    """Sizes that are computed, as 2I and D/2, may be any: jaxtyping knows D only where it stands before by itself."""
+    if is_array(hint):
+        sizes = ("_" if re.search(r"^\d+[A-Za-z]|\w[-+*/]\w", size) else size for size in hint.dim_str.split())
+        return hint.dtype[hint.array_type, " ".join(sizes)]
+    parts = tuple(checkable(part) if is_about_arrays(part) else part for part in typing.get_args(hint))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return functools.reduce(operator.or_, parts)
+    origin = typing.get_origin(hint)
+    return hint if origin is None else origin[parts]

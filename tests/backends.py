@@ -1,4 +1,4 @@
-"""The layer's backends behind one face, for tests of what they do alike: tensors on the CPU in, tensors on the CPU out."""
+"""The layer's backends behind one face, for tests of what they do alike: tensors on the CPU in and out."""
 
 import dataclasses
 from typing import Any, Protocol

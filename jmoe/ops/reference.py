@@ -16,7 +16,7 @@ from jmoe.ops.routing import Routing
 from jmoe.triton_src.activation import SwiGLU
 
 type Weight = Mxfp4 | PackedMxfp4 | Float[Array, "E N K"]
-type Adapter = tuple[Float[Array, "A E R K"], Float[Array, "A E N R"], Float[Array, " A"]]
+type Adapter = tuple[Float[Array, "A R K"], Float[Array, "A N R"], Float[Array, " A"]]
 
 
 def moe_reference(
@@ -81,7 +81,7 @@ def project(
     if lora is not None:
 
         def one_adapter(
-            z: Float[Array, "T N"], adapter: tuple[Int32[Array, ""], Adapter]
+            z: Float[Array, "T N"], adapter: tuple[Array, tuple[Array, Array, Array]]
         ) -> tuple[Float[Array, "T N"], None]:
             index, own = adapter
             # An adapter that no token uses may hold NaN, which no gradient is to see.
