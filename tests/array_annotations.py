@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import beartype
+import jax
 import jaxtyping
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +39,12 @@ def public_modules() -> set[str]:
 
 
 def check[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its annotations of arrays checked at each call; mypy sees to the others."""
+    """The function with its annotations of arrays checked at each call; mypy sees to the others.
+
+    Not what makes an object: as pytrees they also hold what transformations put in the arrays' places.
+    """
+    if function.__name__ == "__init__":
+        return function
     hints = function.__annotations__.items()
     function.__annotations__ = {name: checkable(hint) for name, hint in hints if is_about_arrays(hint)}
     return beartype.beartype(function) if function.__annotations__ else function
@@ -53,10 +60,14 @@ def is_array(hint: Any) -> bool:
 
 
 def checkable(hint: Any) -> Any:
-    """Sizes that are computed, as 2I and D/2, may be any: jaxtyping knows D only where it stands before by itself."""
+    """The same of NumPy's arrays too, as a checkpoint's are at first.
+
+    Sizes that are computed, as 2I and D/2, may be any: jaxtyping knows D only where it stands before by itself.
+    """
     if is_array(hint):
         sizes = ("_" if re.search(r"^\d+[A-Za-z]|\w[-+*/]\w", size) else size for size in hint.dim_str.split())
-        return hint.dtype[hint.array_type, " ".join(sizes)]
+        array = jax.Array | np.ndarray if hint.array_type is jax.Array else hint.array_type
+        return hint.dtype[array, " ".join(sizes)]
     parts = tuple(checkable(part) if is_about_arrays(part) else part for part in typing.get_args(hint))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return functools.reduce(operator.or_, parts)

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import jax
 import pytest
 
-from tests import array_annotations
+from tests import array_annotations, compiled_programs
+
+compiled_programs.spare_the_compiler()  # before JAX is imported, which reads the environment then
+
+import jax  # noqa: E402
 
 array_annotations.install()  # before anything of jmoe is imported
 
