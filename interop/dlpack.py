@@ -28,7 +28,7 @@ def to_torch(array: jax.Array, name: str = "array") -> torch.Tensor:
     GPU: array.block_until_ready() before would raise instead.
 
     Raises:
-      ValueError: the array is no jax.Array, traced or deleted, lies on several devices or not row by row, or has a
+      ValueError: the array is not a jax.Array, traced or deleted, lies on several devices or not row by row, or has a
         dtype other than bfloat16, uint8, int32 or float32; the text calls it `name`.
     """
     if not isinstance(array, jax.Array):
@@ -52,9 +52,9 @@ def to_jax(tensor: torch.Tensor, name: str = "tensor") -> jax.Array:
     """The same memory as a JAX array, read after what torch's current stream has queued.
 
     Raises:
-      ValueError: the tensor is no torch.Tensor, requires a gradient, is not dense, contiguous and aligned (16 bytes on
-        a GPU, 64 on a CPU), is on another kind of device, or has a dtype other than bfloat16, uint8, int32 or float32;
-        the text calls it `name`.
+      ValueError: the tensor is not a torch.Tensor, requires a gradient, is not dense, contiguous and aligned (16 bytes
+        on a GPU, 64 on a CPU), is on another kind of device, or has a dtype other than bfloat16, uint8, int32 or
+        float32; the text calls it `name`.
     """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

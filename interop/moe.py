@@ -104,9 +104,9 @@ def moe(
     the routing's weights, LoRA's A and B, and biases.
 
     Raises:
-      ValueError: an argument is no tensor, or its shape or dtype does not fit the others'; it is on another device than
-        x, not contiguous or not aligned to 16 bytes; adapters and adapter_ids do not go together; packed weights with
-        an activation of halves; or the user's tile table for this GPU (see `jmoe tune`) is invalid.
+      ValueError: an argument is not a tensor, or its shape or dtype does not fit the others'; it is on another device
+        than x, not contiguous or not aligned to 16 bytes; adapters and adapter_ids do not go together; packed weights
+        with an activation of halves; or the user's tile table for this GPU (see `jmoe tune`) is invalid.
       NotImplementedError: no GPU and no interpreter, packed weights where no kernel reads them, a gradient in the
         experts' weights, or a second derivative.
     """

@@ -111,7 +111,7 @@ def user_file(device: str) -> Path:
 
 
 def read_user_table(device: str) -> dict[str, tuple[Any, ...]] | None:
-    """The sections of the user's table for a GPU of this name, or None if there is no such file.
+    """The sections of the user's table for a GPU of this name, or None if the file does not exist.
 
     Raises:
       ValueError: see parse.

@@ -32,7 +32,7 @@ _DTYPES = ("F32", "BF16", "F16")
 type Shape = tuple[int, ...]
 
 
-class Factors(NamedTuple):
+class FileFactors(NamedTuple):
     """What one target of one layer gains, scale * b @ a; a leading axis for the experts on theirs.
 
     float32 or bf16, as in the file; float16 becomes float32.
@@ -86,20 +86,20 @@ class AdapterFile:
         """What makes up a target's LoRA in a layer: one pair, the experts', or those of gate and of up."""
         return [pair for part in _parts(target) for pair in self.pairs.get((layer, part), ())]
 
-    def read(self, layer: int, target: str) -> Factors | None:
+    def read(self, layer: int, target: str) -> FileFactors | None:
         """The factors of q, k, v, o, gate_up or down of a layer; None without LoRA there."""
         found = {part: self._read_part(layer, part) for part in _parts(target)}
         gate, up = (found.get(half) for half in ("gate", "up"))
         return found[target] if gate is None and up is None else _interleave(gate, up)
 
-    def _read_part(self, layer: int, target: str) -> Factors | None:
+    def _read_part(self, layer: int, target: str) -> FileFactors | None:
         pairs = self.pairs.get((layer, target), ())
         factors = [self._read_pair(pair) for pair in pairs]
         if pairs and pairs[0].expert is not None:
             return _stack(factors)
         return factors[0] if factors else None
 
-    def _read_pair(self, pair: Pair) -> Factors:
+    def _read_pair(self, pair: Pair) -> FileFactors:
         a, b = (_kept(self._shard.get_tensor(key)) for key in (pair.a, pair.b))
         rank, scale = self.settings.rank(*pair.names), self.settings.scale(*pair.names)
         experts = self.sizes.experts
@@ -113,7 +113,7 @@ class AdapterFile:
             a, b = (np.broadcast_to(factor, (experts, *factor.shape[1:])) for factor in (a, b))
         # Swapped, the file's product b @ a is [in, out]: the factors' transposes change places.
         swapped = self.is_swapped and pair.form != "attention"
-        return Factors(b.swapaxes(-2, -1), a.swapaxes(-2, -1), scale) if swapped else Factors(a, b, scale)
+        return FileFactors(b.swapaxes(-2, -1), a.swapaxes(-2, -1), scale) if swapped else FileFactors(a, b, scale)
 
 
 @contextlib.contextmanager
@@ -259,23 +259,23 @@ def _kept(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _rescaled(factors: Factors, scale: float) -> Factors:
+def _rescaled(factors: FileFactors, scale: float) -> FileFactors:
     """The same product with this scale, of factors in float32 if that is another."""
     if factors.scale == scale:
         return factors
-    return Factors(factors.a, factors.b.astype(np.float32) * np.float32(factors.scale / scale), scale)
+    return FileFactors(factors.a, factors.b.astype(np.float32) * np.float32(factors.scale / scale), scale)
 
 
-def _stack(factors: Sequence[Factors]) -> Factors:
+def _stack(factors: Sequence[FileFactors]) -> FileFactors:
     """Each expert's pair as one; smaller ranks are padded with zeros, and the first expert's scale holds for all."""
     scaled = [_rescaled(one, factors[0].scale) for one in factors]
     rank = max(one.a.shape[0] for one in scaled)
     a = np.stack([np.pad(one.a, ((0, rank - one.a.shape[0]), (0, 0))) for one in scaled])
     b = np.stack([np.pad(one.b, ((0, 0), (0, rank - one.b.shape[1]))) for one in scaled])
-    return Factors(a, b, factors[0].scale)
+    return FileFactors(a, b, factors[0].scale)
 
 
-def _interleave(gate: Factors | None, up: Factors | None) -> Factors:
+def _interleave(gate: FileFactors | None, up: FileFactors | None) -> FileFactors:
     """gate_up's factors from those of its halves, whose rows alternate in B.
 
     The ranks add up, unless both have the same A, as where one adapter of gate_up was taken apart.
@@ -293,4 +293,4 @@ def _interleave(gate: Factors | None, up: Factors | None) -> Factors:
             rank = half.b.shape[-1]
             b[:, :, row, start : start + rank] = half.b
             start += 0 if shared else rank
-    return Factors(a, b.reshape(experts, 2 * n, -1), scale)
+    return FileFactors(a, b.reshape(experts, 2 * n, -1), scale)

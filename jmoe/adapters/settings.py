@@ -184,7 +184,7 @@ def _modules(file: Path, name: str, value: Any) -> tuple[str, ...] | str:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{file}: {name} is no regular expression, {value!r}: {error}") from None
+            raise ValueError(f"{file}: {name} is not a regular expression, {value!r}: {error}") from None
         return value
     modules = value or []
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
@@ -221,7 +221,7 @@ def _pattern[N: (int, float)](file: Path, name: str, value: Any, kind: type[N]) 
         try:
             re.compile(_dotted_end(key))
         except re.error as error:
-            raise ValueError(f"{file}: {name} has a key that is no regular expression, {key!r}: {error}") from None
+            raise ValueError(f"{file}: {name} has a key that is not a regular expression, {key!r}: {error}") from None
     return {key: _number(file, f"{name}[{key!r}]", number, kind) for key, number in (value or {}).items()}
 
 

@@ -47,6 +47,6 @@ def text(value: float | str) -> str:
 
 
 def jmoe_failed(measured: Measured) -> bool:
-    """Whether a layer of jmoe has no figure: ours is no peer, so that a reason is a failure."""
+    """Whether a layer of jmoe has no figure: ours is not a peer, so that a reason is a failure."""
     names = {PACKED, CHECKPOINT} & measured.microseconds.keys()
     return any(figure({"microseconds": measured.microseconds}, name) is None for name in names)

@@ -34,7 +34,7 @@ def read_json(file: Path) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         for name, value in pairs:
             if name in entries and entries[name] != value:
-                raise ValueError(f"{shown(name)} has two values, {shown(entries[name])} and {shown(value)}")
+                raise ValueError(f"{in_json(name)} has two values, {in_json(entries[name])} and {in_json(value)}")
             entries[name] = value
         return entries
 
@@ -49,7 +49,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def shown(value: Any) -> str:
+def in_json(value: Any) -> str:
     """A JSON value for an error: as the file has it, its end left out if it is long."""
     try:
         text = json.dumps(value)
@@ -120,7 +120,7 @@ def model_entries(path: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a checkpoint directory in Hugging Face's names, whichever it is written in.
 
     Raises:
-      FileNotFoundError: there is no config.json.
+      FileNotFoundError: config.json is missing.
       ValueError: it does not hold a JSON object.
     """
     folder = Path(path)
@@ -178,7 +178,7 @@ class Config:
         """Reads config.json of a checkpoint directory; `experts_per_token` may stand for `num_experts_per_tok`.
 
         Raises:
-          FileNotFoundError: there is no config.json.
+          FileNotFoundError: config.json is missing.
           ValueError: it is not JSON, it is for another architecture, or fields are missing or no positive numbers
             (all are listed).
         """
@@ -193,7 +193,7 @@ class Config:
         required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         problems = [f"{name} is missing" for name in required if name not in given]
         problems += [
-            f"{name} must be a positive {kinds[name].__name__}, got {shown(entries[name])}"
+            f"{name} must be a positive {kinds[name].__name__}, got {in_json(entries[name])}"
             for name, value in given.items()
             if value is None
         ]

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from jmoe.checkpoint.config_file import CheckpointWarning, Config, is_original, model_entries, number, read_json, shown
+from jmoe.checkpoint.config_file import (
+    CheckpointWarning,
+    Config,
+    in_json,
+    is_original,
+    model_entries,
+    number,
+    read_json,
+)
 from jmoe.checkpoint.layouts import EXPERTS, LAYER, HeadSizes, Part, grouped, input_first, layout_of, why_not
 from jmoe.checkpoint.tensors import READ_AS, Spec, as_bfloat16, read_tensor, tensor_spec
 from jmoe.extras import require
@@ -89,12 +97,12 @@ class Checkpoint:
         index = self.path / INDEX
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map must be a JSON object, got {shown(weight_map)}")
+            raise ValueError(f"{index}: weight_map must be a JSON object, got {in_json(weight_map)}")
         for name, file in weight_map.items():
             # Not Path.resolve(): in the Hub's cache a shard is a link that leads out of the directory.
             if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
                 raise ValueError(
-                    f"{index}: {name} must be in a file of the checkpoint's own directory, got {shown(file)}"
+                    f"{index}: {name} must be in a file of the checkpoint's own directory, got {in_json(file)}"
                 )
         return {name: self.path / file for name, file in weight_map.items()}
 
@@ -105,7 +113,7 @@ class Checkpoint:
             sizes.append(number(entries.get(name), int))
             if sizes[-1] is None:
                 raise ValueError(
-                    f"{self.path / 'config.json'}: {name} must be a positive int, got {shown(entries.get(name))}"
+                    f"{self.path / 'config.json'}: {name} must be a positive int, got {in_json(entries.get(name))}"
                 )
         queries, keys, width = sizes
         return HeadSizes(queries * width, keys * width)
@@ -183,7 +191,7 @@ class Checkpoint:
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, though {INDEX} places {name} there")
         with open_safetensors(file) as shard:
-            if name not in shard.keys():  # noqa: SIM118  the handle itself is no container
+            if name not in shard.keys():  # noqa: SIM118  the handle itself is not a container
                 raise ValueError(f"{file} has no tensor {name}, though {INDEX} places it there")
             yield shard
 
@@ -221,7 +229,7 @@ class Checkpoint:
         """Rows of a tensor, [*ids.shape, *row shape], as `tensor` has them; each row is read once, the rest never.
 
         Raises:
-          ValueError: ids are no integers, or outside the tensor; and as `tensor` does.
+          ValueError: ids are not integers, or outside the tensor; and as `tensor` does.
         """
         ids = np.asarray(ids)
         if not np.issubdtype(ids.dtype, np.integer):

@@ -58,7 +58,7 @@ def load_moe_layer(
         raise ValueError(f"layer must be in [0, {config.num_hidden_layers}) for {checkpoint.path}, got {layer}")
     prefix = f"model.layers.{layer}."
     norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
-    gate_up, down, others = moe_specs(checkpoint, layer)
+    gate_up, down, others = moe_specs(checkpoint.config, layer, checkpoint.is_packed)
     check_specs(checkpoint, others | gate_up | down)
 
     def read(name: str) -> Any:
@@ -85,14 +85,19 @@ def load_moe_layer(
     return moe if on_host else jax.tree.map(jnp.asarray, moe)
 
 
-def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
-    """The headers that a layer's gate_up, its down, and its norm, router and biases must have in the view."""
-    config = checkpoint.config
+def moe_specs(
+    config: Config, layer: int, is_packed: Callable[[str], bool]
+) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+    """The headers that a layer's gate_up, its down, and its norm, router and biases must have in a checkpoint's view.
+
+    is_packed: whether the weight of this name is in MXFP4.
+    """
     experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
     prefix = f"model.layers.{layer}."
     norm, router, mlp = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp.router.", f"{prefix}mlp.experts."
-    gate_up = _weight_specs(checkpoint, f"{mlp}gate_up_proj", rows=2 * inner, columns=hidden)
-    down = _weight_specs(checkpoint, f"{mlp}down_proj", rows=hidden, columns=inner)
+    gate_up_name, down_name = f"{mlp}gate_up_proj", f"{mlp}down_proj"
+    gate_up = _weight_specs(gate_up_name, experts, 2 * inner, hidden, packed=is_packed(gate_up_name))
+    down = _weight_specs(down_name, experts, hidden, inner, packed=is_packed(down_name))
     others = {
         norm: Spec("BF16", (hidden,)),
         f"{router}weight": Spec("BF16", (experts, hidden)),
@@ -103,10 +108,9 @@ def moe_specs(checkpoint: Checkpoint, layer: int) -> tuple[dict[str, Spec], dict
     return gate_up, down, others
 
 
-def _weight_specs(checkpoint: Checkpoint, name: str, *, rows: int, columns: int) -> dict[str, Spec]:
-    """The tensors that must hold one projection, given which of the forms the checkpoint uses."""
-    experts = checkpoint.config.num_local_experts
-    if not checkpoint.is_packed(name):
+def _weight_specs(name: str, experts: int, rows: int, columns: int, *, packed: bool) -> dict[str, Spec]:
+    """The tensors that must hold one projection, dense or in MXFP4."""
+    if not packed:
         return {name: Spec("BF16", (experts, columns, rows))}
     blocks, scales = f"{name}_blocks", f"{name}_scales"
     if columns % BLOCK:

@@ -77,11 +77,11 @@ def evaluate(
     """
     allow_whole_gpu()
     from jmoe.evaluate.generation_options import parse
-    from jmoe.evaluate.run import Options
+    from jmoe.evaluate.run import EvaluateOptions
     from jmoe.evaluate.run import evaluate as run
 
     results = run(
-        Options(
+        EvaluateOptions(
             model=model,
             adapter=adapter,
             lora_b_layout=lora_b_layout,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jmoe.device_memory import allow_whole_gpu
 from jmoe.finetune.config import FinetuneConfig, choices_of, plain_types
-from jmoe.finetune.config_file import read_file, write_example
+from jmoe.finetune.options_file import read_file, write_example
 from jmoe.finetune.stopping import exit_status
 
 REQUIRED = "Required, here or in --config's file"

@@ -76,7 +76,7 @@ def examine_loss(
 
     Where there is a chat template the paragraph is the answer to a question: a model that was trained on conversations
     alone may do badly on bare text (gpt-oss-20b was measured at 5.3 nats a token of WikiText, ggml-org/llama.cpp issue
-    15155), and that is no fault.
+    15155), and that is not a fault.
 
     Args:
       path, lora_b_layout, quantize: as in jmoe.gpt_oss.load; the path has the tokenizer too.

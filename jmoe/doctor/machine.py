@@ -31,7 +31,7 @@ class Machine:
 
     versions: by package, None for one that is not installed.
     no_triton: why the Triton backend cannot run, None if it can.
-    tiles: whose launch parameters it uses, None without it.
+    tiles: whose launch parameters it uses, None without it, or if they are invalid.
     no_flash: why attention to whole prompts cannot be FlashAttention's, None if it can.
     missing: what is not there and how to mend it.
     """

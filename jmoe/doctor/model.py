@@ -116,7 +116,7 @@ def bytes_of(spec: Spec) -> int:
 
 
 def parts_of(config: Config, machine: Machine, rows: int, prompt_tokens: int, *, mxfp4: bool) -> tuple[Part, ...]:
-    """The parts of all layers; `rows` tokens a step of decoding, `prompt_tokens` of all prompts at once."""
+    """The parts of all layers; `rows` tokens a decode step, `prompt_tokens` of all prompts at once."""
     windows = Counter(config.windows)
 
     def by(kernel: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jmoe.evaluate.generation import Reply, generate_replies
+from jmoe.evaluate.generation import FinishedReply, generate_replies
 from jmoe.evaluate.generation_options import CHAT_LIMIT, PLAIN_LIMIT, for_generate
 from jmoe.evaluate.score import Score, Span, score
 from jmoe.gpt_oss.config import warn_past_positions
@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         self.has_channels = has_channels(tokenizer)
         added = tokenizer.get_added_vocab()
         self.control = {added[name]: name for name in CONTROL if name in added}
-        self.replies: list[tuple[Instance, Reply]] = []
+        self.replies: list[tuple[Instance, FinishedReply]] = []
         self.cut_contexts: set[tuple[str | None, int | None]] = set()
         self.scored_in_headers: set[str | None] = set()
         for name in ("batch_size", "max_length", "max_gen_toks"):
@@ -302,7 +302,7 @@ class HarnessModel(TemplateLM):
         options: dict[str, Any],
         conversation: bool,
         number: int,
-    ) -> list[Reply]:
+    ) -> list[FinishedReply]:
         """What follows prompts of the same options; number: makes this batch's samples its own."""
         with of_task(requests[0]):
             until, wanted = for_generate(options, self.default_limit(conversation))

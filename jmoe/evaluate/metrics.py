@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jmoe.evaluate.generation import Reply
+from jmoe.evaluate.generation import FinishedReply
 from jmoe.evaluate.harness import HarnessModel
 
 
@@ -59,7 +59,7 @@ def counts_of(model: HarnessModel, documents: Mapping[str, int]) -> dict[str, di
     Args:
       documents: how many each task has.
     """
-    replies: dict[str, list[Reply]] = defaultdict(list)
+    replies: dict[str, list[FinishedReply]] = defaultdict(list)
     for request, reply in model.replies:
         replies[str(request.task_name)].append(reply)
     counts: dict[str, dict[str, Count]] = {}

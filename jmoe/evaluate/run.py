@@ -34,7 +34,7 @@ except ImportError as missing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class EvaluateOptions:
     """What to evaluate.
 
     Attributes:
@@ -74,7 +74,7 @@ class Options:
     out: Path | None = None
 
 
-def evaluate(options: Options) -> list[list[Metric]]:
+def evaluate(options: EvaluateOptions) -> list[list[Metric]]:
     """The metrics of the checkpoint, and with an adapter those of the checkpoint with it.
 
     What a user should know beside them is printed on stderr.
@@ -125,7 +125,7 @@ def notice(text: str) -> None:
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_template(tokenizer: Any, options: Options) -> None:
+def check_template(tokenizer: Any, options: EvaluateOptions) -> None:
     """Raises ValueError where the options ask for what the checkpoint's chat template does not have."""
     if not options.apply_chat_template:
         if options.reasoning_effort is not None:
@@ -136,7 +136,7 @@ def check_template(tokenizer: Any, options: Options) -> None:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} must know reasoning_effort, and does not")
 
 
-def task_manager(options: Options) -> TaskManager:
+def task_manager(options: EvaluateOptions) -> TaskManager:
     """The harness's list of tasks, without its own where all are in the included directory: they take long to list.
 
     Raises:
@@ -211,7 +211,7 @@ def run(
     model: HarnessModel,
     manager: TaskManager,
     tasks: Sequence[Task | Group],
-    options: Options,
+    options: EvaluateOptions,
     wanted: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The harness's results for one model, and counts beside them, written to options.out if there is one."""

@@ -125,10 +125,10 @@ def tasks_of(loaded: Sequence[Task | Group]) -> list[Task]:
 def name_errors(task: Task) -> None:
     """Makes what a task file is at fault for a ValueError that names the task and the file."""
     for method in WHERE_TASKS_FAIL:
-        setattr(task, method, naming(task, getattr(task, method)))
+        setattr(task, method, with_errors_named(task, getattr(task, method)))
 
 
-def naming(task: Task, method: Callable[..., Any]) -> Callable[..., Any]:
+def with_errors_named(task: Task, method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, with the task's name in its errors."""
 
     @functools.wraps(method)

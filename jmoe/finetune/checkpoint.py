@@ -107,7 +107,9 @@ class Checkpoints:
             config, data = run["config"], run["data"]
             standing = Standing(**{"steps": config.get("steps"), **run["standing"]})
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.directory / str(step)} is no checkpoint of a run: {first_line(error)}") from error
+            raise ValueError(
+                f"{self.directory / str(step)} is not a checkpoint of a run: {first_line(error)}"
+            ) from error
         if changed := changed_options(config, self.config):
             listed = ", ".join(changed)
             raise ValueError(f"{self.directory} holds a run with other options ({listed}): choose another --out")

@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from jmoe.adapters.settings import LoraBLayout
+from jmoe.errors import in_short
+from jmoe.gpt_oss.layer import Remat
 from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS
 
-type Remat = Literal["nothing", "experts", "layers"]
 type Schedule = Literal["cosine", "linear", "constant"]
 
 RANK, ALPHA = 16, 32.0
@@ -150,7 +150,7 @@ class FinetuneConfig:
 
     def _check(self, name: str, fits: bool, wanted: str) -> None:
         if not fits:
-            raise ValueError(f"{name} must be {wanted}, got {shown(getattr(self, name))}")
+            raise ValueError(f"{name} must be {wanted}, got {in_short(getattr(self, name))}")
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -214,9 +214,9 @@ def canonical(name: str, value: Any) -> Any:
     if name in ("data", "validation") and value is not None:
         several = [value] if isinstance(value, str) else value
         if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
-            raise ValueError(f"{name} must be a text or a list of texts, got {shown(value)}")
+            raise ValueError(f"{name} must be a text or a list of texts, got {in_short(value)}")
         if not several or not all(one.strip() for one in several):
-            raise ValueError(f"{name} must be names, not empty, got {shown(value)}")
+            raise ValueError(f"{name} must be names, not empty, got {in_short(value)}")
         return tuple(several)
     if name == "targets" and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         return ",".join(value)
@@ -229,7 +229,7 @@ def parse_ranks(value: Any) -> dict[str, int]:
     """Target -> rank, from "gate_up=8,q=16", a list of such texts, or a table; nothing for None.
 
     Raises:
-      ValueError: the value is none of these, or has an unknown target, one twice, or a rank below 1.
+      ValueError: the value is not one of these, or has an unknown target, one twice, or a rank below 1.
     """
     wrong = f"ranks must be as gate_up=8,q=16, of {', '.join(TARGETS)}"
     if isinstance(value, Mapping):
@@ -237,14 +237,14 @@ def parse_ranks(value: Any) -> dict[str, int]:
     else:
         texts = [value] if isinstance(value, str) else value or []
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{wrong}, got {shown(value)}")
+            raise ValueError(f"{wrong}, got {in_short(value)}")
         split = [word.partition("=") for text in texts for word in split_words(text)]
         pairs = [(name.strip(), number(rank.strip())) for name, _, rank in split]
     ranks: dict[str, int] = {}
     for name, rank in pairs:
         if name not in TARGETS or name in ranks or type(rank) is not int or not 1 <= rank <= LARGEST:
-            why = "twice" if name in ranks else f"{shown(name)} of rank {shown(rank)}"
-            raise ValueError(f"{wrong}, each once and at least 1, got {why} in {shown(value)}")
+            why = "twice" if name in ranks else f"{in_short(name)} of rank {in_short(rank)}"
+            raise ValueError(f"{wrong}, each once and at least 1, got {why} in {in_short(value)}")
         ranks[name] = rank
     return ranks
 
@@ -259,18 +259,6 @@ def split_words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def shown(value: Any) -> str:
-    """The value as Python writes it, cut where it is long."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return f"a whole number of {value.bit_length()} bits"
-    writer = reprlib.Repr(maxstring=120, maxother=120, maxlist=12, maxdict=12, maxlevel=3)
-    try:
-        text = writer.repr(value)
-        return text if len(text) <= 200 else f"{text[:197]}..."
-    except ValueError:  # a number within it that Python refuses to write
-        return f"a {type(value).__name__} with a number too long to write"
-
-
 def convert(name: str, value: Any, hint: Any) -> Any:
     """The value in its field's type.
 
@@ -282,13 +270,13 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ValueError(f"{name} must be below 1.8e308, got {shown(value)}") from None
+            raise ValueError(f"{name} must be below 1.8e308, got {in_short(value)}") from None
     for kind in allowed:
         if value == kind if isinstance(kind, str) else type(value) is kind:
             return value
     kinds = [kind for kind in allowed if kind is not types.NoneType]
     wanted = ", ".join(repr(kind) if isinstance(kind, str) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{name} must be one of {wanted}, got {shown(value)}")
+    raise ValueError(f"{name} must be one of {wanted}, got {in_short(value)}")
 
 
 def plain_types(hint: Any) -> tuple[Any, ...]:

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jmoe.finetune.guard import check_conversation
+from jmoe.conversations.guard import check_conversation
+from jmoe.conversations.rows import Completion, Conversation, Row, Text, parse
+from jmoe.conversations.sources import open_source
 from jmoe.finetune.pieces import Piece, conversation_pieces
-from jmoe.finetune.rows import Completion, Conversation, Row, Text, parse
-from jmoe.finetune.sources import open_source
 from jmoe.text import encode
 
 
@@ -62,7 +62,7 @@ def read_examples(
     too_long: Literal["error", "skip", "truncate"] = "skip",
     bad_rows: Literal["error", "skip"] = "error",
 ) -> Examples:
-    """The examples of one source of rows or several (jmoe.finetune.sources), one after the other.
+    """The examples of one source of rows or several (jmoe.conversations.sources), one after the other.
 
     Args:
       tokenizer: what jmoe.text.load_tokenizer gives.
@@ -71,7 +71,7 @@ def read_examples(
       bad_rows: whether a row that cannot be read or rendered is an error or is skipped.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: an argument is out of range; a source cannot be read; a row is bad or too long where that is an error,
         named by file and line; no example is left.
       ImportError: a source needs packages that are not installed.

@@ -90,7 +90,9 @@ def read_options(out: Path) -> dict[str, Any]:
     try:
         options = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}), and there is no checkpoint to go on from: {ADVICE}") from error
+        raise ValueError(
+            f"{file} is not JSON ({error}), and there is not a checkpoint to go on from: {ADVICE}"
+        ) from error
     if not isinstance(options, dict):
-        raise ValueError(f"{file} holds no options, and there is no checkpoint to go on from: {ADVICE}")
+        raise ValueError(f"{file} holds no options, and there is not a checkpoint to go on from: {ADVICE}")
     return options

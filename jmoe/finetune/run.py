@@ -92,29 +92,13 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
         standing, notes = go_on(checkpoints.standing(), steps, config)
         for note in notes:
             say(console, note)
-        trainer = Trainer(
-            new_model(config, directory, lora),
-            make_optimizer(config, steps),
-            loss_chunk=config.loss_chunk,
-            dropout=config.lora_dropout,
-            seed=config.seed,
-        )
+        trainer = make_trainer(config, new_model(config, directory, lora), steps)
         say(console, str(trainable_report(trainer.model(trainer.start))).splitlines()[-1])
         state, _ = checkpoints.restore(trainer.start)
         write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
         write(out / BEGUN, day.isoformat())
 
-        adapter, told = out / "adapter", set[str]()
-
-        def save(state: TrainState) -> None:
-            lora = trainer.model(state).lora
-            assert lora is not None
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", AdapterWarning)
-                save_adapter(adapter, lora, base_model=config.model, dropout=config.lora_dropout)
-            for text in {str(warning.message) for warning in caught} - told:  # each save has the same
-                told.add(text)
-                say(console, text)
+        saver = AdapterSaver(out / "adapter", config, trainer, console)
 
         def end_process(status: int) -> None:
             console.show_cursor()
@@ -129,25 +113,64 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
             run = Run(
                 config,
                 trainer,
-                lambda step: stacked(batches.batch(step), config.accumulate),
-                held_out,
-                steps,
-                out,
-                save,
-                experts.before,
-                experts.after,
-                stop,
+                batch=lambda step: in_micro_batches(batches.batch(step), config.accumulate),
+                validation=held_out,
+                steps=steps,
+                out=out,
+                save_adapter=saver.save,
+                before_step=experts.before,
+                after_step=experts.after,
+                stop=stop,
             )
             with display:
                 state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
-            gone = standing.best_loss is not None and not (adapter / "adapter_model.safetensors").is_file()
-            if gone:
-                display.say(f"the best adapter is gone from {adapter}: the last is saved")
             if standing.step:  # else nothing was learnt, and the run begins again
-                if gone or standing.best_loss is None:
-                    save(state)
+                saver.save_last(state, standing, display)
                 plot(out)
-    return Result(ending, standing.step, adapter, standing.best_loss, stop.signal if ending == "interrupted" else None)
+    signal_number = stop.signal if ending == "interrupted" else None
+    return Result(ending, standing.step, saver.directory, standing.best_loss, signal_number)
+
+
+def make_trainer(config: FinetuneConfig, model: GptOss, steps: int) -> Trainer:
+    """The model's trainer for so many steps."""
+    return Trainer(
+        model,
+        make_optimizer(config, steps),
+        loss_chunk=config.loss_chunk,
+        dropout=config.lora_dropout,
+        seed=config.seed,
+    )
+
+
+class AdapterSaver:
+    """Saves a run's adapter in PEFT's format; what is to be said of it is said once."""
+
+    def __init__(self, directory: Path, config: FinetuneConfig, trainer: Trainer, console: Console) -> None:
+        """Nothing is saved yet; the directory may hold what the run saved before it was interrupted."""
+        self.directory = directory
+        self._config = config
+        self._trainer = trainer
+        self._console = console
+        self._told: set[str] = set()
+
+    def save(self, state: TrainState) -> None:
+        """Saves the adapter of this state in place of another; OSError names the file."""
+        lora = self._trainer.model(state).lora
+        assert lora is not None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", AdapterWarning)
+            save_adapter(self.directory, lora, base_model=self._config.model, dropout=self._config.lora_dropout)
+        for text in {str(warning.message) for warning in caught} - self._told:  # each save has the same
+            self._told.add(text)
+            say(self._console, text)
+
+    def save_last(self, state: TrainState, standing: Standing, display: Display) -> None:
+        """Saves the last state's adapter, unless the best one's is there."""
+        gone = standing.best_loss is not None and not (self.directory / "adapter_model.safetensors").is_file()
+        if gone:
+            display.say(f"the best adapter is gone from {self.directory}: the last is saved")
+        if gone or standing.best_loss is None:
+            self.save(state)
 
 
 def go_on(standing: Standing, steps: int, config: FinetuneConfig) -> tuple[Standing, list[str]]:
@@ -195,7 +218,7 @@ def day_begun(out: Path) -> datetime.date:
     Chat templates may write the day, and the data of a run that goes on later must be the same.
 
     Raises:
-      ValueError: begun.txt is no date.
+      ValueError: begun.txt is not a date.
     """
     file = out / BEGUN
     if not file.is_file() or not checkpoint_steps(out):
@@ -203,7 +226,7 @@ def day_begun(out: Path) -> datetime.date:
     try:
         return datetime.date.fromisoformat(file.read_text().strip())
     except ValueError as error:
-        raise ValueError(f"{file} is no date: {error}") from error
+        raise ValueError(f"{file} is not a date: {error}") from error
 
 
 def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None = None) -> GptOss:
@@ -211,14 +234,13 @@ def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None 
     model = load(
         directory,
         dtype=jnp.dtype(config.dtype),
-        recompute=config.remat == "experts",
-        remat=config.remat == "layers",
+        remat=config.remat,
         progress=not config.quiet,
         quantize=config.quantize,
     )
     return model.with_adapters(start_adapter(config, model.config) if lora is None else lora)
 
 
-def stacked(batch: Batch, accumulate: int) -> Batch:
+def in_micro_batches(batch: Batch, accumulate: int) -> Batch:
     """[accumulate * B, T] -> [accumulate, B, T] of each array."""
     return Batch(*(array.reshape(accumulate, -1, array.shape[-1]) for array in batch))

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jmoe.generation.reply import Reply
 from jmoe.gpt_oss.generate import Generated, NotFiniteError, generate
 from jmoe.gpt_oss.model import GptOss
 from jmoe.text import check_vocabulary
 from jmoe.text.channels import ChannelText
+from jmoe.text.reply import Reply
 
 CHUNK = 8
 """Steps between two pieces of streamed text."""
@@ -45,7 +45,7 @@ class Generation:
 
     Attributes:
       stop_strings: a reply's text ends before the first of them; one that is a control token ends it as a token.
-      whole: print all tokens, see jmoe.generation.reply.Reply.
+      whole: print all tokens, see jmoe.text.reply.Reply.
       seed: of all samples.
       own_seeds: whether each request has a seed of its own, made of it and the request's number, so that its samples
         are the same in any batch; else each batch has the seed.
@@ -91,7 +91,7 @@ def answers(
         # Repeated to the size of the other batches, for which a program is compiled.
         rows = [*batch, *[batch[-1]] * (min(how.batch_size, len(requests)) - len(batch))]
         own = [seeds[min(start + i, len(seeds) - 1)] for i in range(len(rows))] if how.own_seeds else how.seed
-        replies = [Reply(tokenizer, how.stop_strings, whole=how.whole) for _ in batch]
+        replies = [Reply(tokenizer, how.stop_strings, form="tokens" if how.whole else "channels") for _ in batch]
         growing = Growing(replies, on_text if start == 0 else None, len(rows))
         try:
             generated = generate(
@@ -127,7 +127,7 @@ class Growing:
     ) -> None:
         self._replies = replies
         self._on_text = on_text or (lambda pieces: None)
-        self._ended = np.ones(rows, bool)  # what is no reply's row may end at once
+        self._ended = np.ones(rows, bool)  # what is not a reply's row may end at once
         self._ended[: len(replies)] = False
 
     def add(self, tokens: np.ndarray, is_text: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
 def why_none(answer: Answer) -> str:
     """Why a reply has no final channel."""
     if answer.finish_reason == "length":
-        return f"cut at {answer.reply.new_tokens} new tokens, see --max-new-tokens"
+        return f"cut at {len(answer.reply.tokens)} new tokens, see --max-new-tokens"
     return f"ended by {answer.stop}"
 
 
@@ -103,7 +103,7 @@ def as_row(prompt: Prompt, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "stop": answer.stop,
         "prompt_tokens": len(answer.request.tokens),
-        "new_tokens": reply.new_tokens,
+        "new_tokens": len(reply.tokens),
     }
 
 
@@ -121,12 +121,12 @@ class RowFile:
 
         Raises:
           FileExistsError: there is something already.
-          FileNotFoundError: there is no folder for it.
+          FileNotFoundError: there is not a folder for it.
         """
         if path.exists() or path.is_symlink():
             raise FileExistsError(f"{path} exists already, and is not overwritten")
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder: {path} cannot be written")
+            raise FileNotFoundError(f"{path.parent} is not a folder: {path} cannot be written")
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{path.parent} may not be written into")
         self._path = path

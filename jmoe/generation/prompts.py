@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jmoe.finetune.guard import check_conversation
-from jmoe.finetune.rows import Conversation
-from jmoe.finetune.sources import open_source
-from jmoe.finetune.tools import read_tools
-from jmoe.finetune.turns import read_turns, shorten
+from jmoe.conversations.guard import check_conversation
+from jmoe.conversations.rows import Conversation
+from jmoe.conversations.sources import open_source
+from jmoe.conversations.tools import read_tools
+from jmoe.conversations.turns import read_turns
+from jmoe.errors import in_short
 from jmoe.text import Message, chat_text, encode
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -84,14 +85,14 @@ def _read(standard_input: BinaryIO) -> str:
 def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
     """The prompts of a file; lines without anything are left out.
 
-    A name that ends in one of ROWS is of rows, read as jmoe.finetune.sources reads them: of each `prompt`, a text or a
-    list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
+    A name that ends in one of ROWS is of rows, read as jmoe.conversations.sources reads them: of each `prompt`, a text
+    or a list of messages, or `messages`; a line of JSON may be a text itself. Other files hold a prompt a line.
 
     Args:
       reserved: names that a row may not have, since its reply has them.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it holds no prompt, or a line none that can be read; the line's number is said.
     """
     prompts = list(_of_lines(file, reserved))
@@ -102,7 +103,7 @@ def from_file(file: Path, *, reserved: Sequence[str] = ()) -> list[Prompt]:
 
 def _of_lines(file: Path, reserved: Sequence[str]) -> Iterator[Prompt]:
     if not file.exists() or file.is_dir():
-        raise FileNotFoundError(f"{file} does not exist, or is no file")
+        raise FileNotFoundError(f"{file} does not exist, or is not a file")
     if file.suffix.lower() in ROWS:
         for record in open_source(file).records:
             try:
@@ -132,7 +133,7 @@ def _of_row(place: str, content: bytes | Mapping[str, Any] | ValueError, reserve
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise ValueError(f"a row must be an object or a text, got {shorten(row)}")
+        raise ValueError(f"a row must be an object or a text, got {in_short(row)}")
     given = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
         raise ValueError(f"a row must have one of {' and '.join(PROMPT_KEYS)}, got the keys {list(row)}")
@@ -153,10 +154,10 @@ def _conversation(name: str, value: Any) -> list[Message]:
 
 
 def tools_of_file(file: Path) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a JSON file lists, in the form that chat templates take; see jmoe.finetune.tools.read_tools.
+    """The functions that a JSON file lists, in the form that chat templates take (jmoe.conversations.tools.read_tools).
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it is not JSON, or not a list of functions with names.
     """
     try:
@@ -176,7 +177,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         parameters = tool["function"].get("parameters")
         properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
         if parameters is not None and not isinstance(properties, dict):
-            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {shorten(parameters)}")
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, got {in_short(parameters)}")
     return tools
 
 

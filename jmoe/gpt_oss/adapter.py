@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from jmoe.gpt_oss.delta import delta_report, findings
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, TARGETS, LoraWeights, sizes
 
 
-class Factors(NamedTuple):
+class TargetFactors(NamedTuple):
     """One layer's LoRA on one target: a [A, (E,) r, K], b [A, (E,) N, r], scale float32 [A]."""
 
     a: Array
@@ -103,7 +103,7 @@ def read_adapter(adapter: AdapterFile) -> LoraWeights:
     Raises:
       ValueError: it has LoRA on nothing.
     """
-    found: dict[str, list[Factors | None]] = {
+    found: dict[str, list[TargetFactors | None]] = {
         target: [one_factors(adapter, layer, target) for layer in range(adapter.sizes.layers)] for target in TARGETS
     }
     if not adapter.pairs:
@@ -112,16 +112,16 @@ def read_adapter(adapter: AdapterFile) -> LoraWeights:
     return stack_factors(found)
 
 
-def one_factors(adapter: AdapterFile, layer: int, target: str) -> Factors | None:
+def one_factors(adapter: AdapterFile, layer: int, target: str) -> TargetFactors | None:
     """One target of one layer, as one adapter of several."""
     read = adapter.read(layer, target)
     if read is None:
         return None
     scale = np.array([read.scale], np.float32)
-    return Factors(jnp.asarray(read.a[None]), jnp.asarray(read.b[None]), jnp.asarray(scale))
+    return TargetFactors(jnp.asarray(read.a[None]), jnp.asarray(read.b[None]), jnp.asarray(scale))
 
 
-def warn_of_settings(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> None:
+def warn_of_settings(adapter: AdapterFile, found: dict[str, list[TargetFactors | None]]) -> None:
     """Warns where adapter_config.json and the file do not have LoRA on the same."""
     said = []
     if missing := list(missing_targets(adapter, found)):
@@ -136,12 +136,12 @@ def warn_of_settings(adapter: AdapterFile, found: dict[str, list[Factors | None]
         warnings.warn(f"{adapter.file} has {'; and '.join(said)}", AdapterWarning, stacklevel=4)
 
 
-def untargeted_modules(settings: Settings, found: dict[str, list[Factors | None]]) -> Iterator[str]:
+def untargeted_modules(settings: Settings, found: dict[str, list[TargetFactors | None]]) -> Iterator[str]:
     """The names of attention's modules with LoRA that adapter_config.json does not list."""
     for target in ATTENTION:
         for layer, factors in enumerate(found[target]):
-            if factors is not None and not settings.lists_module(module_name(layer, target)):
-                yield module_name(layer, target)
+            if factors is not None and not settings.lists_module(attention_module_name(layer, target)):
+                yield attention_module_name(layer, target)
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -149,12 +149,12 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def module_name(layer: int, target: str) -> str:
+def attention_module_name(layer: int, target: str) -> str:
     """The name by which PEFT knows a linear module of attention."""
     return f"model.layers.{layer}.self_attn.{target}_proj"
 
 
-def missing_targets(adapter: AdapterFile, found: dict[str, list[Factors | None]]) -> Iterator[str]:
+def missing_targets(adapter: AdapterFile, found: dict[str, list[TargetFactors | None]]) -> Iterator[str]:
     """The names of what has LoRA by adapter_config.json and has none here; jmoe has none on some of it."""
     settings = adapter.settings
     yield from filter(settings.lists_module, ("lm_head", "model.embed_tokens"))
@@ -163,7 +163,7 @@ def missing_targets(adapter: AdapterFile, found: dict[str, list[Factors | None]]
         if target in EXPERTS:
             yield from (parameter_name(layer, target) for layer in layers if lists_experts(adapter, layer, target))
         else:
-            yield from filter(settings.lists_module, (module_name(layer, target) for layer in layers))
+            yield from filter(settings.lists_module, (attention_module_name(layer, target) for layer in layers))
     routers = (f"model.layers.{layer}.mlp.router.weight" for layer in range(len(found["q"])))
     yield from filter(settings.lists_parameter, routers)
 
@@ -195,26 +195,33 @@ def check_change(file: Path, lora: LoraWeights) -> None:
         warnings.warn(f"{file} changes only part of what it has LoRA on:\n  {lines}", AdapterWarning, stacklevel=3)
 
 
-def stack_factors(found: dict[str, list[Factors | None]]) -> LoraWeights:
+def stack_factors(found: dict[str, list[TargetFactors | None]]) -> LoraWeights:
     """All layers' factors, one on another, of the targets that have any."""
     stacked = {target: stack(factors) for target, factors in found.items() if any(f is not None for f in factors)}
-    return LoraWeights(*({target: getattr(f, field) for target, f in stacked.items()} for field in Factors._fields))
+    return lora_weights(stacked)
 
 
-def stack(factors: Sequence[Factors | None]) -> Factors:
+def lora_weights(factors: Mapping[str, TargetFactors]) -> LoraWeights:
+    """All targets' factors, field by field."""
+    return LoraWeights(
+        *({target: getattr(f, field) for target, f in factors.items()} for field in TargetFactors._fields)
+    )
+
+
+def stack(factors: Sequence[TargetFactors | None]) -> TargetFactors:
     """One target's factors with a leading axis for the layers."""
     padded = alike(factors)
-    zero = Factors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
-    return Factors(*(jnp.stack([getattr(f or zero, field) for f in padded]) for field in Factors._fields))
+    zero = TargetFactors(*(jnp.zeros_like(leaf) for leaf in next(f for f in padded if f is not None)))
+    return TargetFactors(*(jnp.stack([getattr(f or zero, field) for f in padded]) for field in TargetFactors._fields))
 
 
-def alike(factors: Sequence[Factors | None]) -> list[Factors | None]:
+def alike(factors: Sequence[TargetFactors | None]) -> list[TargetFactors | None]:
     """The factors padded to the largest rank, in dtypes that hold all."""
     present = [f for f in factors if f is not None]
     rank = max(f.a.shape[-2] for f in present)
     dtype_a, dtype_b = (jnp.result_type(*(getattr(f, part).dtype for f in present)) for part in ("a", "b"))
     return [
-        None if f is None else Factors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
+        f and TargetFactors(pad(f.a.astype(dtype_a), -2, rank), pad(f.b.astype(dtype_b), -1, rank), f.scale)
         for f in factors
     ]
 
@@ -242,7 +249,7 @@ def stack_adapters(adapters: Sequence[LoraWeights]) -> LoraWeights:
         raise ValueError(f"adapters must be for models of one size, got (layers, hidden) {sorted(models)}")
     targets = [target for target in TARGETS if any(target in adapter.a for adapter in adapters)]
     joined = {target: join([factors_of(adapter, target) for adapter in adapters], target) for target in targets}
-    return LoraWeights(*({target: getattr(f, field) for target, f in joined.items()} for field in Factors._fields))
+    return lora_weights(joined)
 
 
 def hidden_size(adapter: LoraWeights, target: str) -> int:
@@ -250,12 +257,12 @@ def hidden_size(adapter: LoraWeights, target: str) -> int:
     return adapter.b[target].shape[-2] if target in ("o", "down") else adapter.a[target].shape[-1]
 
 
-def factors_of(adapter: LoraWeights, target: str) -> Factors | None:
+def factors_of(adapter: LoraWeights, target: str) -> TargetFactors | None:
     """All layers' factors on one target, or None; the arrays' second axis counts adapters."""
-    return Factors(adapter.a[target], adapter.b[target], adapter.scale[target]) if target in adapter.a else None
+    return TargetFactors(adapter.a[target], adapter.b[target], adapter.scale[target]) if target in adapter.a else None
 
 
-def join(factors: Sequence[Factors | None], target: str) -> Factors:
+def join(factors: Sequence[TargetFactors | None], target: str) -> TargetFactors:
     """One target's factors along the adapter axis."""
     present = [f for f in factors if f is not None]
     sizes_of = {(f.a.shape[0], *f.a.shape[2:-2], f.a.shape[-1], f.b.shape[-2]) for f in present}
@@ -265,5 +272,7 @@ def join(factors: Sequence[Factors | None], target: str) -> Factors:
         )
     padded = alike(factors)
     first = next(f for f in padded if f is not None)
-    zero = Factors(*(jnp.zeros_like(leaf[:, :1]) for leaf in first))
-    return Factors(*(jnp.concatenate([getattr(f or zero, field) for f in padded], axis=1) for field in Factors._fields))
+    zero = TargetFactors(*(jnp.zeros_like(leaf[:, :1]) for leaf in first))
+    return TargetFactors(
+        *(jnp.concatenate([getattr(f or zero, field) for f in padded], axis=1) for field in TargetFactors._fields)
+    )

@@ -17,7 +17,7 @@ from jmoe.checkpoint import Checkpoint, load_moe_layer
 from jmoe.gpt_oss.adapter import check_change, model_sizes, read_adapter
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.delta import DeltaReport, delta_report
-from jmoe.gpt_oss.merge import Factors, Merged, Sums, add_to_matrix, merged, own_factors
+from jmoe.gpt_oss.merge import LowRankDelta, Merged, Sums, add_to_matrix, layer_deltas, merged
 from jmoe.gpt_oss.weights import ATTENTION, TARGETS, LoraWeights
 
 LAYERS, EXPERTS = 3, 4
@@ -160,7 +160,7 @@ def sample(checkpoint: Checkpoint, lora: LoraWeights) -> dict[str, Sample]:
     layers = {target: spread(np.flatnonzero(np.asarray(scale)[:, 0]), LAYERS) for target, scale in lora.scale.items()}
     sums: dict[str, list[tuple[Sums, float]]] = {}
     for layer in sorted({layer for chosen in layers.values() for layer in chosen}):
-        factors = {target: own for target, own in own_factors(lora, layer, 0).items() if layer in layers[target]}
+        factors = {target: own for target, own in layer_deltas(lora, layer, 0).items() if layer in layers[target]}
         experts = None
         if any(target not in ATTENTION for target in factors):
             experts = load_moe_layer(checkpoint, layer, on_host=True).experts
@@ -171,7 +171,7 @@ def sample(checkpoint: Checkpoint, lora: LoraWeights) -> dict[str, Sample]:
                 continue
             weight = getattr(experts, target)
             for expert in spread(range(own.a.shape[0]), EXPERTS):
-                one = Factors(own.a[expert], own.b[expert], own.scale)
+                one = LowRankDelta(own.a[expert], own.b[expert], own.scale)
                 of_expert = jax.tree.map(lambda leaf, expert=expert: leaf[expert], weight)
                 sums.setdefault(target, []).append(sums_of(of_expert, one))
     found = {}
@@ -182,7 +182,7 @@ def sample(checkpoint: Checkpoint, lora: LoraWeights) -> dict[str, Sample]:
     return found
 
 
-def sums_of(weight: object, factors: Factors) -> tuple[Sums, float]:
+def sums_of(weight: object, factors: LowRankDelta) -> tuple[Sums, float]:
     """(the sums of a weight with its delta, the weight's squared norm)."""
     weight = jax.tree.map(jnp.asarray, weight)
     _, sums = add_to_matrix(weight, factors, requantize=False)

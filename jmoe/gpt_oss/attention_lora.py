@@ -15,7 +15,7 @@ from jmoe.gpt_oss.weights import LoraWeights, sizes, take
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class ProductLora:
     """A adapters on one product, of all layers or without the leading axis of one; a pytree.
 
     a: [L, A, r, K]; scale: float32 [L, A, r]; b: [L, A, N, r]; r counts the ranks of all targets.
@@ -33,8 +33,8 @@ class Factors:
 class AttentionLora:
     """On the product of q, k and v, and on that of o; None without; a pytree."""
 
-    qkv: Factors | None
-    o: Factors | None
+    qkv: ProductLora | None
+    o: ProductLora | None
 
     @classmethod
     def of(cls, lora: LoraWeights | None, config: Config, dtype: DTypeLike) -> Self | None:
@@ -48,7 +48,7 @@ class AttentionLora:
         return jax.tree.map(functools.partial(take, index=index), self)
 
 
-def join(lora: LoraWeights, names: tuple[str, ...], config: Config, dtype: DTypeLike) -> Factors | None:
+def join(lora: LoraWeights, names: tuple[str, ...], config: Config, dtype: DTypeLike) -> ProductLora | None:
     """The targets' factors as those of one product whose rows follow each other: ranks side by side, B in blocks."""
     if not any(name in lora.a for name in names):
         return None
@@ -63,4 +63,4 @@ def join(lora: LoraWeights, names: tuple[str, ...], config: Config, dtype: DType
         before += n
     joined = [jnp.concatenate(parts, axis=axis) for parts, axis in ((a, 2), (scale, 2), (columns, 3))]
     ranks = tuple(part.shape[2] for part in a)
-    return Factors(joined[0].astype(dtype), joined[1], joined[2].astype(dtype), ranks)
+    return ProductLora(joined[0].astype(dtype), joined[1], joined[2].astype(dtype), ranks)

@@ -44,14 +44,14 @@ def fill(
     lengths: Int32[Array, " B"],
 ) -> Float[Array, "L B M S 2D"]:
     """The entries with one layer's prompts of these lengths, padded at their ends to T."""
-    position = held_positions(lengths - 1, entries.shape[3])
+    position = slot_positions(lengths - 1, entries.shape[3])
     there = jnp.clip(position, 0, keys.shape[1] - 1)[:, None, :, None]
     both = jnp.swapaxes(jnp.concatenate([keys, values], axis=-1), 1, 2)
-    held = jnp.take_along_axis(both, there, axis=2).astype(entries.dtype)
-    return lax.dynamic_update_index_in_dim(entries, held, layer, axis=0)
+    updated = jnp.take_along_axis(both, there, axis=2).astype(entries.dtype)
+    return lax.dynamic_update_index_in_dim(entries, updated, layer, axis=0)
 
 
-def held_positions(last: Int32[Array, " B"], size: int) -> Int32[Array, "B S"]:
+def slot_positions(last: Int32[Array, " B"], size: int) -> Int32[Array, "B S"]:
     """The token at each slot once token `last` is in; negative where there is none yet."""
     return last[:, None] - (last[:, None] - jnp.arange(size)[None, :]) % size
 

@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import BLOCK, attend_to_seen
-from jmoe.gpt_oss.cache import held_positions
+from jmoe.gpt_oss.cache import slot_positions
 
 
 def attend_chunk(
@@ -32,7 +32,7 @@ def attend_chunk(
     old = lax.dynamic_index_in_dim(entries, layer, keepdims=False)
     new = jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2).astype(entries.dtype)
     keys, values = jnp.split(jnp.swapaxes(jnp.concatenate([old, new], axis=2), 1, 2), 2, axis=-1)
-    before = held_positions(jnp.minimum(lengths, start) - 1, size)
+    before = slot_positions(jnp.minimum(lengths, start) - 1, size)
     own = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     key_positions = jnp.concatenate([before, own], axis=1)
     block = min(BLOCK, chunk)
@@ -52,8 +52,8 @@ def attend_chunk(
 
     out = lax.map(one_block, (jnp.arange(blocks), queries))
     out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, heads, dim)[:, :chunk]
-    held = extend(old, new, start, lengths)
-    return out, lax.dynamic_update_index_in_dim(entries, held, layer, axis=0)
+    updated = extend(old, new, start, lengths)
+    return out, lax.dynamic_update_index_in_dim(entries, updated, layer, axis=0)
 
 
 def extend(
@@ -61,6 +61,6 @@ def extend(
 ) -> Float[Array, "B M S 2D"]:
     """One layer's entries with the tokens from `start` on, as far as the prompts' lengths go."""
     chunk = new.shape[2]
-    place = held_positions(jnp.minimum(lengths, start + chunk) - 1, old.shape[2]) - start
+    place = slot_positions(jnp.minimum(lengths, start + chunk) - 1, old.shape[2]) - start
     there = jnp.clip(place, 0, chunk - 1)[:, None, :, None]
     return jnp.where((place >= 0)[:, None, :, None], jnp.take_along_axis(new, there, axis=2), old)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from jmoe.checkpoint import config_file
-from jmoe.checkpoint.config_file import LARGEST_INT, model_entries, number, read_json, shown
+from jmoe.checkpoint.config_file import LARGEST_INT, in_json, model_entries, number, read_json
 from jmoe.gpt_oss.rope_settings import Rope, read_rope
 
 RELEASED_STOP_TOKENS = (200002, 199999, 200012)
@@ -79,7 +79,7 @@ class Config(config_file.Config):
         stop_tokens are those of generation_config.json where it is there.
 
         Raises:
-          FileNotFoundError: there is no config.json.
+          FileNotFoundError: config.json is missing.
           ValueError: a field is missing or not one that this model has; an unknown kind of rope, of quantisation or of
             layer, each named with its value.
         """
@@ -107,7 +107,7 @@ class Config(config_file.Config):
             fields["eos_token_id"] = tokens[0]
         if isinstance(padding := entries.get("pad_token_id"), int):
             if abs(padding) > LARGEST_INT:
-                raise ValueError(f"{file}: pad_token_id must be a token id, got {shown(padding)}")
+                raise ValueError(f"{file}: pad_token_id must be a token id, got {in_json(padding)}")
             fields["pad_token_id"] = padding
         config = cls(**dataclasses.asdict(sizes), **fields)
         return dataclasses.replace(config, stop_tokens=stop_tokens(path, config))
@@ -122,7 +122,7 @@ def positive_int(file: Path, entries: dict[str, Any], name: str) -> int:
     """An entry that must be there and be one."""
     value = number(entries.get(name), int)
     if value is None:
-        raise ValueError(f"{file}: {name} must be a positive int, got {shown(entries.get(name))}")
+        raise ValueError(f"{file}: {name} must be a positive int, got {in_json(entries.get(name))}")
     return value
 
 
@@ -144,7 +144,7 @@ def stop_tokens(path: str | os.PathLike[str], config: Config) -> tuple[int, ...]
     config.json of the released models lists <|return|> alone, which then stands for RELEASED_STOP_TOKENS.
 
     Raises:
-      ValueError: a file is no JSON object, or its eos_token_id neither a token id nor a list of them.
+      ValueError: a file is not a JSON object, or its eos_token_id neither a token id nor a list of them.
     """
     name = "eos_token_id"
     generation, model = Path(path) / "generation_config.json", Path(path) / "config.json"
@@ -173,7 +173,7 @@ def token_ids(file: Path, name: str, value: Any) -> tuple[int, ...]:
         return ()
     tokens = value if isinstance(value, list) else [value]
     if not all(type(token) is int and 0 <= token <= LARGEST_INT for token in tokens):
-        raise ValueError(f"{file}: {name} must be a token id or a list of them, got {shown(value)}")
+        raise ValueError(f"{file}: {name} must be a token id or a list of them, got {in_json(value)}")
     return tuple(tokens)
 
 
@@ -195,13 +195,13 @@ def check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Raises ValueError if a setting asks for another model than this."""
     for name, values in KNOWN.items():
         if name in entries and entries[name] not in values:
-            raise ValueError(f"{file}: {name} must be {shown(values[0])}, got {shown(entries[name])}")
+            raise ValueError(f"{file}: {name} must be {in_json(values[0])}, got {in_json(entries[name])}")
     for name in ("quantization_config", "compression_config"):
         given = entries.get(name)
         method = given.get("quant_method", given.get("method")) if isinstance(given, dict) else given
         if given and (method != "mxfp4" or name != "quantization_config"):
             raise ValueError(
-                f'{file}: {name}.quant_method must be "mxfp4", got {shown(method)}; save the model dequantised'
+                f'{file}: {name}.quant_method must be "mxfp4", got {in_json(method)}; save the model dequantised'
             )
 
 
@@ -211,8 +211,10 @@ def layer_types(file: Path, entries: dict[str, Any], layers: int) -> tuple[Layer
     if types is None:
         return alternating(layers)
     if not isinstance(types, list) or len(types) != layers:
-        raise ValueError(f"{file}: layer_types must list num_hidden_layers = {layers} kinds, got {shown(types)}")
+        raise ValueError(f"{file}: layer_types must list num_hidden_layers = {layers} kinds, got {in_json(types)}")
     for kind in types:
         if kind not in ("sliding_attention", "full_attention"):
-            raise ValueError(f'{file}: layer_types must be "sliding_attention" or "full_attention", got {shown(kind)}')
+            raise ValueError(
+                f'{file}: layer_types must be "sliding_attention" or "full_attention", got {in_json(kind)}'
+            )
     return tuple(types)

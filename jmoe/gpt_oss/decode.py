@@ -11,13 +11,14 @@ from jmoe.gpt_oss.attention import attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
 from jmoe.gpt_oss.chunked import attend_chunk
-from jmoe.gpt_oss.model import CarriedAttention, GptOss, check_range, check_tokens, positions_in_segments
+from jmoe.gpt_oss.layer import LayerAttention, Place
+from jmoe.gpt_oss.model import GptOss, Inputs, check_range, check_tokens, positions_in_segments
 from jmoe.gpt_oss.rope import Heads
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodeState:
     """Sequences so far; a pytree of static shapes.
 
     cache: see jmoe.gpt_oss.cache.
@@ -32,6 +33,46 @@ class Decoding:
     attention_lora: AttentionLora | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptAttention(LayerAttention[Array]):
+    """Attention to tokens of whole prompts, which go into the cache."""
+
+    windows: tuple[int | None, ...]
+    lengths: Int32[Array, " B"]
+
+    def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
+        """(each query's values, the cache's entries with the layer's)."""
+        q, k, v = heads.rotated()
+        attended = attend(q, k, v, sinks, window=self.windows[place.within])
+        return attended, fill(state, place.group, k, v, self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkAttention(LayerAttention[Array]):
+    """Attention to the cache and to tokens of a chunk of prompts, which go into it."""
+
+    windows: tuple[int | None, ...]
+    start: Int32[Array, ""]
+    lengths: Int32[Array, " B"]
+
+    def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
+        """(each query's values, the cache's entries with the layer's)."""
+        window = self.windows[place.within]
+        return attend_chunk(*heads.rotated(), sinks, state, place.group, self.start, self.lengths, window=window)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedAttention(LayerAttention[Array]):
+    """Attention of each sequence's next token to the cache. Sinks are read in place from all layers'."""
+
+    sinks: Float[Array, "layers N"]
+    position: Int32[Array, " B"]
+
+    def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
+        """(each query's values, the cache's entries with the token's)."""
+        return attend_cached(heads, self.sinks, place.number, state, place.group, self.position)
+
+
 def prefill(
     model: GptOss,
     tokens: Int32[Array, "B T"],
@@ -40,8 +81,8 @@ def prefill(
     capacity: int,
     adapter_ids: Int32[Array, " B"] | None = None,
     prefill_chunk: int | None = None,
-) -> tuple[Float[Array, "B V"], Decoding]:
-    """(float32 logits of each prompt's last token, what decoding goes on from).
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """(float32 logits of each prompt's last token, what decode goes on from).
 
     Args:
       tokens: prompts, padded at their ends with any tokens of the vocabulary.
@@ -68,7 +109,7 @@ def prefill(
         last, cache = at_once(model, tokens, lengths, ids, cache, attention_lora)
     else:
         last, cache = in_chunks(model, tokens, lengths, ids, cache, attention_lora, prefill_chunk)
-    return model.logits(last[:, None])[:, 0], Decoding(cache, lengths, adapter_ids, attention_lora)
+    return model.logits(last[:, None])[:, 0], DecodeState(cache, lengths, adapter_ids, attention_lora)
 
 
 def at_once(
@@ -80,23 +121,9 @@ def at_once(
     attention_lora: AttentionLora | None,
 ) -> tuple[Float[Array, "B H"], Cache]:
     """(what `hidden` has at each prompt's last token, the cache of the prompts)."""
-
-    def attention(window: int | None) -> CarriedAttention:
-        def attend_and_keep(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple[Array, Array]:
-            q, k, v = heads.rotated()
-            return attend(q, k, v, sinks, window=window), fill(state, group, k, v, lengths)
-
-        return attend_and_keep
-
-    hidden, cache = model.through_layers(
-        tokens,
-        positions_in_segments(tokens.shape, None),
-        adapter_ids,
-        [attention(window) for window in model.config.windows],
-        cache,
-        inference=True,
-        attention_lora=attention_lora,
-    )
+    inputs = Inputs(tokens, positions_in_segments(tokens.shape, None), adapter_ids)
+    attention = PromptAttention(model.config.windows, lengths)
+    hidden, cache = model.run_layers_in_place(inputs, attention, cache, attention_lora)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
@@ -121,22 +148,9 @@ def in_chunks(
     def step(carry: tuple[Array, Cache], inputs: tuple[Array, Array, Array | None]) -> tuple[tuple[Array, Cache], None]:
         last, cache = carry
         start, tokens, ids = inputs
-
-        def attention(window: int | None) -> CarriedAttention:
-            def attend_and_keep(heads: Heads, sinks: Array, state: Array, group: Array) -> tuple[Array, Array]:
-                return attend_chunk(*heads.rotated(), sinks, state, group, start, lengths, window=window)
-
-            return attend_and_keep
-
-        hidden, cache = model.through_layers(
-            tokens,
-            jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape),
-            ids,
-            [attention(window) for window in model.config.windows],
-            cache,
-            inference=True,
-            attention_lora=attention_lora,
-        )
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        attention = ChunkAttention(model.config.windows, start, lengths)
+        hidden, cache = model.run_layers_in_place(Inputs(tokens, positions, ids), attention, cache, attention_lora)
         place = lengths - 1 - start
         here = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache), None
@@ -146,30 +160,13 @@ def in_chunks(
     return lax.scan(step, (nothing, cache), inputs)[0]
 
 
-def decode(model: GptOss, tokens: Int32[Array, " B"], state: Decoding) -> tuple[Float[Array, "B V"], Decoding]:
+def decode(model: GptOss, tokens: Int32[Array, " B"], state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
     """(float32 logits after each sequence's next token, the sequences with it).
 
     A sequence may not come to have more tokens than the capacity that prefill was given: the first would be lost.
     """
-
-    sinks, position = model.layers.get_value().sinks, state.lengths
-
-    def attention(place: int) -> CarriedAttention:
-        """Of a layer at this place in its group; its sinks are read in place."""
-
-        def attend_and_keep(heads: Heads, _: Array, state: Array, group: Array) -> tuple[Array, Array]:
-            return attend_cached(heads, sinks, group * model.period + place, state, group, position)
-
-        return attend_and_keep
-
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
-    hidden, cache = model.through_layers(
-        tokens[:, None],
-        state.lengths[:, None],
-        ids,
-        [attention(place) for place in range(model.period)],
-        state.cache,
-        inference=True,
-        attention_lora=state.attention_lora,
-    )
+    attention = CachedAttention(model.layers.get_value().sinks, state.lengths)
+    inputs = Inputs(tokens[:, None], state.lengths[:, None], ids)
+    hidden, cache = model.run_layers_in_place(inputs, attention, state.cache, state.attention_lora)
     return model.logits(hidden)[:, 0], dataclasses.replace(state, cache=cache, lengths=state.lengths + 1)

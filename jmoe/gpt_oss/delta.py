@@ -65,7 +65,7 @@ def delta_report(lora: LoraWeights, *, adapter: int = 0) -> DeltaReport:
     adapter: which of those that stand side by side.
 
     Raises:
-      ValueError: there is no such adapter.
+      ValueError: the adapter does not exist.
     """
     adapters = next(iter(lora.scale.values())).shape[1]
     if not 0 <= adapter < adapters:

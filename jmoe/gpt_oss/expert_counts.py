@@ -1,11 +1,14 @@
 """How many tokens each expert is given."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from jmoe.gpt_oss.attention import Implementation
 from jmoe.gpt_oss.flash_attention import SEGMENTS
-from jmoe.gpt_oss.model import GptOss, attentions_within, positions_in_segments
+from jmoe.gpt_oss.layer import Place
+from jmoe.gpt_oss.model import AttentionWithin, GptOss, Inputs, positions_in_segments
 from jmoe.ops.routing import route
 
 
@@ -21,20 +24,25 @@ def expert_counts(
 ) -> Int32[Array, "L E"]:
     """Of the tokens `counted`, how many chose each expert of each layer; the other arguments as in GptOss.hidden."""
     config = model.config
-
-    def observe(router_logits: Array, state: Array, group: Array) -> Array:
-        chosen = route(router_logits.reshape(-1, config.num_local_experts), config.num_experts_per_tok).experts
-        ones = jnp.broadcast_to(counted.reshape(-1, 1), chosen.shape).astype(jnp.int32)
-        return state.at[group, chosen].add(ones)
-
     groups = config.num_hidden_layers // model.period
     nothing = jnp.zeros((groups, config.num_local_experts), jnp.int32)
-    _, counts = model.through_layers(
-        tokens,
-        positions_in_segments(tokens.shape, segment_ids),
-        adapter_ids,
-        attentions_within(config, segment_ids, attention, most_segments),
-        [nothing] * model.period,
-        observe=observe,
+    counting = CountingAttention(
+        config.windows, segment_ids, attention, most_segments, counted=counted, top_k=config.num_experts_per_tok
     )
+    inputs = Inputs(tokens, positions_in_segments(tokens.shape, segment_ids), adapter_ids)
+    _, counts = model.run_layers(inputs, counting, (nothing,) * model.period)
     return jnp.stack(counts, axis=1).reshape(config.num_hidden_layers, config.num_local_experts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountingAttention(AttentionWithin):
+    """Attention that carries counts [groups, E] of the experts that the tokens `counted` chose."""
+
+    counted: Bool[Array, "B T"]
+    top_k: int
+
+    def observe(self, router_logits: Array, state: Array, place: Place) -> Array:
+        """The counts with one layer's."""
+        chosen = route(router_logits.reshape(-1, router_logits.shape[-1]), self.top_k).experts
+        ones = jnp.broadcast_to(self.counted.reshape(-1, 1), chosen.shape).astype(jnp.int32)
+        return state.at[place.group, chosen].add(ones)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from jmoe.gpt_oss.config import warn_past_positions
-from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.decode import DecodeState, decode, prefill
 from jmoe.gpt_oss.model import GptOss, check_tokens
 from jmoe.gpt_oss.sample import Sampling, choose
 
@@ -49,7 +49,7 @@ class Progress(NamedTuple):
     """
 
     logits: Float[Array, "B V"]
-    decoding: Decoding
+    state: DecodeState
     done: Bool[Array, " B"]
     key: PRNGKeyArray
     seen: Bool[Array, "B V"] | None = None
@@ -115,10 +115,10 @@ def generate(
     check_tokens(jnp.asarray(tokens), ids, model.lora, model.config.vocab_size)
     capacity = width + -(-max_new_tokens // 64) * 64
     began = time.perf_counter()
-    logits, decoding = jax.block_until_ready(start(model, tokens, lengths, ids, capacity, prefill_chunk))
+    logits, state = jax.block_until_ready(start(model, tokens, lengths, ids, capacity, prefill_chunk))
     prefill_seconds = time.perf_counter() - began
     seen = None if sampling.repetition_penalty is None else jnp.asarray(tokens_of(prompts, model.config.vocab_size))
-    progress = Progress(logits, decoding, jnp.zeros(len(prompts), bool), key, seen)
+    progress = Progress(logits, state, jnp.zeros(len(prompts), bool), key, seen)
     found: list[np.ndarray] = []
     texts: list[np.ndarray] = []
     chunks: list[tuple[int, float]] = []
@@ -205,7 +205,7 @@ def check_options(model: GptOss, prompts: Sequence[Sequence[int]], max_new_token
 
 def _start(
     model: GptOss, tokens: Array, lengths: Array, adapter_ids: Array | None, capacity: int, prefill_chunk: int | None
-) -> tuple[Float[Array, "B V"], Decoding]:
+) -> tuple[Float[Array, "B V"], DecodeState]:
     """prefill by positions of its arguments."""
     return prefill(model, tokens, lengths, capacity=capacity, adapter_ids=adapter_ids, prefill_chunk=prefill_chunk)
 
@@ -225,13 +225,13 @@ def _advance(
         done = progress.done | jnp.isin(token, stop)
         known = jnp.minimum(token, model.config.vocab_size - 1)
         seen = None if progress.seen is None else progress.seen.at[jnp.arange(len(known)), known].set(True)
-        logits, decoding = decode(model, known, progress.decoding)
-        return Progress(logits, decoding, done, key, seen), (token, ~done, finite)
+        logits, state = decode(model, known, progress.state)
+        return Progress(logits, state, done, key, seen), (token, ~done, finite)
 
     progress, (tokens, text, finite) = lax.scan(step, progress, None, length=steps)
     return tokens, text, finite, progress
 
 
 # By jax.jit: nnx.jit returns every variable from the program, for which XLA copies the whole model at each call.
-start: Callable[..., tuple[Array, Decoding]] = jax.jit(_start, static_argnums=(4, 5))
+start: Callable[..., tuple[Array, DecodeState]] = jax.jit(_start, static_argnums=(4, 5))
 advance: Callable[..., tuple[Array, Array, Array, Progress]] = jax.jit(_advance, static_argnums=4, donate_argnums=1)

@@ -1,29 +1,84 @@
 """One transformer layer of gpt-oss as a function of its weights."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
+from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.lora_dropout import LoraDropout, shrink_dropped
 from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import Heads
-from jmoe.gpt_oss.weights import LayerWeights, Linear
+from jmoe.gpt_oss.weights import LayerWeights, Linear, slice_layers
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
 from jmoe.ops.norm import rms_norm
 
-type Attention[S] = Callable[[Heads, Array], tuple[Array, S]]
+type Remat = Literal["nothing", "experts", "layers"]
+"""What the backward pass computes again: nothing; experts' first product, as jmoe.moe does with recompute; or whole
+layers, of which it keeps the input alone."""
+
+
+class Place(NamedTuple):
+    """Which layer: that at `within` of a group; groups are counted, and `number` counts all layers."""
+
+    group: Int32[Array, ""]
+    within: int
+    number: Int32[Array, ""]
+
+
+class LayerAttention[S](Protocol):
+    """Attention of one call's layers, and what it carries from a group of layers to the next."""
+
+    def attend(
+        self, heads: Heads, sinks: Float[Array, " N"], state: S, place: Place
+    ) -> tuple[Float[Array, "B T N D"], S]:
+        """(each query's values, the state with what is kept of keys and values)."""
+
+    def observe(self, router_logits: Float[Array, "B T E"], state: S, place: Place) -> S:
+        """The state with what is kept of a layer's router."""
+        return state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerLora:
+    """LoRA of all layers, or of one; None without; a pytree."""
+
+    attention: AttentionLora | None
+    experts: Lora | None
+
+    def layer(self, index: Int32[Array, ""] | int) -> Self:
+        """One layer's on attention; that on experts remains of all layers, as it is read in place."""
+        return dataclasses.replace(self, attention=self.attention and self.attention.layer(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall[S]:
+    """What is the same in every layer of one call.
+
+    rotary: (cosine, sine) [B, T, D/2] of the tokens' positions.
+    remat: what the backward pass computes again.
+    dropout: of the inputs of LoRA on attention, in training.
+    """
+
+    config: Config
+    attention: LayerAttention[S]
+    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]
+    adapter_ids: Int32[Array, "B T"] | None
+    remat: Remat = "nothing"
+    dropout: LoraDropout | None = None
 
 
 def linear(
     x: Float[Array, "B T K"],
     weights: Linear,
-    lora: Factors | None = None,
+    lora: ProductLora | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
     dropout: LoraDropout | None = None,
 ) -> Float[Array, "B T N"]:
@@ -45,7 +100,9 @@ def shrink(x: Float[Array, "B T K"], a: Float[Array, "R K"], scale: Float[Array,
     return (product("btk,rk->btr", x, a) * scale).astype(x.dtype)
 
 
-def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T N"]:
+def delta(
+    x: Float[Array, "B T K"], lora: ProductLora, adapter_ids: Int32[Array, "B T"] | None
+) -> Float[Array, "B T N"]:
     """What each token's own adapter adds, in float32."""
 
     def of_one(a: Array, scale: Array, b: Array) -> Array:
@@ -54,7 +111,7 @@ def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B 
     if adapter_ids is None:
         return of_one(lora.a[0], lora.scale[0], lora.b[0])
 
-    def add(total: Array, adapter: tuple[Array, Factors]) -> tuple[Array, None]:
+    def add(total: Array, adapter: tuple[Array, ProductLora]) -> tuple[Array, None]:
         index, own = adapter
         # Selected, not multiplied by zero: another adapter may hold NaN. Unused, it is zero for gradients' sake.
         mine = (adapter_ids == index)[..., None]
@@ -70,64 +127,38 @@ def delta(x: Float[Array, "B T K"], lora: Factors, adapter_ids: Int32[Array, "B 
 
 
 def layer[S](
-    x: Float[Array, "B T H"],
-    weights: LayerWeights,
-    lora: AttentionLora | None,
-    on_experts: Lora | None,
-    config: Config,
-    *,
-    attention: Attention[S],
-    rotary: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    adapter_ids: Int32[Array, "B T"] | None,
-    index: Int32[Array, ""],
-    recompute: bool,
-    observe: Callable[[Array, S], S] | None = None,
-    dropout: LoraDropout | None = None,
+    x: Float[Array, "B T H"], weights: LayerWeights, lora: LayerLora, call: LayerCall[S], place: Place, state: S
 ) -> tuple[Float[Array, "B T H"], S]:
-    """x after attention and experts, each added to what went in, and what the attention keeps.
+    """x after attention and experts, each added to what went in, and the attention's state.
 
-    weights, lora: of this layer, but for the experts, which are of all layers.
-    on_experts: LoRA of this layer or of all.
-    attention: (heads, sinks) -> (each query's values, what is kept of keys and values).
-    observe: (router logits [B, T, E], what attention keeps) -> what is kept instead.
-    dropout: of the inputs of LoRA on attention in this layer.
+    weights, lora: of this layer; experts, and LoRA on them, may be of all layers.
     """
+    config, adapter_ids = call.config, call.adapter_ids
+    dropout = None if call.dropout is None else call.dropout.number(place.number)
     of_qkv, of_o = (None, None) if dropout is None else (dropout.number(0), dropout.number(1))
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
-        on_qkv, on_o = (None, None) if lora is None else (lora.qkv, lora.o)
-        heads = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
-        attended, kept = attention(Heads(heads, config.num_attention_heads, *rotary), weights.sinks)
+        on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
+        qkv = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
+        heads = Heads(qkv, config.num_attention_heads, *call.rotary)
+        attended, state = call.attention.attend(heads, weights.sinks, state, place)
         x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
         router_logits = linear(normal, weights.router)
-    if observe is not None:
-        kept = observe(router_logits, kept)
+    state = call.attention.observe(router_logits, state, place)
     with jax.named_scope("experts"):
-        y = through_experts(
-            normal,
-            router_logits,
-            weights.experts,
-            on_experts,
-            config,
-            adapter_ids=adapter_ids,
-            index=index,
-            recompute=recompute,
-        )
-    return x + y, kept
+        y = moe_block(normal, router_logits, weights.experts, lora.experts, call, place.number)
+    return x + y, state
 
 
-def through_experts(
+def moe_block(
     x: Float[Array, "B T H"],
     router_logits: Float[Array, "B T E"],
     experts: Experts,
     lora: Lora | None,
-    config: Config,
-    *,
-    adapter_ids: Int32[Array, "B T"] | None,
+    call: LayerCall,
     index: Int32[Array, ""],
-    recompute: bool = False,
 ) -> Float[Array, "B T H"]:
     """What a layer's experts make of each token: jmoe.moe with the model's constants, by XLA in float32.
 
@@ -138,11 +169,52 @@ def through_experts(
         x,
         router_logits,
         experts,
-        top_k=config.num_experts_per_tok,
+        top_k=call.config.num_experts_per_tok,
         lora=lora,
-        adapter_ids=None if lora is None else adapter_ids,
-        activation=config.activation,
+        adapter_ids=None if lora is None else call.adapter_ids,
+        activation=call.config.activation,
         layer=index,
-        recompute=recompute,
+        recompute=call.remat == "experts",
         backend="xla" if x.dtype == jnp.float32 else None,
     )
+
+
+def run_groups[S](
+    x: Float[Array, "B T H"],
+    stack: LayerWeights,
+    lora: LayerLora,
+    call: LayerCall[S],
+    states: tuple[S, ...],
+    *,
+    in_place: bool,
+) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
+    """(x, states) after all layers, one group of them compiled.
+
+    Experts are read in place, since XLA would copy each layer's out of the stack.
+
+    stack, lora: of all layers.
+    states: for each layer of a group.
+    in_place: LoRA is read in place too, for which it has no gradient.
+    """
+    groups = call.config.num_hidden_layers // len(states)
+
+    def one(x: Array, index: Array, sliced: LayerLora | None, state: S, group: Array, within: int) -> tuple[Array, S]:
+        # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
+        own = lora.layer(index) if sliced is None else jax.tree.map(lambda leaf: leaf[within], sliced)
+        return layer(x, stack.layer(index, ("experts",)), own, call, Place(group, within, index), state)
+
+    def run_group(
+        carry: tuple[Array, tuple[S, ...]], scanned: tuple[Array, LayerLora | None]
+    ) -> tuple[tuple[Array, tuple[S, ...]], None]:
+        x, states = carry
+        group, sliced = scanned
+        kept = []
+        for within, state in enumerate(states):
+            plain = functools.partial(one, group=group, within=within)
+            run = jax.checkpoint(plain) if call.remat == "layers" else plain
+            x, state = run(x, group * len(states) + within, sliced, state)
+            kept.append(state)
+        return (x, tuple(kept)), None
+
+    sliced = None if in_place else slice_layers(lora, groups)
+    return lax.scan(run_group, (x, states), (jnp.arange(groups), sliced))[0]

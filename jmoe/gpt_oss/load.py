@@ -18,6 +18,7 @@ from jmoe.checkpoint.tensors import Spec
 from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layer import Remat
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LayerWeights, Linear, sizes
@@ -46,8 +47,7 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
     quantize: Quantize | None = None,
-    recompute: bool = False,
-    remat: bool = False,
+    remat: Remat = "nothing",
     progress: bool = True,
     lora_b_layout: LoraBLayout | None = None,
 ) -> GptOss:
@@ -64,7 +64,6 @@ def load(
       adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
         jmoe.gpt_oss.load_adapter.
       dtype: as in GptOss. The weights keep their own dtypes.
-      recompute: as in GptOss.
       remat: as in GptOss.
       packed: experts as jmoe.pack lays them out; None: where JAX's default device has kernels that read them.
       quantize: "mxfp4" rounds dense experts to MXFP4, one at a time and from the file's own dtype, as jmoe.quantize
@@ -104,7 +103,6 @@ def load(
         head=head,
         lora=jax.device_put(lora, device),
         dtype=dtype,
-        recompute=recompute,
         remat=remat,
     )
 
@@ -118,7 +116,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     if directory.is_dir():
         return directory
     if name.count("/") == 2 and name.endswith("/original") and not name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name} is no directory; of the Hub give {name.removesuffix('/original')}")
+        raise FileNotFoundError(f"{name} is not a directory; of the Hub give {name.removesuffix('/original')}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
     import huggingface_hub
@@ -127,7 +125,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
         raise FileNotFoundError(
-            f"{name} is no directory, and could not be fetched from the Hugging Face Hub: {first_line(error)}"
+            f"{name} is not a directory, and could not be fetched from the Hugging Face Hub: {first_line(error)}"
         ) from error
 
 
@@ -188,7 +186,7 @@ def check_layers(
     }
     for layer in range(layers):
         specs |= attention_specs(config, layer)
-        for part in moe_specs(checkpoint, layer):
+        for part in moe_specs(config, layer, checkpoint.is_packed):
             specs |= part
     check_specs(checkpoint, specs)
     for projection in EXPERTS if stacked else ():

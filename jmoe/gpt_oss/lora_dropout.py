@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key
 
-from jmoe.gpt_oss.attention_lora import Factors
+from jmoe.gpt_oss.attention_lora import ProductLora
 from jmoe.gpt_oss.products import product
 
 STREAM = 0x64726F70
@@ -45,7 +45,7 @@ class LoraDropout:
         return dataclasses.replace(self, key=jax.vmap(lambda i: jax.random.fold_in(self.key, i))(jnp.arange(count)))
 
 
-def shrink_dropped(x: Float[Array, "B T K"], lora: Factors, dropout: LoraDropout) -> Float[Array, "B T R"]:
+def shrink_dropped(x: Float[Array, "B T K"], lora: ProductLora, dropout: LoraDropout) -> Float[Array, "B T R"]:
     """LoRA's first half, (dropout(x) A^T) * scale for one adapter, rounded to x's dtype."""
     parts, before = [], 0
     for number, rank in enumerate(lora.ranks):

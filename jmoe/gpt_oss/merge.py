@@ -42,7 +42,7 @@ QUANTIZATION = {
 """config.json's quantization_config as OpenAI's files have it, for checkpoints whose experts were dense."""
 
 
-class Factors(NamedTuple):
+class LowRankDelta(NamedTuple):
     """One adapter on one target of one layer: a [(E,) r, K], b [(E,) N, r], scale []."""
 
     a: Array
@@ -140,7 +140,7 @@ def merge(
       How much of each delta is left in what was written, and how much would be in the other format.
 
     Raises:
-      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; there is no such adapter or format; a sum is not finite;
+      FileNotFoundError, ValueError: as jmoe.gpt_oss.load; the adapter or format does not exist; a sum is not finite;
         MXFP4 cannot hold experts of this width.
       FileExistsError: out is not empty.
       OSError: a file cannot be written; the error names it.
@@ -151,38 +151,72 @@ def merge(
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config, stacked=False)
-    if isinstance(adapter, LoraWeights):
-        if lora_b_layout is not None:
-            raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
-        lora = adapter
-    else:
-        lora = load_adapter(adapter, config, lora_b_layout=lora_b_layout)
+    lora = adapter_of(adapter, config, lora_b_layout)
     check_adapter(lora, config, adapter_index)
     if format == "mxfp4":
         check_blocks(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; a merged model is written to a new directory")
+    make_empty(folder)
     layers = config.num_hidden_layers
-    files: dict[str, str] = {}
+    shards = Shards(folder, layers)
     rows: list[Merged] = []
-    size = 0
     for layer in steps(layers + 1, f"merging {directory.name}", progress):
         if layer < layers:
-            tensors, of_layer = merge_layer(checkpoint, config, layer, own_factors(lora, layer, adapter_index), format)
+            tensors, of_layer = merge_layer(checkpoint, config, layer, layer_deltas(lora, layer, adapter_index), format)
             rows += of_layer
         else:
             tensors = {name: checkpoint.tensor(name) for name in (EMBEDDING, NORM, HEAD)}
-        file = f"model-{layer:05}-of-{layers:05}.safetensors"
-        write_tensors(folder / file, tensors)
-        files |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        shards.write(layer, tensors)
     replace(folder / "config.json", json.dumps(settings(directory, format), indent=2).encode())
     for pattern in COPIED:
         for source in filter(Path.is_file, directory.glob(pattern)):
             copy(source, folder / source.name)
-    replace(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2).encode())
+    shards.write_index()
     return MergeReport(tuple(rows), format)
+
+
+def adapter_of(
+    adapter: str | os.PathLike[str] | LoraWeights, config: Config, lora_b_layout: LoraBLayout | None
+) -> LoraWeights:
+    """Adapters that were loaded, or a directory's.
+
+    Raises:
+      FileNotFoundError, ValueError: as load_adapter; lora_b_layout is given with adapters that were loaded.
+    """
+    if not isinstance(adapter, LoraWeights):
+        return load_adapter(adapter, config, lora_b_layout=lora_b_layout)
+    if lora_b_layout is not None:
+        raise ValueError(f"lora_b_layout is for a directory, got {lora_b_layout!r} with adapters that were loaded")
+    return adapter
+
+
+def make_empty(folder: Path) -> None:
+    """Makes the folder unless it exists; raises FileExistsError if something is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; a merged model is written to a new directory")
+
+
+class Shards:
+    """A checkpoint's safetensors files, written one after another, and their index."""
+
+    def __init__(self, folder: Path, last: int) -> None:
+        """None written yet; last: the number of the last, from 0."""
+        self._folder = folder
+        self._last = last
+        self._file_of: dict[str, str] = {}
+        self._size = 0
+
+    def write(self, number: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes one file; OSError names it."""
+        file = f"model-{number:05}-of-{self._last:05}.safetensors"
+        write_tensors(self._folder / file, tensors)
+        self._file_of |= dict.fromkeys(tensors, file)
+        self._size += sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_index(self) -> None:
+        """Writes what makes the directory a checkpoint: which file each tensor is in."""
+        index = {"metadata": {"total_size": self._size}, "weight_map": self._file_of}
+        replace(self._folder / INDEX, json.dumps(index, indent=2).encode())
 
 
 def settings(directory: Path, format: Format) -> dict[str, Any]:
@@ -221,17 +255,17 @@ def check_adapter(lora: LoraWeights, config: Config, index: int) -> None:
                 raise ValueError(f"LoRA on {target} must be for (layers, ..., N, K) {wanted}, got {got}")
 
 
-def own_factors(lora: LoraWeights, layer: int, adapter: int) -> dict[str, Factors]:
+def layer_deltas(lora: LoraWeights, layer: int, adapter: int) -> dict[str, LowRankDelta]:
     """One adapter on one layer, without what it leaves alone."""
     return {
-        target: Factors(lora.a[target][layer, adapter], lora.b[target][layer, adapter], scale[layer, adapter])
+        target: LowRankDelta(lora.a[target][layer, adapter], lora.b[target][layer, adapter], scale[layer, adapter])
         for target, scale in lora.scale.items()
         if scale[layer, adapter] != 0
     }
 
 
 def merge_layer(
-    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, Factors], format: Format
+    checkpoint: Checkpoint, config: Config, layer: int, factors: Mapping[str, LowRankDelta], format: Format
 ) -> tuple[dict[str, np.ndarray], list[Merged]]:
     """(one layer's tensors as the merged model names them, what was merged)."""
     prefix = f"model.layers.{layer}."
@@ -285,7 +319,7 @@ def merged(layer: int, target: str, sums: Sums) -> Merged | None:
 
 
 def add_to_experts(
-    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+    weight: Mxfp4 | Float[Array, "E N K"], factors: LowRankDelta | None, format: Format
 ) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
     """(the experts with the delta, in bfloat16 columns first; sums). MXFP4 that nothing is added to stays as it is."""
     if format == "mxfp4" and factors is None and isinstance(weight, Mxfp4):
@@ -295,13 +329,13 @@ def add_to_experts(
 
 @functools.partial(jax.jit, static_argnames="format")
 def add_to_each_expert(
-    weight: Mxfp4 | Float[Array, "E N K"], factors: Factors | None, format: Format
+    weight: Mxfp4 | Float[Array, "E N K"], factors: LowRankDelta | None, format: Format
 ) -> tuple[Mxfp4 | Float[Array, "E K N"], Sums | None]:
     """As above, one expert after another, as their float32 sums are large."""
 
     def one_expert(own: tuple[Any, tuple[Array, Array] | None]) -> tuple[Mxfp4 | Array, Sums | None]:
         weight, pair = own
-        of_one = None if pair is None or factors is None else Factors(*pair, factors.scale)
+        of_one = None if pair is None or factors is None else LowRankDelta(*pair, factors.scale)
         total, sums = add_to_matrix(weight, of_one, requantize=True, format=format)
         return total if isinstance(total, Mxfp4) else total.T, sums
 
@@ -310,7 +344,7 @@ def add_to_each_expert(
 
 @functools.partial(jax.jit, static_argnames=("requantize", "format"))
 def add_to_matrix(
-    weight: Mxfp4 | Float[Array, "N K"], factors: Factors | None, *, requantize: bool, format: Format = "bfloat16"
+    weight: Mxfp4 | Float[Array, "N K"], factors: LowRankDelta | None, *, requantize: bool, format: Format = "bfloat16"
 ) -> tuple[Mxfp4 | Float[Array, "N K"], Sums | None]:
     """(W + scale * B A in the format, sums that say how much of the delta is left)."""
     wide = dequantize(weight, jnp.float32) if isinstance(weight, Mxfp4) else weight.astype(jnp.float32)

@@ -1,8 +1,8 @@
 """gpt-oss as a Flax module."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+import typing
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,46 @@ from jaxtyping import Array, Float, Int32
 from jmoe.gpt_oss.attention import Implementation, attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.few_tokens import through_layers_of_few
+from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.flash_attention import SEGMENTS
-from jmoe.gpt_oss.layer import layer
+from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Place, Remat, run_groups
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
-from jmoe.gpt_oss.weights import LayerWeights, LoraWeights, slice_layers
+from jmoe.gpt_oss.weights import LayerWeights, LoraWeights
 from jmoe.nn.variables import Frozen
 from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.norm import rms_norm
 
-type CarriedAttention = Callable[..., tuple[Array, Any]]
-"""(heads, sinks, state, group) -> (attended, state)."""
+
+class Inputs(NamedTuple):
+    """Tokens, where they stand in their sequences, and their adapters, -1 for none; None: adapter 0, if any."""
+
+    tokens: Int32[Array, "B T"]
+    positions: Int32[Array, "B T"]
+    adapter_ids: Int32[Array, "B T"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWithin(LayerAttention[Any]):
+    """Attention to tokens of the same call, from which nothing is carried. Fields as in jmoe.gpt_oss.attend."""
+
+    windows: tuple[int | None, ...]
+    segment_ids: Int32[Array, "B T"] | None
+    implementation: Implementation = None
+    most_segments: int = SEGMENTS
+
+    def attend(self, heads: Heads, sinks: Array, state: Any, place: Place) -> tuple[Array, Any]:
+        """(each query's values, the state as it is)."""
+        attended = attend(
+            *heads.rotated(),
+            sinks,
+            window=self.windows[place.within],
+            segment_ids=self.segment_ids,
+            implementation=self.implementation,
+            most_segments=self.most_segments,
+        )
+        return attended, state
 
 
 class GptOss(nnx.Module):
@@ -48,24 +75,24 @@ class GptOss(nnx.Module):
         head: Float[Array, "V H"],
         lora: LoraWeights | None = None,
         dtype: DTypeLike = jnp.bfloat16,
-        recompute: bool = False,
-        remat: bool = False,
+        remat: Remat = "nothing",
     ) -> None:
         """A model of these weights.
 
         Args:
           dtype: of activations: bfloat16, or float32, for which experts run by XLA.
-          recompute: as in jmoe.moe.
-          remat: the backward pass keeps a layer's input alone, and computes the layer again.
+          remat: what the backward pass computes again, which takes time and saves memory: "nothing"; "experts", as
+            recompute in jmoe.moe; or "layers", of which it keeps the input alone.
 
         Raises:
-          ValueError: another dtype.
+          ValueError: another dtype or remat.
         """
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"dtype must be bfloat16 or float32, got {jnp.dtype(dtype)}")
+        if remat not in typing.get_args(Remat.__value__):
+            raise ValueError(f'remat must be "nothing", "experts" or "layers", got {remat!r}')
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.recompute = recompute
         self.remat = remat
         self.embedding = Frozen(embedding)
         self.layers = nnx.data(Frozen(layers))
@@ -92,7 +119,6 @@ class GptOss(nnx.Module):
             head=self.head.get_value(),
             lora=lora,
             dtype=self.dtype,
-            recompute=self.recompute,
             remat=self.remat,
         )
 
@@ -138,7 +164,7 @@ class GptOss(nnx.Module):
         """The last layer's results, after the norm, before the head.
 
         Args:
-          tokens: NaN follows from a traced one that is none of the vocabulary's.
+          tokens: NaN follows from a traced one that is not in the vocabulary.
           positions: None: 0, 1, ... in each segment.
           segment_ids: of sequences packed in a row, one after another; tokens see their own segment alone.
           adapter_ids: each sequence's or token's adapter, -1 for none; None: adapter 0 where there is one. NaN follows
@@ -166,95 +192,57 @@ class GptOss(nnx.Module):
         if adapter_ids is not None and adapter_ids.ndim == 1:
             adapter_ids = jnp.broadcast_to(adapter_ids[:, None], tokens.shape)
 
-        attentions = attentions_within(self.config, segment_ids, attention, most_segments)
-        states = [None] * self.period
-        return self.through_layers(tokens, positions, adapter_ids, attentions, states, dropout=dropout)[0]
+        within = AttentionWithin(self.config.windows, segment_ids, attention, most_segments)
+        inputs = Inputs(tokens, positions, adapter_ids)
+        return self.run_layers(inputs, within, (None,) * self.period, dropout=dropout)[0]
 
-    def through_layers[S](
+    def run_layers[S](
         self,
-        tokens: Int32[Array, "B T"],
-        positions: Int32[Array, "B T"],
-        adapter_ids: Int32[Array, "B T"] | None,
-        attentions: Sequence[CarriedAttention],
-        states: Sequence[S],
+        inputs: Inputs,
+        attention: LayerAttention[S],
+        states: tuple[S, ...],
         *,
-        inference: bool = False,
-        attention_lora: AttentionLora | None = None,
-        observe: Callable[..., S] | None = None,
         dropout: LoraDropout | None = None,
     ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
-        """(hidden, states): the layers one after another, one group of them compiled.
+        """(hidden, states): the layers one after another, with gradients of LoRA.
 
-        Experts are read in place, since XLA would copy each layer's out of the stack.
-
-        attentions: of each layer of the first group at least.
-        states: for each layer of a group what its attentions carry from group to group.
-        inference: no gradient is taken, and what it would cost is not paid: LoRA on experts is read in place too, and
-          for few tokens so are all weights.
-        attention_lora: with inference the model's, which many calls share.
-        observe: (router logits [B, T, E], state, group=) -> state, in each layer.
+        states: for each layer of a group what its attention carries from group to group.
         dropout: as in `hidden`.
         """
-        config = self.config
-        rotary = cosine_and_sine(config.rope, config.head_dim, positions)
-        x = self.embed(tokens, adapter_ids)
-        period = self.period
-        groups = config.num_hidden_layers // period
-        stack = self.layers.get_value()
-        on_experts = None if self.lora is None else self.lora.on_experts
-        if inference and tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16 and observe is None:
-            return through_layers_of_few(
-                x,
-                stack,
-                self.norm.get_value(),
-                attention_lora,
-                on_experts,
-                config,
-                attentions=attentions[:period],
-                states=states,
-                rotary=rotary,
-                adapter_ids=adapter_ids,
-            )
+        call = self.layer_call(inputs, attention, dropout)
+        x = self.embed(inputs.tokens, inputs.adapter_ids)
+        lora = LayerLora(self.attention_lora(), None if self.lora is None else self.lora.on_experts)
+        x, states = run_groups(x, self.layers.get_value(), lora, call, states, in_place=False)
+        return rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), states
 
-        def group(
-            carry: tuple[Array, tuple[S, ...]], number_and_lora: tuple[Array, Any]
-        ) -> tuple[tuple[Array, tuple[S, ...]], None]:
-            x, states = carry
-            number, loras = number_and_lora
-            kept = []
-            for i in range(period):
-                index = number * period + i
+    def run_layers_in_place[S](
+        self,
+        inputs: Inputs,
+        attention: LayerAttention[S],
+        states: tuple[S, ...],
+        attention_lora: AttentionLora | None,
+    ) -> tuple[Float[Array, "B T H"], tuple[S, ...]]:
+        """As run_layers, for inference: there is no gradient, and what it would cost is not paid.
 
-                # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
-                def one(x: Array, index: Array, loras: Any, state: S, i: int = i) -> tuple[Array, S]:
-                    if inference:
-                        lora = attention_lora and attention_lora.layer(index), on_experts
-                    else:
-                        lora = (None, None) if loras is None else jax.tree.map(lambda leaf: leaf[i], loras)
-                    return layer(
-                        x,
-                        stack.layer(index, ("experts",)),
-                        *lora,
-                        config,
-                        attention=functools.partial(attentions[i], state=state, group=number),
-                        observe=None if observe is None else functools.partial(observe, group=number),
-                        rotary=rotary,
-                        adapter_ids=adapter_ids,
-                        index=index,
-                        recompute=self.recompute,
-                        dropout=None if dropout is None else dropout.number(index),
-                    )
+        LoRA on experts is read in place too, and for as few tokens as a decode step's so are all weights.
 
-                x, state = (jax.checkpoint(one) if self.remat else one)(x, index, loras, states[i])
-                kept.append(state)
-            return (x, tuple(kept)), None
+        attention_lora: the model's, which many calls share.
+        """
+        call = self.layer_call(inputs, attention)
+        x = self.embed(inputs.tokens, inputs.adapter_ids)
+        stack, norm = self.layers.get_value(), self.norm.get_value()
+        lora = LayerLora(attention_lora, None if self.lora is None else self.lora.on_experts)
+        if inputs.tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16:
+            return run_decode_layers(x, stack, norm, lora, call, states)
+        x, states = run_groups(x, stack, lora, call, states, in_place=True)
+        return rms_norm(x, norm, self.config.rms_norm_eps), states
 
-        loras = None
-        if not inference and self.lora is not None:
-            loras = slice_layers((self.attention_lora(), on_experts), groups)
-        start = x, tuple(states)
-        (x, carried), _ = lax.scan(group, start, (jnp.arange(groups), loras))
-        return rms_norm(x, self.norm.get_value(), config.rms_norm_eps), carried
+    def layer_call[S](
+        self, inputs: Inputs, attention: LayerAttention[S], dropout: LoraDropout | None = None
+    ) -> LayerCall[S]:
+        """What all layers of a call have alike."""
+        rotary = cosine_and_sine(self.config.rope, self.config.head_dim, inputs.positions)
+        return LayerCall(self.config, attention, rotary, inputs.adapter_ids, self.remat, dropout)
 
     def embed(self, tokens: Int32[Array, "B T"], adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T H"]:
         """What goes into the first layer: NaN for tokens that are not in the vocabulary, and adapters there are not."""
@@ -269,27 +257,6 @@ class GptOss(nnx.Module):
     def period(self) -> int:
         """Layers in a group."""
         return shortest_period(self.config.windows)
-
-
-def attentions_within(
-    config: Config,
-    segment_ids: Int32[Array, "B T"] | None,
-    implementation: Implementation = None,
-    most_segments: int = SEGMENTS,
-) -> list[CarriedAttention]:
-    """Each layer's attention to tokens of the same call; nothing is carried. Arguments as in jmoe.gpt_oss.attend."""
-
-    def attention_of(window: int | None) -> CarriedAttention:
-        within = functools.partial(
-            attend, window=window, segment_ids=segment_ids, implementation=implementation, most_segments=most_segments
-        )
-
-        def attend_within[S](heads: Heads, sinks: Array, state: S, group: Array) -> tuple[Array, S]:
-            return within(*heads.rotated(), sinks), state
-
-        return attend_within
-
-    return [attention_of(window) for window in config.windows]
 
 
 def shortest_period(windows: tuple[int | None, ...]) -> int:

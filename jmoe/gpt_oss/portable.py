@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.gpt_oss.adapter import Factors, pad
+from jmoe.gpt_oss.adapter import TargetFactors, pad
 from jmoe.gpt_oss.weights import EXPERTS, LoraWeights
 
 
@@ -17,7 +17,7 @@ def portable(lora: LoraWeights, adapter: int) -> LoraWeights:
     Scales are multiplied into B and smaller ranks padded with zeros; where a layer has LoRA on one of the experts'
     projections, the other gets factors of zeros.
     """
-    own = {target: own_factors(lora, target, adapter) for target in lora.a}
+    own = {target: adapter_factors(lora, target, adapter) for target in lora.a}
     for target, other in (EXPERTS, EXPERTS[::-1]):
         if target in own and other not in own:
             own[other] = zeros(own[target], other)
@@ -32,25 +32,25 @@ def portable(lora: LoraWeights, adapter: int) -> LoraWeights:
     return LoraWeights(a, b, scales)
 
 
-def own_factors(lora: LoraWeights, target: str, adapter: int) -> Factors:
+def adapter_factors(lora: LoraWeights, target: str, adapter: int) -> TargetFactors:
     """One adapter's factors on a target, float32, of all layers; those of scale 0 are zeros."""
-    a, b, scale = (getattr(lora, field)[target][:, adapter : adapter + 1] for field in Factors._fields)
+    a, b, scale = (getattr(lora, field)[target][:, adapter : adapter + 1] for field in TargetFactors._fields)
     a = jnp.where(jnp.reshape(scale != 0, (*scale.shape, *[1] * (a.ndim - 2))), a, 0)
-    return Factors(a.astype(jnp.float32), b.astype(jnp.float32), scale)
+    return TargetFactors(a.astype(jnp.float32), b.astype(jnp.float32), scale)
 
 
-def scaled(factors: Factors) -> jax.Array:
+def scaled(factors: TargetFactors) -> jax.Array:
     """B times the scale."""
     return factors.b * jnp.reshape(factors.scale, (*factors.scale.shape, *[1] * (factors.b.ndim - 2)))
 
 
-def zeros(factors: Factors, other: str) -> Factors:
+def zeros(factors: TargetFactors, other: str) -> TargetFactors:
     """Factors of zeros on the experts' other projection than these are on."""
     layers, _, experts, rank, inputs = factors.a.shape
     outputs = factors.b.shape[-2]
     n, k = (2 * inputs, outputs) if other == "gate_up" else (inputs, outputs // 2)
     a, b = jnp.zeros((layers, 1, experts, rank, k)), jnp.zeros((layers, 1, experts, n, rank))
-    return Factors(a, b, jnp.zeros((layers, 1), jnp.float32))
+    return TargetFactors(a, b, jnp.zeros((layers, 1), jnp.float32))
 
 
 def misread(entries: Mapping[str, Any], layers: Mapping[str, Sequence[int]]) -> Iterator[str]:

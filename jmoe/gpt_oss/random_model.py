@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layer import Remat
 from jmoe.gpt_oss.load import steps
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import empty_stack, put_layer
@@ -23,14 +24,13 @@ def random_model(
     packed: bool | None = None,
     seed: int = 0,
     progress: bool = False,
-    recompute: bool = False,
-    remat: bool = False,
+    remat: Remat = "nothing",
 ) -> GptOss:
     """A model of MXFP4 experts and bfloat16 weights whose activations keep about their size from layer to layer.
 
     Args:
       rank: of bfloat16 LoRA on everything it can be on; 0: none.
-      packed, progress, recompute, remat: as in jmoe.gpt_oss.load, layer by layer as there.
+      packed, progress, remat: as in jmoe.gpt_oss.load, layer by layer as there.
     """
     packed = reads_packed_here() if packed is None else packed
     keys = jax.random.split(jax.random.key(seed), config.num_hidden_layers + 3)
@@ -49,7 +49,6 @@ def random_model(
         norm=jnp.ones(config.hidden_size, jnp.bfloat16),
         head=normal(keys[-2], vocabulary, 1 / math.sqrt(config.hidden_size)),
         lora=random_lora(keys[-1], config, rank, adapters) if rank else None,
-        recompute=recompute,
         remat=remat,
     )
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jmoe.checkpoint.config_file import number, shown
+from jmoe.checkpoint.config_file import in_json, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +46,28 @@ def read_rope(file: Path, entries: dict[str, Any]) -> Rope:
         given = dataclasses.asdict(Rope()) | given | {"rope_type": "yarn"}
     kind = given.pop("rope_type", given.pop("type", "default"))
     if kind not in ("yarn", "default"):
-        raise ValueError(f'{file}: rope_type must be "yarn" or "default", got {shown(kind)}')
+        raise ValueError(f'{file}: rope_type must be "yarn" or "default", got {in_json(kind)}')
     wanted = {field.name for field in dataclasses.fields(Rope)} if kind == "yarn" else {"rope_theta"}
     accepted = harmless(given, factor=number(given.get("factor"), float) if kind == "yarn" else 1.0)
     if unknown := sorted(set(given) - wanted - accepted):
         raise ValueError(
             f"{file}: rope settings of {kind} are {', '.join(sorted(wanted))}, got also {unknown} "
-            f"({', '.join(f'{name} {shown(given[name])}' for name in unknown)}), which the model would have to be "
+            f"({', '.join(f'{name} {in_json(given[name])}' for name in unknown)}), which the model would have to be "
             "computed otherwise for"
         )
     # Without the key transformers rounds the corrected dimensions.
     truncate = given.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise ValueError(f"{file}: truncate must be true or false, got {shown(truncate)}")
+        raise ValueError(f"{file}: truncate must be true or false, got {in_json(truncate)}")
     numbers = {}
     for name in sorted(wanted - {"truncate"}):
         of = int if name == "original_max_position_embeddings" else float
         value = number(given.get(name), of)
         if value is None:
-            raise ValueError(f"{file}: {name} must be a positive {of.__name__}, got {shown(given.get(name))}")
+            raise ValueError(f"{file}: {name} must be a positive {of.__name__}, got {in_json(given.get(name))}")
         least = 1 if name == "rope_theta" else LEAST
         if not least < value < MOST:
-            raise ValueError(f"{file}: {name} must be between {least} and {MOST:g}, got {shown(given[name])}")
+            raise ValueError(f"{file}: {name} must be between {least} and {MOST:g}, got {in_json(given[name])}")
         numbers[name] = value
     return Rope(truncate=truncate, **numbers) if kind == "yarn" else Rope(numbers["rope_theta"], factor=1.0)
 
@@ -76,21 +76,21 @@ def spelt(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
     """The settings in transformers 5's spelling, those that are null left out.
 
     Raises:
-      ValueError: they are no object, or both spellings are there and do not agree.
+      ValueError: they are not an object, or both spellings are there and do not agree.
     """
     spellings: list[Any] = [entries[name] for name in ("rope_parameters", "rope_scaling") if entries.get(name)]
     for given in spellings:
         if not isinstance(given, dict):
-            raise ValueError(f"{file}: rope settings must be an object, got {shown(given)}")
+            raise ValueError(f"{file}: rope settings must be an object, got {in_json(given)}")
     found: dict[str, Any] = {}
     for given in spellings:
         for name, value in given.items():
             if value is not None and found.setdefault(name, value) != value:
-                raise ValueError(f"{file}: {name} of rope must be one, got {shown(found[name])} and {shown(value)}")
+                raise ValueError(f"{file}: {name} of rope must be one, got {in_json(found[name])} and {in_json(value)}")
     for name in ("rope_theta", "partial_rotary_factor"):
         value = entries.get(name)
         if value is not None and found.setdefault(name, value) != value:
-            raise ValueError(f"{file}: {name} of rope must be one, got {shown(found[name])} and {shown(value)}")
+            raise ValueError(f"{file}: {name} of rope must be one, got {in_json(found[name])} and {in_json(value)}")
     return found
 
 

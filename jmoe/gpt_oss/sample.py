@@ -17,7 +17,7 @@ LARGEST_TOP_K = 2**31 - 1
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen; a pytree whose numbers may be traced, and what is None is no part of the program.
+    """How tokens are chosen; a pytree whose numbers may be traced, and what is None is not part of the program.
 
     The steps, their order and their meaning are those of transformers' logits processors: repetition_penalty,
     temperature, top_k, top_p, min_p.

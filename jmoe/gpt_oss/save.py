@@ -51,7 +51,7 @@ def save_adapter(
         Never with portable.
 
     Raises:
-      ValueError: there is no such adapter, or all of its scales are 0.
+      ValueError: the adapter does not exist, or all of its scales are 0.
       OSError: a file cannot be written.
     """
     adapters = next(iter(lora.scale.values())).shape[1]
@@ -77,7 +77,7 @@ def save_adapter(
         )
 
 
-def module_name(layer: int, target: str) -> str:
+def pattern_name(layer: int, target: str) -> str:
     """The name by which PEFT's patterns know a module or parameter."""
     module = "mlp.experts" if target in EXPERTS else "self_attn"
     return f"model.layers.{layer}.{module}.{target}_proj"
@@ -103,7 +103,7 @@ def names_of(lora: LoraWeights, layers: dict[str, list[int]], targets: Sequence[
     for target in targets:
         if target in lora.a:
             everywhere = len(layers[target]) == lora.a[target].shape[0]
-            whole = [module_name(layer, target) for layer in layers[target]]
+            whole = [pattern_name(layer, target) for layer in layers[target]]
             names += [f"{module}{target}_proj"] if everywhere else whole
     return names
 
@@ -116,7 +116,7 @@ def settings(
     alphas: dict[str, float] = {}
     for target, a in lora.a.items():
         for layer in layers[target]:
-            name = module_name(layer, target)
+            name = pattern_name(layer, target)
             ranks[name] = a.shape[-2]
             alphas[name] = alpha_of(float(lora.scale[target][layer, adapter]), a.shape[-2])
     on_experts = names_of(lora, layers, EXPERTS, "mlp.experts.")

@@ -28,7 +28,7 @@ class LoraConfig:
     dtype: of A and B. Their products run in x's dtype.
 
     Raises:
-      ValueError: a target is none of the experts' tensors, or there are none; the rank or adapters are below 1; or
+      ValueError: a target is not one of the experts' tensors, or there are none; the rank or adapters are below 1; or
         alpha is not positive and finite: at 0 no gradient would reach A and B.
     """
 

@@ -54,7 +54,7 @@ def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tu
     """The shapes and dtypes of one layer of stacked experts, and of LoRA, stacked with them or not.
 
     Raises:
-      ValueError: there is no such layer, it is no integer, or arrays of the stack differ in their number of layers.
+      ValueError: the layer does not exist or is not an integer, or the stack's arrays differ in their number of layers.
     """
     scales = [] if lora is None else [s for s in (lora.gate_up_scale, lora.down_scale) if s is not None]
     stacked = (experts, lora) if any(scale.ndim == 2 for scale in scales) else (experts, None)

@@ -113,7 +113,7 @@ def dequantize(q: Mxfp4, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "E N K
     254 overflow to infinity where the format's value passes the dtype's range, 255 gives NaN for its whole block.
 
     Raises:
-      ValueError: q is no Mxfp4.
+      ValueError: q is not an Mxfp4.
     """
     if not isinstance(q, Mxfp4):
         raise ValueError(f"dequantize takes Mxfp4, and jmoe.unpack makes it of a PackedMxfp4; got {type(q).__name__}")

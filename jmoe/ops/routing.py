@@ -31,7 +31,7 @@ def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
     Equal logits go to the lower expert. NaN counts as infinity, so that it is chosen and its token's weights are NaN.
 
     Raises:
-      ValueError: top_k is no integer between 1 and E, or the logits are not bfloat16 or float32.
+      ValueError: top_k is not an integer between 1 and E, or the logits are not bfloat16 or float32.
     """
     if not hasattr(router_logits, "dtype") or jnp.ndim(router_logits) < 1:
         raise ValueError(f"router_logits must be an array of rank 1 or more [..., E], got {router_logits!r}")
@@ -50,7 +50,7 @@ def as_int(name: str, value: SupportsIndex) -> int:
     """The value as Python's int, which what is compiled can be looked up by.
 
     Raises:
-      ValueError: it is no integer, a bool, or traced.
+      ValueError: it is not an integer, a bool, or traced.
     """
     if isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {value}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, as the first bytes of one are none yet."""
+"""What a tokenizer writes for bytes that are not a character, as the first bytes of one are none yet."""
 
 
 class TextStream:

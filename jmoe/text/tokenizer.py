@@ -29,7 +29,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
       day: what its chat template writes for today, as gpt-oss's does; None: today.
 
     Raises:
-      FileNotFoundError: there is no tokenizer.json.
+      FileNotFoundError: tokenizer.json is missing.
       ValueError: transformers cannot read it.
       ImportError: transformers is not installed.
     """
@@ -144,7 +144,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     Control tokens may be written out in it; those that chat_text or mark has marked become text.
 
     Raises:
-      ValueError: it has halves of surrogate pairs, as arguments that are no UTF-8 get from Python.
+      ValueError: it has halves of surrogate pairs, as arguments that are not UTF-8 get from Python.
     """
     try:
         text.encode()

@@ -233,20 +233,20 @@ def test_overlapping_patterns_resolve_in_the_order_of_the_file(tmp_path, first):
         ({"alpha_pattern": ["down_proj"]}, "alpha_pattern must be a JSON object or null, got ['down_proj']"),
         (
             {"alpha_pattern": {"*": 2}},
-            "alpha_pattern has a key that is no regular expression, '*': nothing to repeat at position 8",
+            "alpha_pattern has a key that is not a regular expression, '*': nothing to repeat at position 8",
         ),
         (
             {"rank_pattern": {"(?i)down_proj": 2}},
-            "rank_pattern has a key that is no regular expression, '(?i)down_proj': global flags not at the start of "
-            "the expression at position 8",
+            "rank_pattern has a key that is not a regular expression, '(?i)down_proj': global flags not at the start "
+            "of the expression at position 8",
         ),
         (
             {"target_modules": "*.q_proj"},
-            "target_modules is no regular expression, '*.q_proj': nothing to repeat at position 0",
+            "target_modules is not a regular expression, '*.q_proj': nothing to repeat at position 0",
         ),
         (
             {"exclude_modules": "("},
-            "exclude_modules is no regular expression, '(': missing ), unterminated subpattern at position 0",
+            "exclude_modules is not a regular expression, '(': missing ), unterminated subpattern at position 0",
         ),
         ({"exclude_modules": [1]}, "exclude_modules must be a list of names, an expression or null, got [1]"),
         (

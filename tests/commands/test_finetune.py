@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 from jmoe import cli
 from jmoe.finetune import prepare, run
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.config_file import read_file
 from jmoe.finetune.memory import GIB
+from jmoe.finetune.options_file import read_file
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny_gpt_oss"
@@ -94,7 +94,7 @@ def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are() -> No
         ("a.yaml", "epochs: .inf", "epochs must be positive and finite, got inf"),
         ("a.yaml", "rslora: yes", "rslora must be one of bool, got 'yes'"),
         ("a.toml", "out = 2026-11-30", "out must be one of str, got datetime.date"),
-        ("a.yaml", "rank: 4\nrank: 4", "is no YAML: 'rank' is there twice"),
+        ("a.yaml", "rank: 4\nrank: 4", "is not YAML: 'rank' is there twice"),
         ("a.yaml", "1: 4", "names must be texts"),
         ("a.json", '{"data": {"a": 1}}', "data must be a text or a list of texts"),
     ],

@@ -1,4 +1,4 @@
-"""Where commands read from and write to: an empty path is no path."""
+"""Where commands read from and write to: an empty path is not a path."""
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from jmoe.cli import app
-from jmoe.evaluate.run import Options, evaluate, is_whole
+from jmoe.evaluate.run import EvaluateOptions, evaluate, is_whole
 from jmoe.text import load_tokenizer
 from tests.evaluate.tasks import write_tasks
 
@@ -44,7 +44,7 @@ def test_results_that_could_not_be_written_are_an_error(tmp_path: Path, monkeypa
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_tasks(tmp_path)
     monkeypatch.setattr("jmoe.evaluate.run.EvaluationTracker.save_results_samples", lambda *_, **__: None)
-    options = Options(model=TINY, tasks=["tiny_choice"], include_path=tmp_path, limit=2, out=tmp_path / "out")
+    options = EvaluateOptions(model=TINY, tasks=["tiny_choice"], include_path=tmp_path, limit=2, out=tmp_path / "out")
     with pytest.raises(OSError, match=r"results could not be written under .*out: whole are "):
         evaluate(options)
 
@@ -58,7 +58,7 @@ def test_standard_errors_are_resampled_without_a_fork_and_standard_output_is_the
     task = tmp_path / "tiny_perplexity.yaml"
     text = task.read_text().replace("loglikelihood_rolling", "loglikelihood").replace("word_", "")
     task.write_text(text.replace("  - metric: bits_per_byte\n", ""))
-    ((perplexity,),) = evaluate(Options(model=TINY, tasks=["tiny_perplexity"], include_path=tmp_path))
+    ((perplexity,),) = evaluate(EvaluateOptions(model=TINY, tasks=["tiny_perplexity"], include_path=tmp_path))
     assert perplexity.name == "perplexity"
     assert perplexity.error
     assert capsys.readouterr().out == ""
@@ -84,7 +84,9 @@ def test_the_examples_tasks_score_answers_with_and_without_a_channel(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(TINY.parents[1])
-    options = Options(model=TINY, tasks=["even", "even_in_channels"], include_path=TINY.parent / "even", limit=2)
+    options = EvaluateOptions(
+        model=TINY, tasks=["even", "even_in_channels"], include_path=TINY.parent / "even", limit=2
+    )
     metrics = evaluate(dataclasses.replace(options, apply_chat_template=True))[0]
     assert [metric.task for metric in metrics if metric.name == "acc"] == ["even", "even_in_channels"]
     plain, channels = (TINY.parent / "even" / f"{metric.task}.yaml" for metric in metrics)
@@ -107,4 +109,4 @@ def test_the_examples_tasks_score_answers_with_and_without_a_channel(
 )
 def test_what_is_not_there_is_named(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        evaluate(Options(**({"model": TINY} | options)))
+        evaluate(EvaluateOptions(**({"model": TINY} | options)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
-from jmoe.evaluate.run import Options, evaluate
+from jmoe.evaluate.run import EvaluateOptions, evaluate
 from tests.evaluate.tasks import KINDS, TASK, write_tasks
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -34,7 +34,7 @@ def write(folder: Path, name: str, kind: str, *changes: tuple[str, str]) -> Path
 def error_of(folder: Path, name: str, **options: object) -> str:
     """The message of the error that the task ends in, which is one line."""
     with pytest.raises((ValueError, OSError)) as raised:
-        evaluate(Options(model=TINY, tasks=[name], include_path=folder, **options))  # type: ignore[arg-type]
+        evaluate(EvaluateOptions(model=TINY, tasks=[name], include_path=folder, **options))  # type: ignore[arg-type]
     (line,) = str(raised.value).splitlines()
     return line
 
@@ -82,7 +82,7 @@ def test_an_error_of_the_model_is_not_a_tasks(tmp_path: Path, monkeypatch: pytes
     write_tasks(tmp_path)
     monkeypatch.setattr("jmoe.evaluate.harness.score", lambda *_: 1 + "1")
     with pytest.raises(TypeError):
-        evaluate(Options(model=TINY, tasks=["tiny_choice"], include_path=tmp_path))
+        evaluate(EvaluateOptions(model=TINY, tasks=["tiny_choice"], include_path=tmp_path))
 
 
 def test_an_answer_that_is_empty_is_named(tmp_path: Path) -> None:
@@ -141,5 +141,5 @@ def test_a_broken_file_beside_the_harness_own_task_of_its_name_is_noticed(
         )
 
     monkeypatch.setattr("jmoe.evaluate.run.TaskManager", with_theirs)
-    evaluate(Options(model=TINY, tasks=["tiny_choice"], include_path=ours, limit=1))
+    evaluate(EvaluateOptions(model=TINY, tasks=["tiny_choice"], include_path=ours, limit=1))
     assert f"{ours / 'tiny_choice.yaml'} is left out: ParserError: " in capsys.readouterr().err

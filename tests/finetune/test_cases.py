@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jmoe.finetune.examples import Example, make_example, read_examples
-from jmoe.finetune.rows import parse_row
 from jmoe.text import load_tokenizer
+from tests.conversations.reading import parse_row
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 FILE = Path(__file__).parents[1] / "data" / "rows.jsonl"

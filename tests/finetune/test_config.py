@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from jmoe.cli import app
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.config_file import read_file
+from jmoe.finetune.options_file import read_file
 
 NEEDED = {"model": "m", "data": "d", "out": "o"}
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jmoe.conversations.rows import Completion, Conversation, Text
 from jmoe.finetune.examples import Example, conversation_pieces, make_example, read_examples
-from jmoe.finetune.rows import Completion, Conversation, Text
 from jmoe.text import chat_text, encode, load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"

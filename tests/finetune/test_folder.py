@@ -50,7 +50,7 @@ def contents(out: Path) -> dict[str, str]:
         (begun(4), r"holds metrics\.jsonl of 4 steps of a run whose checkpoints are gone"),
         (begun(1, rank=3, seed=1), r"other options \(rank was 3, is 16, seed was 1, is 0\): choose another"),
         ({"finetune.json": begun(0, rank=3)["finetune.json"]}, r"other options \(rank was 3"),
-        ({"finetune.json": "{"}, r"finetune\.json is no JSON"),
+        ({"finetune.json": "{"}, r"finetune\.json is not JSON"),
         ({"finetune.json": "[]"}, r"finetune\.json holds no options"),
     ],
 )

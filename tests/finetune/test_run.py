@@ -85,7 +85,7 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     assert day_begun(tmp_path) == datetime.date(2025, 8, 5)
     (tmp_path / "begun.txt").write_text("yesterday")
-    with pytest.raises(ValueError, match=r"begun\.txt is no date"):
+    with pytest.raises(ValueError, match=r"begun\.txt is not a date"):
         day_begun(tmp_path)
 
 

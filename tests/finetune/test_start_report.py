@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jmoe.conversations.rows import Conversation, Text
 from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import LARGEST, FinetuneConfig
 from jmoe.finetune.examples import Example, make_example, read_examples
 from jmoe.finetune.memory import GIB, MemoryEstimate
 from jmoe.finetune.packing import pack
-from jmoe.finetune.rows import Conversation, Text
 from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_rows, say_start
 from jmoe.text import load_tokenizer
 

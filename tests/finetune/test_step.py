@@ -164,7 +164,7 @@ def test_factors_are_variables_of_flax() -> None:
 
 def test_layers_computed_again_keep_no_weights_for_the_backward_pass() -> None:
     config = dataclasses.replace(sizes()["tiny"], num_hidden_layers=4, layer_types=alternating(4), hidden_size=96)
-    base = random_model(config, packed=False, remat=True)
+    base = random_model(config, packed=False, remat="layers")
     one = Trainer(base.with_adapters(new_adapter(config, rank=2, scale=2.0)), make_optimizer(CONFIG, 10), loss_chunk=16)
     program = one._step.lower(one.start, one.frozen, random_batch(1), attention=Attention("xla")).as_text()
     qkv, o = "512x96", "96x256"

@@ -11,9 +11,9 @@ import pytest
 from jmoe.generation.batches import Answer, Request
 from jmoe.generation.output import REPLY_KEYS, Printer, RowFile, as_row, json_line
 from jmoe.generation.prompts import Prompt
-from jmoe.generation.reply import Reply
 from jmoe.text import encode
 from jmoe.text.channels import FINAL, ChannelText
+from jmoe.text.reply import Reply
 from tests.channel_tokenizer import channel_tokenizer
 
 THINKS = "<|channel|>analysis<|message|>Hm.<|end|>"
@@ -98,7 +98,7 @@ def test_rows_are_in_the_file_as_they_come_and_nothing_is_overwritten(tmp_path: 
         RowFile(out)
     with pytest.raises(FileExistsError):
         RowFile(tmp_path)
-    with pytest.raises(FileNotFoundError, match="gone is no folder"):
+    with pytest.raises(FileNotFoundError, match="gone is not a folder"):
         RowFile(tmp_path / "gone" / "out.jsonl")
 
 

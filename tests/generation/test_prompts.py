@@ -53,7 +53,7 @@ def test_tables_and_packed_files_are_read_too(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(b'{"prompt": "Ho"}\n'))
     assert [prompt.row for prompt in from_file(table)] == [{"id": "7", "prompt": "Hi"}]
     assert [prompt.words for prompt in from_file(packed)] == ["Ho"]
-    with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist, or is not a file"):
         from_file(tmp_path)
 
 

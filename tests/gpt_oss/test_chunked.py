@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.decode import DecodeState, decode, prefill
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 TOKENS = np.random.default_rng(0).integers(0, 512, (4, 90)).astype(np.int32)
@@ -25,7 +25,7 @@ def model() -> gpt_oss.GptOss:
 def run(model: gpt_oss.GptOss, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Logits after the prompts, and after one more token of each."""
 
-    def both(model: gpt_oss.GptOss) -> tuple[jnp.ndarray, jnp.ndarray, Decoding]:
+    def both(model: gpt_oss.GptOss) -> tuple[jnp.ndarray, jnp.ndarray, DecodeState]:
         first, state = prefill(model, TOKENS, LENGTHS, capacity=96, adapter_ids=IDS, prefill_chunk=chunk)
         second, state = decode(model, jnp.array([1, 2, 3, 4], jnp.int32), state)
         return first, second, state

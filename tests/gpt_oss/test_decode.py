@@ -11,8 +11,8 @@ from flax import nnx
 
 from jmoe import gpt_oss
 from jmoe.bench.model.case import sizes
-from jmoe.gpt_oss.cache import empty_cache, held_positions
-from jmoe.gpt_oss.decode import Decoding, decode, prefill
+from jmoe.gpt_oss.cache import empty_cache, slot_positions
+from jmoe.gpt_oss.decode import DecodeState, decode, prefill
 from jmoe.gpt_oss.random_model import random_model
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
@@ -88,7 +88,7 @@ def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeyp
     config = sizes()["tiny"]
     model = random_model(config, rank=16, packed=True)
     cache = empty_cache(config, model.period, 2, 1088, model.dtype)
-    state = Decoding(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
+    state = DecodeState(cache, jnp.full(2, 1024, jnp.int32), None, model.attention_lora())
     tokens = jnp.zeros(2, jnp.int32)
     program = jax.jit(decode).trace(model, tokens, state).lower(lowering_platforms=("cuda",)).as_text()
     # Norm, product and attention with q, k and v; LoRA on o, product; norm with the router; three of experts. On the
@@ -102,7 +102,7 @@ def test_a_step_on_a_gpu_is_few_launches_that_read_every_weight_in_place(monkeyp
 
 
 def test_slots_hold_the_latest_tokens() -> None:
-    assert held_positions(jnp.array([2, 5]), 4).tolist() == [[0, 1, 2, -1], [4, 5, 2, 3]]
+    assert slot_positions(jnp.array([2, 5]), 4).tolist() == [[0, 1, 2, -1], [4, 5, 2, 3]]
 
 
 def test_prompts_that_do_not_fit_are_an_error(model: gpt_oss.GptOss) -> None:

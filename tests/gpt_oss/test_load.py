@@ -109,7 +109,7 @@ def test_an_index_that_points_outside_is_refused(copy: Path) -> None:
 def test_neither_a_directory_nor_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=f"checkpoint directory {tmp_path}/none does not exist"):
         gpt_oss.load(tmp_path / "none", progress=False)
-    with pytest.raises(FileNotFoundError, match=r"original is no directory; of the Hub give openai/gpt-oss-20b$"):
+    with pytest.raises(FileNotFoundError, match=r"original is not a directory; of the Hub give openai/gpt-oss-20b$"):
         gpt_oss.load("openai/gpt-oss-20b/original", progress=False)
 
     def unreachable(*_: object, **__: object) -> str:
@@ -117,7 +117,7 @@ def test_neither_a_directory_nor_a_repository(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(
-        FileNotFoundError, match=r"openai/gpt-oss-20b is no directory, and could not be fetched .*: no net"
+        FileNotFoundError, match=r"openai/gpt-oss-20b is not a directory, and could not be fetched .*: no net"
     ):
         gpt_oss.load("openai/gpt-oss-20b", progress=False)
 

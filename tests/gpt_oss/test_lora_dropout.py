@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jmoe.gpt_oss import GptOss, load
-from jmoe.gpt_oss.attention_lora import AttentionLora, Factors
-from jmoe.gpt_oss.layer import shrink
+from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
+from jmoe.gpt_oss.layer import Remat, shrink
 from jmoe.gpt_oss.lora_dropout import LoraDropout, shrink_dropped
 from jmoe.gpt_oss.weights import LoraWeights
 
@@ -21,7 +21,7 @@ TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
 
 
 @functools.cache
-def adapted(remat: bool = False) -> GptOss:
+def adapted(remat: Remat = "nothing") -> GptOss:
     return load(TINY, adapter=TINY / "adapter", dtype=jnp.float32, progress=False, remat=remat)
 
 
@@ -38,7 +38,7 @@ def test_no_rate_is_no_dropout() -> None:
 def test_each_target_sees_a_choice_of_its_own_scaled_up() -> None:
     x = jnp.ones((1, 400, 16), jnp.float32)
     # A of ones on the first target and on the second counts the values that are kept.
-    lora = Factors(jnp.ones((1, 3, 16)), jnp.ones((1, 3)), jnp.ones((1, 8, 3)), (1, 2))
+    lora = ProductLora(jnp.ones((1, 3, 16)), jnp.ones((1, 3)), jnp.ones((1, 8, 3)), (1, 2))
     first, second, third = np.moveaxis(np.asarray(shrink_dropped(x, lora, dropout(0.25))), -1, 0)
     np.testing.assert_array_equal(second, third)
     assert not np.array_equal(first, second)
@@ -51,7 +51,7 @@ def test_each_target_sees_a_choice_of_its_own_scaled_up() -> None:
 def test_what_is_left_out_is_left_out_of_loras_input_alone() -> None:
     """With A that sees one column, the result is all or nothing; the product with the weight stays whole."""
     x = jnp.full((1, 300, 4), 2.0)
-    lora = Factors(jnp.eye(1, 4)[None], jnp.ones((1, 1)), jnp.ones((1, 8, 1)), (1,))
+    lora = ProductLora(jnp.eye(1, 4)[None], jnp.ones((1, 1)), jnp.ones((1, 8, 1)), (1,))
     seen = np.unique(np.asarray(shrink_dropped(x, lora, dropout(0.5))))
     assert seen.tolist() == [0.0, 4.0]
     assert np.unique(np.asarray(shrink(x, lora.a[0], lora.scale[0]))).tolist() == [2.0]
@@ -89,7 +89,7 @@ def test_layers_computed_again_leave_out_the_same() -> None:
 
         return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(factors))]
 
-    for kept, again in zip(gradients(adapted()), gradients(adapted(remat=True)), strict=True):
+    for kept, again in zip(gradients(adapted()), gradients(adapted(remat="layers")), strict=True):
         np.testing.assert_allclose(again, kept, rtol=1e-4, atol=1e-4 * np.abs(kept).max())
 
 

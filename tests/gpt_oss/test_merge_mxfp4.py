@@ -159,7 +159,7 @@ def test_layers_may_be_packed_and_dense(format: Format, tmp_path: Path) -> None:
     mixed["model.layers.1.mlp.experts.gate_up_proj"] = experts["model.layers.1.mlp.experts.gate_up_proj"]
     mixed["model.layers.1.mlp.experts.gate_up_proj_bias"] = packed["model.layers.1.mlp.experts.gate_up_proj_bias"]
     model = written_checkpoint(tmp_path / "mixed", mixed)
-    (model / "tokenizer-notes").mkdir()  # what is no file of a tokenizer is none to copy
+    (model / "tokenizer-notes").mkdir()  # what is not a file of a tokenizer is none to copy
     gpt_oss.merge(model, CASE / "adapter", tmp_path / "out", format=format, progress=False)
     gpt_oss.merge(CASE / "model", CASE / "adapter", tmp_path / "want", format=format, progress=False)
     got, want = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "want")

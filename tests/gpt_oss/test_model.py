@@ -10,6 +10,7 @@ import torch
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from jmoe import gpt_oss
+from jmoe.gpt_oss.layer import Remat
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -114,7 +115,7 @@ def test_remat_changes_no_gradient() -> None:
     model = ours(jnp.float32)
     layers, rest = model.layers.get_value(), {name: getattr(model, name)[...] for name in ("embedding", "norm", "head")}
 
-    def loss(norm: jax.Array, remat: bool) -> jax.Array:
+    def loss(norm: jax.Array, remat: Remat) -> jax.Array:
         changed = gpt_oss.LayerWeights(**{**vars(layers), "moe_norm": norm})
         return jnp.sum(
             gpt_oss.GptOss(model.config, layers=changed, dtype=jnp.float32, remat=remat, **rest)(tokens) ** 2
@@ -122,7 +123,7 @@ def test_remat_changes_no_gradient() -> None:
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     norm = layers.moe_norm.astype(jnp.float32)
-    np.testing.assert_allclose(gradient(norm, True), gradient(norm, False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient(norm, "layers"), gradient(norm, "nothing"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -136,3 +137,8 @@ def test_remat_changes_no_gradient() -> None:
 def test_calls_that_do_not_fit(tokens: np.ndarray, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(jnp.float32)(tokens, **options)
+
+
+def test_an_unknown_remat_is_an_error() -> None:
+    with pytest.raises(ValueError, match='remat must be "nothing", "experts" or "layers", got True'):
+        gpt_oss.load(CASE / "model", progress=False, remat=True)  # type: ignore[arg-type]

@@ -66,18 +66,18 @@ def test_no_weight_is_sliced_out_of_a_stack(architecture: str, packed: bool) -> 
     _, stack = stack_of(dataclasses.replace(SHAPE, adapters=1, mixed=False), packed)
     target = jmoe.Target(architecture)
 
-    def through_layers(x: jax.Array, stack: Layer) -> jax.Array:
+    def run_layers(x: jax.Array, stack: Layer) -> jax.Array:
         def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
             here = dataclasses.replace(stack, x=x)
             return call(here, stack.experts, stack.lora, layer=index, backend=target), None
 
         return jax.lax.scan(step, x, jnp.arange(LAYERS))[0]
 
-    program = lowered(through_layers, stack.x, stack)
+    program = lowered(run_layers, stack.x, stack)
     assert program.count("@triton_kernel_call_ffi") == (3 if packed else 6)
     slices = [line for line in program.splitlines() if "dynamic_slice" in line]
     assert all("tensor<3xi32>" in line for line in slices), slices
-    gradient = jax.grad(lambda x, stack: jnp.sum(through_layers(x, stack).astype(jnp.float32)))
+    gradient = jax.grad(lambda x, stack: jnp.sum(run_layers(x, stack).astype(jnp.float32)))
     program = lowered(gradient, stack.x, stack)
     assert not [line for line in program.splitlines() if "dynamic_slice" in line and "x4x" in line]
 

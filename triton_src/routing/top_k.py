@@ -171,7 +171,7 @@ def chosen_columns(
 
 @triton.jit
 def at_columns(values, used):
-    """(STRIPS, ROWS, choices): values (columns,) of the columns used; any of them where that is no column."""
+    """(STRIPS, ROWS, choices): values (columns,) of the columns used; any of them where that is not a column."""
     COLUMNS: tl.constexpr = values.shape[0]
     column = tl.reshape(used, (used.shape[0] * used.shape[1] * used.shape[2],))
     column = tl.where((column >= 0) & (column < COLUMNS), column, 0)

@@ -12,8 +12,8 @@ type Kind = Literal["generate", "finetune", "parts", "load", "transformers"]
 class ModelCase:
     """One measurement of a model with random weights.
 
-    kind: "generate": prefill and steps of decoding; "finetune": a step of the optimizer; "parts": where the time of
-      a step of decoding goes; "load": a checkpoint from disk; "transformers": a step of the optimizer by transformers
+    kind: "generate": prefill and decode steps; "finetune": a step of the optimizer; "parts": where the time of
+      a decode step goes; "load": a checkpoint from disk; "transformers": a step of the optimizer by transformers
       and PEFT.
     size: "20b", "120b", or "tiny", which a CPU takes in seconds.
     sequences: decoded together, or of a step's batch.

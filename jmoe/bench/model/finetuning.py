@@ -44,7 +44,7 @@ def make_trainer(case: ModelCase) -> Trainer:
     options = FinetuneConfig(
         model="none", data="none", out="none", rank=case.rank, length=case.length, batch_size=case.sequences
     )
-    model = random_model(case.config, remat=options.remat == "layers", recompute=options.remat == "experts")
+    model = random_model(case.config, remat=options.remat)
     model = model.with_adapters(new_adapter(case.config, rank=case.rank, scale=options.scale))
     return Trainer(model, make_optimizer(options, steps=100), loss_chunk=options.loss_chunk)
 

@@ -1,4 +1,4 @@
-"""Prefill and decoding of a model with random weights."""
+"""Prefill and decode of a model with random weights."""
 
 import statistics
 import time
@@ -11,14 +11,14 @@ import numpy as np
 from jmoe.bench.model.case import Figures, ModelCase
 from jmoe.bench.model.memory import peak_gib
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.decode import Decoding
+from jmoe.gpt_oss.decode import DecodeState
 from jmoe.gpt_oss.generate import Progress, advance, start
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.random_model import random_model
 from jmoe.gpt_oss.sample import Sampling
 
 STEPS = 32
-"""Of decoding in one call, as in a chunk of jmoe.gpt_oss.generate."""
+"""Decode steps in one call, as in a chunk of jmoe.gpt_oss.generate."""
 
 ROUNDS = 5
 NO_STOP = np.array([-1], np.int32)
@@ -43,17 +43,17 @@ def measure(case: ModelCase) -> Figures:
     }
 
 
-def prefill(model: GptOss, case: ModelCase) -> tuple[Callable[[], tuple[jax.Array, Decoding]], Progress]:
+def prefill(model: GptOss, case: ModelCase) -> tuple[Callable[[], tuple[jax.Array, DecodeState]], Progress]:
     """(a call that reads the prompts, the state after them), compiled."""
     tokens = random_tokens(case.config, (case.sequences, case.length))
     lengths = jnp.full(case.sequences, case.length, jnp.int32)
     capacity = case.length + 64 * -(-(ROUNDS + 1) * STEPS // 64)
 
-    def call() -> tuple[jax.Array, Decoding]:
+    def call() -> tuple[jax.Array, DecodeState]:
         return start(model, tokens, lengths, None, capacity, None)
 
-    logits, decoding = jax.block_until_ready(call())
-    return call, Progress(logits, decoding, jnp.zeros(case.sequences, bool), jax.random.key(0))
+    logits, state = jax.block_until_ready(call())
+    return call, Progress(logits, state, jnp.zeros(case.sequences, bool), jax.random.key(0))
 
 
 def random_tokens(config: Config, shape: tuple[int, ...]) -> jax.Array:

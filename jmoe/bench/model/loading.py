@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from jmoe.bench.model.case import Figures, ModelCase
 from jmoe.bench.model.memory import anonymous_gib, in_use_gib, peak_gib
 from jmoe.checkpoint.directory import EMBEDDING
+from jmoe.checkpoint.moe_layer import moe_specs
 from jmoe.checkpoint.tensors import Spec
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.load import HEAD, NORM, attention_specs, load
@@ -72,21 +73,9 @@ def write_checkpoint(folder: Path, config: Config) -> None:
 
 
 def layer_specs(config: Config, index: int) -> dict[str, Spec]:
-    """The header of every tensor of a layer."""
-    experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
-    mlp = f"model.layers.{index}.mlp."
-    specs = {
-        f"model.layers.{index}.post_attention_layernorm.weight": Spec("BF16", (hidden,)),
-        f"{mlp}router.weight": Spec("BF16", (experts, hidden)),
-        f"{mlp}router.bias": Spec("BF16", (experts,)),
-    }
-    for name, n, k in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-        specs |= {
-            f"{mlp}experts.{name}_proj_blocks": Spec("U8", (experts, n, k // 32, 16)),
-            f"{mlp}experts.{name}_proj_scales": Spec("U8", (experts, n, k // 32)),
-            f"{mlp}experts.{name}_proj_bias": Spec("BF16", (experts, n)),
-        }
-    return attention_specs(config, index) | specs
+    """The header of every tensor of a layer whose experts are in MXFP4."""
+    gate_up, down, others = moe_specs(config, index, lambda _: True)
+    return attention_specs(config, index) | others | gate_up | down
 
 
 def random_tensor(random: np.random.Generator, name: str, spec: Spec) -> np.ndarray:

@@ -18,7 +18,7 @@ def in_use_gib() -> float | None:
 
 
 def anonymous_gib() -> float:
-    """Host memory of this process that is no file's, on Linux."""
+    """Host memory of this process that is not a file's, on Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024 / GIB

@@ -1,4 +1,4 @@
-"""Where the time of a step of decoding goes, from JAX's profiler."""
+"""Where the time of a decode step goes, from JAX's profiler."""
 
 import collections
 import re

@@ -27,7 +27,7 @@ def lora(row: Row) -> str:
 
 
 def generating(rows: Sequence[Row]) -> str:
-    """Prefill and decoding."""
+    """Prefill and decode."""
     header = [
         "model",
         "sequences",
@@ -57,7 +57,7 @@ def generating(rows: Sequence[Row]) -> str:
 
 
 def parts_of_a_step(rows: Sequence[Row]) -> str:
-    """Microseconds of the kernels of one step of decoding."""
+    """Microseconds of the kernels of one decode step."""
     names = list(rows[0]["microseconds"]) if rows else []
     header = ["kernels of a step, us", *names, "number of kernels"]
     cells = [

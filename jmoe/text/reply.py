@@ -1,11 +1,14 @@
 """One reply: its tokens to text by channel, up to the strings that end it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jmoe.text.channels import FINAL, ChannelReader, ChannelText
 from jmoe.text.stop_strings import StopStrings
 from jmoe.text.stream import TextStream
+
+type Form = Literal["channels", "text", "tokens"]
+"""How a reply's tokens are read: by channel; as text alone, whatever channels they name; or special tokens too."""
 
 
 class Reply:
@@ -15,20 +18,20 @@ class Reply:
 
     Attributes:
       messages: its text so far, a piece for each message: one channel, one recipient.
-      new_tokens: tokens so far; a stop token is not counted, those that hold a string that ends the reply are.
+      tokens: those so far; a stop token is none of them, those that hold a string that ends the reply are.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), *, whole: bool = False) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), *, form: Form = "channels") -> None:
         """A reply without tokens.
 
         Args:
           tokenizer: as jmoe.text.load_tokenizer returns it.
           stop_strings: the text ends before the first of them.
-          whole: take all tokens for text, the special ones too, whatever channels they name.
+          form: how the tokens are read.
         """
         self.messages: list[ChannelText] = []
-        self.new_tokens = 0
-        self._reader = _Whole(tokenizer) if whole else ChannelReader(tokenizer)
+        self.tokens: list[int] = []
+        self._reader = ChannelReader(tokenizer) if form == "channels" else _TextReader(tokenizer, form == "tokens")
         self._stop = StopStrings(stop_strings)
 
     @property
@@ -46,6 +49,11 @@ class Reply:
         """Whether it came to its final channel; True without channels."""
         return self._reader.reached_final
 
+    @property
+    def final_ended(self) -> bool:
+        """Whether a message of its final channel has ended; False without channels."""
+        return self._reader.final_ended
+
     def text(self, channel: str = FINAL) -> str:
         """All text of a channel so far."""
         return "".join(message.text for message in self.messages if message.channel == channel)
@@ -61,7 +69,7 @@ class Reply:
         for token in tokens:
             if self.stop_string is not None:
                 break
-            self.new_tokens += 1
+            self.tokens.append(token)
             new += self._cut(self._reader.push([token]))
         return self._keep(new)
 
@@ -88,14 +96,15 @@ class Reply:
         return pieces
 
 
-class _Whole:
+class _TextReader:
     """A reader of tokens that are all text."""
 
     reached_final = True
+    final_ended = False
     calls: Sequence[ChannelText] = ()
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._stream = TextStream(tokenizer, show_special=True)
+    def __init__(self, tokenizer: Any, show_special: bool) -> None:
+        self._stream = TextStream(tokenizer, show_special=show_special)
 
     def push(self, tokens: Sequence[int]) -> list[ChannelText]:
         return [ChannelText(FINAL, self._stream.push(tokens))]

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jmoe.finetune.rows import Conversation
-from jmoe.finetune.turns import ROLES, shorten
+from jmoe.conversations.rows import Conversation
+from jmoe.conversations.turns import ROLES
+from jmoe.errors import in_short
 from jmoe.text import Message, chat_text, without_marks
 
 STAND_IN = re.compile(r"zq(\d{6})qz")
@@ -70,7 +71,7 @@ def _check_roles(tokenizer: Any, messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         role = message["role"]
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
-            raise ValueError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {shorten(role)}")
+            raise ValueError(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {in_short(role)}")
 
 
 class _Others:
@@ -182,4 +183,4 @@ def _refusal(word: Word, messages: Sequence[Message]) -> str:
     hint = ""
     if word.kind == "content" and messages[word.turn].get("tool_calls"):
         hint = ': write words that lead to a call as its "thinking", which may be left out'
-    return f"the chat template leaves out {word.place}{role}, {shorten(word.value)}{hint}"
+    return f"the chat template leaves out {word.place}{role}, {in_short(word.value)}{hint}"

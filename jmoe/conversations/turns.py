@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jmoe.errors import in_short
 from jmoe.text import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -48,17 +49,17 @@ def read_turns(name: str, value: Any) -> list[Turn]:
     """The turns of a list, or of one that is written as JSON.
 
     Raises:
-      ValueError: it is no list, or one of its turns cannot be read, which is named.
+      ValueError: it is not a list, or one of its turns cannot be read, which is named.
     """
     value = from_json(value, "[")
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a list of turns that is not empty, got {shorten(value)}")
+        raise ValueError(f"{name} must be a list of turns that is not empty, got {in_short(value)}")
     return [_read_turn(f"{name}[{i}]", turn) for i, turn in enumerate(value)]
 
 
 def _read_turn(name: str, value: Any) -> Turn:
     if not isinstance(value, dict):
-        raise ValueError(f'{name} must be an object {{"role": ..., "content": ...}}, got {shorten(value)}')
+        raise ValueError(f'{name} must be an object {{"role": ..., "content": ...}}, got {in_short(value)}')
     fields = {key: part for key, part in value.items() if part is not None}
     if "from" in fields and "role" not in fields:
         fields = _from_sender(name, fields)
@@ -68,7 +69,7 @@ def _read_turn(name: str, value: Any) -> Turn:
     message = {key: part for key, part in fields.items() if key not in ("weight", "train", "function_call", *THINKING)}
     message["role"] = role
     if "name" in fields and not isinstance(fields["name"], str):
-        raise ValueError(f"{name}.name must be a string, got {shorten(fields['name'])}")
+        raise ValueError(f"{name}.name must be a string, got {in_short(fields['name'])}")
     calls = _read_calls(name, fields)
     message.pop("tool_calls", None)
     if calls:
@@ -78,7 +79,7 @@ def _read_turn(name: str, value: Any) -> Turn:
     if role == "assistant" and message.pop("channel", "final") != "final":
         raise ValueError(
             f'{name}.channel must be "final": thinking goes into the "thinking" of the turn that it leads to, got '
-            f"{shorten(fields['channel'])}"
+            f"{in_short(fields['channel'])}"
         )
     return Turn(_with_content(name, message), _read_trained(name, role, fields), tuple(sorted(set(message) - KNOWN)))
 
@@ -87,7 +88,7 @@ def _from_sender(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A turn with `from` and `value` as one with `role` and `content`."""
     sender = fields["from"]
     if not isinstance(sender, str) or sender not in SENDERS:
-        raise ValueError(f"{name}.from must be one of {', '.join(SENDERS)}, got {shorten(sender)}")
+        raise ValueError(f"{name}.from must be one of {', '.join(SENDERS)}, got {in_short(sender)}")
     rest = {key: part for key, part in fields.items() if key not in ("from", "value")}
     if sender == "function_call":
         return {**rest, "role": "assistant", "function_call": fields.get("value")}
@@ -108,21 +109,21 @@ def _with_content(name: str, message: dict[str, Any]) -> Message:
     if message["role"] == "assistant":
         check_text(f"{name}.content", content)
     elif not isinstance(content, str):
-        raise ValueError(f"{name}.content must be a string, got {shorten(content)}")
+        raise ValueError(f"{name}.content must be a string, got {in_short(content)}")
     return {**message, "content": content}
 
 
 def _join_parts(name: str, value: Any) -> Any:
-    """The text of a list of texts, one after the other; what is no list as it is."""
+    """The text of a list of texts, one after the other; what is not a list as it is."""
     if not isinstance(value, list):
         return value
     texts = []
     for i, part in enumerate(value):
         if isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS:
-            raise ValueError(f"{name}[{i}] must be text, got a part of type {shorten(part.get('type'))}")
+            raise ValueError(f"{name}[{i}] must be text, got a part of type {in_short(part.get('type'))}")
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise ValueError(f'{name}[{i}] must be {{"type": "text", "text": ...}}, got {shorten(part)}')
+            raise ValueError(f'{name}[{i}] must be {{"type": "text", "text": ...}}, got {in_short(part)}')
         texts.append(text)
     return "".join(texts)
 
@@ -132,7 +133,7 @@ def _read_thinking(name: str, fields: Mapping[str, Any]) -> str | None:
     found = {key: _join_parts(f"{name}.{key}", fields[key]) for key in THINKING if key in fields}
     for key, text in found.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name}.{key} must be a string, got {shorten(text)}")
+            raise ValueError(f"{name}.{key} must be a string, got {in_short(text)}")
     if len(set(found.values())) > 1:
         raise ValueError(f"{name} must have one thinking, got different {' and '.join(found)}")
     return next(iter(found.values()), None)
@@ -141,7 +142,7 @@ def _read_thinking(name: str, fields: Mapping[str, Any]) -> str | None:
 def _read_calls(name: str, fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     calls = from_json(fields.get("tool_calls", []), "[")
     if not isinstance(calls, list):
-        raise ValueError(f"{name}.tool_calls must be a list of calls, got {shorten(calls)}")
+        raise ValueError(f"{name}.tool_calls must be a list of calls, got {in_short(calls)}")
     if "function_call" not in fields:
         return [_read_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
     if calls:
@@ -157,7 +158,7 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
     function = from_json(call.get("function", call), "{")
     if not isinstance(function, dict) or not function:
         raise ValueError(
-            f'{name} must be a call {{"function": {{"name": ..., "arguments": ...}}}}, got {shorten(value)}'
+            f'{name} must be a call {{"function": {{"name": ..., "arguments": ...}}}}, got {in_short(value)}'
         )
     called = check_text(f"{name}'s name", function.get("name"))
     arguments = function.get("arguments")
@@ -166,40 +167,41 @@ def _read_call(name: str, value: Any) -> Mapping[str, Any]:
             arguments = json.loads(arguments, parse_constant=_refuse_constant, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{name}: the arguments of {called} must be JSON ({error}), got {shorten(arguments)}"
+                f"{name}: the arguments of {called} must be JSON ({error}), got {in_short(arguments)}"
             ) from error
     if arguments is None and function.get("arguments") is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError(
-            f"{name}: the arguments of {called} must be an object, or one as JSON, got {shorten(function['arguments'])}"
+            f"{name}: the arguments of {called} must be an object, or one as JSON, "
+            f"got {in_short(function['arguments'])}"
         )
     try:
         json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError) as error:  # NaN, or a date that a data set was given
         raise ValueError(
-            f"{name}: the arguments of {called} must be JSON ({error}), got {shorten(arguments)}"
+            f"{name}: the arguments of {called} must be JSON ({error}), got {in_short(arguments)}"
         ) from error
     whole = {**{key: part for key, part in function.items() if part is not None}, "arguments": arguments}
     return {**call, "function": whole} if "function" in call else whole
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_trained(name: str, role: str, fields: Mapping[str, Any]) -> bool | None:
     """What `weight` (0 or 1) and `train` say; None: nothing."""
     weight, train = fields.get("weight"), fields.get("train")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"{name}.weight must be 0 (not trained) or 1, got {shorten(weight)}")
+        raise ValueError(f"{name}.weight must be 0 (not trained) or 1, got {in_short(weight)}")
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{name}.train must be true or false, got {shorten(train)}")
+        raise ValueError(f"{name}.train must be true or false, got {in_short(train)}")
     said = {bool(part) for part in (weight, train) if part is not None}
     if len(said) > 1:
         raise ValueError(f"{name} must say one thing, got weight {weight} and train {str(train).lower()}")
     if said == {True} and role != "assistant":
-        raise ValueError(f"{name} must be the assistant's to be trained, got role {shorten(role)}")
+        raise ValueError(f"{name} must be the assistant's to be trained, got role {in_short(role)}")
     return said.pop() if said else None
 
 
@@ -218,8 +220,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, value in pairs:
             if entries[name] != value:
                 raise RepeatedNameError(
-                    f"a JSON object must have each name once, got {shorten(name)} with {shorten(value)} and "
-                    f"{shorten(entries[name])}"
+                    f"a JSON object must have each name once, got {in_short(name)} with {in_short(value)} and "
+                    f"{in_short(entries[name])}"
                 )
     return entries
 
@@ -242,14 +244,8 @@ def from_json(value: Any, begin: str) -> Any:
 
 def check_text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a string that is not empty, got {shorten(value)}")
+        raise ValueError(f"{name} must be a string that is not empty, got {in_short(value)}")
     return value
-
-
-def shorten(value: Any) -> str:
-    """The value as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def unknown_keys(turns: Iterable[Turn]) -> set[str]:

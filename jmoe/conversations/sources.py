@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jmoe.finetune.turns import once
+from jmoe.conversations.turns import once
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 """What such files begin with."""
@@ -57,7 +57,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     set with several configurations by both, as in owner/name:main:train. Otherwise the split is train.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it cannot be read, or no split is train; it is a directory of another kind. A file that turns out
         to be broken raises while its records are read.
       ImportError: it needs the packages datasets and pyarrow, which are not installed.
@@ -75,7 +75,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
         return Source(itertools.chain.from_iterable(_file_records(Path(file)) for file in files))
     if HUB_NAME.fullmatch(text) and not text.endswith(DATA_ENDINGS):
         return _open_hub(text)
-    raise FileNotFoundError(f"{text} does not exist, or is no file")
+    raise FileNotFoundError(f"{text} does not exist, or is not a file")
 
 
 def _file_records(path: Path) -> Iterator[Record]:
@@ -97,7 +97,7 @@ def _file_records(path: Path) -> Iterator[Record]:
         with gzip.open(whole, "rb") if packed else whole if piped is not None else path.open("rb") as text:
             yield from _text_records(path, ending.lower(), text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from error
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
 
 
 def _text_records(path: Path, ending: str, file: Any) -> Iterator[Record]:
@@ -157,7 +157,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
         with parquet.ParquetFile(path) as file:
             yield from _arrow_records(str(path), file.iter_batches(batch_size=256))
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from error
 
 
 def _arrow_records(name: str, batches: Iterable[Any]) -> Iterator[Record]:
@@ -202,14 +202,14 @@ def _object_reader(fields: list[tuple[str, Reader]]) -> Reader:
 def _open_directory(path: Path, split: str | None) -> Source:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         raise ValueError(
-            f"{path} is no directory that datasets saved (save_to_disk): name its files, or a pattern in quotes, as "
+            f"{path} is not a directory that datasets saved (save_to_disk): name its files, or a pattern in quotes, as "
             f"'{path}/*.jsonl'"
         )
     datasets = _import_datasets(path)
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the files of a directory that is damaged raise
-        raise ValueError(f"{path} is no directory that datasets can read: {error}") from error
+        raise ValueError(f"{path} is not a directory that datasets can read: {error}") from error
     return _of_dataset(str(path), found, split)
 
 
@@ -220,7 +220,7 @@ def _open_hub(text: str) -> Source:
     try:
         found = datasets.load_dataset(name, configuration)
     except Exception as error:  # of the network, of the Hub, of the files that it has
-        raise ValueError(f"{name} is no file, and no data set of the Hub that can be read: {error}") from error
+        raise ValueError(f"{name} is not a file, and no data set of the Hub that can be read: {error}") from error
     return _of_dataset(name, found, parts[-1] if parts else None)
 
 

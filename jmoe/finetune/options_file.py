@@ -39,9 +39,9 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         entries = parse(content.decode("utf-8-sig").replace("\r\n", "\n"))
     except RecursionError:
-        raise ValueError(f"{file} is no {kind} that can be read: it is nested too deeply") from None
+        raise ValueError(f"{file} is not {kind} that can be read: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{file} is no {kind}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{file} must hold names and values, got {type(entries).__name__}")
     if others := [name for name in entries if not isinstance(name, str)]:

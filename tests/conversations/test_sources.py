@@ -16,10 +16,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from jmoe.conversations.rows import Completion, Conversation, Text
+from jmoe.conversations.sources import open_source
 from jmoe.finetune.examples import read_examples
-from jmoe.finetune.rows import Completion, Conversation, Text, read_rows
-from jmoe.finetune.sources import open_source
 from jmoe.text import load_tokenizer
+from tests.conversations.reading import read_rows
 
 datasets = pytest.importorskip("datasets")
 
@@ -226,7 +227,7 @@ def test_what_the_hub_has_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"who/what is no file, and no data set .* no network"):
+    with pytest.raises(ValueError, match=r"who/what is not a file, and no data set .* no network"):
         open_source("who/what")
 
 
@@ -238,15 +239,15 @@ def test_a_file_that_is_missing_is_not_sought_on_the_hub(name: str, monkeypatch:
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no directory that datasets saved .* name its files"):
+    with pytest.raises(ValueError, match=r"is not a directory that datasets saved .* name its files"):
         open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-12], "is no whole gzip file"),
-        ("a.parquet", b"PAR1abc", "is no Parquet file that can be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-12], "is not a whole gzip file"),
+        ("a.parquet", b"PAR1abc", "is not a Parquet file that can be read"),
         ("a.json", b'[{"text": "a"},', "must be a JSON array of rows"),
         ("a.csv", b'text\n"a', r"line 2: not CSV in UTF-8"),
         ("a.csv", b"text\n\xff\n", r"not CSV in UTF-8"),

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from jmoe.finetune.guard import check_conversation
-from jmoe.finetune.rows import Conversation, parse_row
+from jmoe.conversations.guard import check_conversation
+from jmoe.conversations.rows import Conversation
 from jmoe.text import load_tokenizer
+from tests.conversations.reading import parse_row
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 USER = {"role": "user", "content": "Hi"}

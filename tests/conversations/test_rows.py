@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from jmoe.finetune.rows import Completion, Conversation, Row, Text, parse, parse_row, read_rows
+from jmoe.conversations.rows import Completion, Conversation, Row, Text, parse
+from tests.conversations.reading import parse_row, read_rows
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}

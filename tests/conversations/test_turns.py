@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jmoe.finetune.turns import Turn, read_turns
+from jmoe.conversations.turns import Turn, read_turns
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Ho"}
@@ -125,7 +125,7 @@ def test_weight_and_train_say_whether_a_turn_is_trained(said: Any, trained: bool
         (call("{city: Oslo}"), r"tool_calls\[0\]: the arguments of f must be JSON .* got '\{city: Oslo\}'"),
         (call(""), r"the arguments of f must be JSON"),
         (call('{"a": 1, "a": 2}'), r"the arguments of f must be JSON .*each name once, got 'a' with 1 and 2"),
-        (call('{"a": NaN}'), r"the arguments of f must be JSON \(NaN is no JSON\)"),
+        (call('{"a": NaN}'), r"the arguments of f must be JSON \(NaN is not JSON\)"),
         (call("[1]"), r"the arguments of f must be an object, or one as JSON, got '\[1\]'"),
         (call(json.dumps('{"a": 1}')), r"the arguments of f must be an object"),
         (call("null"), r"the arguments of f must be an object, or one as JSON, got 'null'"),

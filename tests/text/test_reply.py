@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from jmoe.generation.reply import Reply
 from jmoe.text import encode, load_tokenizer
 from jmoe.text.channels import FINAL, ChannelText
+from jmoe.text.reply import Form, Reply
 from tests.channel_tokenizer import TINY, channel_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>Say: one\n\ntwo STOP<|end|>"
@@ -18,7 +18,7 @@ def tokenizer() -> Any:
     return channel_tokenizer()
 
 
-def read(tokenizer: Any, text: str, size: int, stop: tuple[str, ...] = (), **options: bool) -> Reply:
+def read(tokenizer: Any, text: str, size: int, stop: tuple[str, ...] = (), **options: Form) -> Reply:
     """The reply of a text's tokens, so many at a time; its pieces make up its messages."""
     reply = Reply(tokenizer, stop, **options)
     tokens = encode(tokenizer, text)
@@ -34,7 +34,7 @@ def test_stop_strings_act_in_the_final_channel_alone(tokenizer: Any, size: int) 
     assert reply.channels == {"analysis": "Say: one\n\ntwo STOP", "final": "one "}
     assert reply.stop_string == "STOP"
     assert reply.answered
-    assert reply.new_tokens == len(encode(tokenizer, THOUGHT + ANSWER.removesuffix(" two")))
+    assert len(reply.tokens) == len(encode(tokenizer, THOUGHT + ANSWER.removesuffix(" two")))
 
 
 def test_a_reply_that_only_thinks_has_no_answer(tokenizer: Any) -> None:
@@ -53,8 +53,8 @@ def test_what_is_held_back_comes_at_the_end(tokenizer: Any) -> None:
 
 
 def test_whole_replies_have_all_tokens(tokenizer: Any) -> None:
-    assert read(tokenizer, THOUGHT + ANSWER, 2, whole=True).text() == THOUGHT + ANSWER
-    assert read(tokenizer, THOUGHT + ANSWER, 2, ("<|end|>",), whole=True).text() == THOUGHT.removesuffix("<|end|>")
+    assert read(tokenizer, THOUGHT + ANSWER, 2, form="tokens").text() == THOUGHT + ANSWER
+    assert read(tokenizer, THOUGHT + ANSWER, 2, ("<|end|>",), form="tokens").text() == THOUGHT.removesuffix("<|end|>")
 
 
 def test_without_channels_all_text_is_the_answer() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jmoe.finetune.config import FinetuneConfig
-from jmoe.finetune.config_file import EXAMPLES, Format, read_file, write_example
+from jmoe.finetune.options_file import EXAMPLES, Format, read_file, write_example
 
 
 def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -55,23 +55,23 @@ def test_plain_yaml_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, valu
     [
         ("a.yaml", "rank: 4\nrank: 8\n", "'rank' is there twice"),
         ("a.json", '{"rank": 4, "rank": 8}', "'rank' is there twice"),
-        ("a.toml", "rank = 4\nrank = 8\n", "is no TOML: Cannot overwrite a value"),
+        ("a.toml", "rank = 4\nrank = 8\n", "is not TOML: Cannot overwrite a value"),
         ("a.yaml", "rank: !!python/object/apply:os.system [ls]\n", "tags as .* have no meaning here, in line 1"),
         ("a.yaml", "rank: !!int a\n", "tags as"),
         ("a.yaml", "a: 1\n--- \nb: 2\n", "expected a single document"),
         ("a.yaml", "1: 2\n", "names must be texts, in line 1"),
         ("a.yaml", "? [a]\n: 2\n", "names must be texts, in line 1"),
-        ("a.yaml", "a: &x [*x]\n", "is no YAML"),
-        ("a.yaml", "a: *x\n", "is no YAML: found undefined alias"),
-        ("a.yaml", "a: [\n", "is no YAML"),
-        ("a.yaml", "a: \x07\n", "is no YAML"),
+        ("a.yaml", "a: &x [*x]\n", "is not YAML"),
+        ("a.yaml", "a: *x\n", "is not YAML: found undefined alias"),
+        ("a.yaml", "a: [\n", "is not YAML"),
+        ("a.yaml", "a: \x07\n", "is not YAML"),
         ("a.yaml", "just words\n", "must hold names and values, got str"),
         ("a.yaml", "", "must hold names and values, got NoneType"),
         ("a.yaml", "a: " + "[" * 1200 + "]" * 1200, "nested too deeply"),
         ("a.json", "[" * 100_000, "nested too deeply"),
-        ("a.toml", f"rank = {'1' * 5000}", "is no TOML: Exceeds the limit"),
-        ("a.yaml", f"rank: {'1' * 5000}", "is no YAML: Exceeds the limit"),
-        ("a.toml", b"out = '\xff'", "is no TOML: 'utf-8' codec"),
+        ("a.toml", f"rank = {'1' * 5000}", "is not TOML: Exceeds the limit"),
+        ("a.yaml", f"rank: {'1' * 5000}", "is not YAML: Exceeds the limit"),
+        ("a.toml", b"out = '\xff'", "is not TOML: 'utf-8' codec"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jmoe.finetune.tools import read_tools
+from jmoe.conversations.tools import read_tools
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}

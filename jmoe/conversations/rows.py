@@ -1,13 +1,12 @@
 """A row of text to train on: its columns, in whichever of the forms that people use."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmoe.finetune.sources import open_source
-from jmoe.finetune.tools import read_tools
-from jmoe.finetune.turns import Turn, check_text, from_json, once, read_turns, shorten, unknown_keys
+from jmoe.conversations.tools import read_tools
+from jmoe.conversations.turns import Turn, check_text, from_json, once, read_turns, unknown_keys
+from jmoe.errors import in_short
 from jmoe.text import Message
 
 
@@ -55,35 +54,14 @@ class Parsed(NamedTuple):
     unknown: frozenset[str] = frozenset()
 
 
-def read_rows(source: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of a source, see jmoe.finetune.sources.open_source.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a row cannot be read. The message has its place, what was expected and what was seen.
-    """
-    for record in open_source(source).records:
-        try:
-            row = parse(record.content).row
-        except ValueError as error:
-            raise ValueError(f"{record.place}: {error}") from error
-        yield row
-
-
-def parse_row(content: bytes | Mapping[str, Any]) -> Row:
-    """The row that a line of JSON, or values by column, hold.
-
-    Raises:
-      ValueError: it is not JSON in UTF-8, or has none of the forms.
-    """
-    return parse(content).row
-
-
 def parse(content: bytes | Mapping[str, Any] | ValueError) -> Parsed:
-    """As parse_row, with how the row was read. Of several forms, the first counts: the others' columns are ignored.
+    """The row that a line of JSON, or values by column, hold, and how it was read.
+
+    Of several forms, the first counts: the others' columns are ignored.
 
     Raises:
-      ValueError: as parse_row; what is wrong with the row, where that is given in its place.
+      ValueError: it is not JSON in UTF-8, or has none of the forms; what is wrong with the row, where that is given in
+        its place.
     """
     if isinstance(content, ValueError):
         raise content
@@ -108,9 +86,9 @@ def _parse_object(content: bytes) -> Mapping[str, Any]:
     except UnicodeError as error:
         raise ValueError(f"a row must be Unicode text in UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"a row must be JSON ({error}), got {shorten(content.decode())}") from error
+        raise ValueError(f"a row must be JSON ({error}), got {in_short(content.decode())}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a row must be a JSON object, got {shorten(value)}")
+        raise ValueError(f"a row must be a JSON object, got {in_short(value)}")
     return value
 
 
@@ -148,7 +126,7 @@ def _read_completion(values: Mapping[str, Any]) -> Read:
 def _read_instruction(values: Mapping[str, Any]) -> Read:
     instruction, given = check_text("instruction", values["instruction"]), values.get("input", "")
     if not isinstance(given, str):
-        raise ValueError(f"input must be a string, got {shorten(given)}")
+        raise ValueError(f"input must be a string, got {in_short(given)}")
     user = {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction}
     assistant = {"role": "assistant", "content": check_text("output", values["output"])}
     return _conversation([*_system(values), Turn(user), Turn(assistant)], values)
@@ -162,7 +140,7 @@ def _system(values: Mapping[str, Any]) -> list[Turn]:
     """The turn that a column `system` is."""
     system = values.get("system", "")
     if not isinstance(system, str):
-        raise ValueError(f"system must be a string, got {shorten(system)}")
+        raise ValueError(f"system must be a string, got {in_short(system)}")
     return [Turn({"role": "system", "content": system})] if system else []
 
 
@@ -224,6 +202,6 @@ def _conversation(turns: Sequence[Turn], values: Mapping[str, Any]) -> Read:
 
 def _check_roles(roles: Sequence[str]) -> None:
     if "assistant" not in roles:
-        raise ValueError(f"messages must have an assistant's turn to learn, got roles {shorten(roles)}")
+        raise ValueError(f"messages must have an assistant's turn to learn, got roles {in_short(roles)}")
     if roles[0] == "assistant":
-        raise ValueError(f"messages must begin with another's turn than the assistant's, got roles {shorten(roles)}")
+        raise ValueError(f"messages must begin with another's turn than the assistant's, got roles {in_short(roles)}")
