@@ -12,7 +12,7 @@ from torch import Tensor
 import jmoe
 from tests import torch_layers
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT, Tolerance
-from tests.torch_layers import Layer, Weight, transform
+from tests.torch_layers import Layer, Weight, poisoned_results, surround, transform
 
 
 class Backend(Protocol):
@@ -29,7 +29,7 @@ class Backend(Protocol):
 
 
 class Kernels:
-    """jmoe.interop.moe: in Triton's interpreter on the CPU, compiled on a GPU."""
+    """jmoe.interop.moe, every tensor in poison: in Triton's interpreter on the CPU, compiled on a GPU."""
 
     of_y, of_gradients = BFLOAT16, GRADIENT
 
@@ -41,18 +41,20 @@ class Kernels:
 
         if "expert_offset" in options:
             options["expert_offset"] = torch.tensor([options["expert_offset"]], dtype=torch.int32)
-        there = transform(layer, self.move)
-        options = {name: transform(value, self.move) for name, value in options.items()}
-        return moe(there.x, there.router_logits, there.experts, **there.options, **options).cpu()
+        there = transform(layer, self.surrounded)
+        options = {name: transform(value, self.surrounded) for name, value in options.items()}
+        with poisoned_results():
+            return moe(there.x, there.router_logits, there.experts, **there.options, **options).cpu()
 
     def gradients(self, layer: Layer, dy: Tensor) -> dict[str, Tensor]:
         from jmoe.interop.moe import moe
 
-        found = torch_layers.gradients(transform(layer, self.move), moe, self.move(dy))
-        return {name: gradient.cpu() for name, gradient in found.items()}
+        with poisoned_results():
+            found = torch_layers.gradients(transform(layer, self.surrounded), moe, self.surrounded(dy))
+            return {name: gradient.cpu() for name, gradient in found.items()}
 
-    def move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+    def surrounded(self, tensor: Tensor) -> Tensor:
+        return surround(tensor.to(self.device))
 
 
 class Jax:

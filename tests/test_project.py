@@ -224,6 +224,7 @@ def test_the_layer_imports_none_of_what_extras_bring() -> None:
     assert run.stdout.split() == []
 
 
+@pytest.mark.slow
 @pytest.mark.bare_env
 def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     # A copy, as setuptools builds in place and puts what an earlier build left there into the next wheel.
@@ -294,6 +295,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
 def test_the_documents_examples_run(document: str, example: str) -> None:
     run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -306,6 +308,7 @@ def test_readme_has_an_example_of_the_layer_and_of_the_model() -> None:
     assert "gpt_oss.load(" in model
 
 
+@pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path) -> None:
     (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

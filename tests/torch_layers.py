@@ -1,8 +1,9 @@
 """Layers as torch tensors, for tests of the kernels: random, hostile, and surrounded by poison."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -196,6 +197,20 @@ class PoisonedAllocator:
             if not (torch.equal(whole[:GUARD], poison[:GUARD]) and torch.equal(whole[-GUARD:], poison[-GUARD:])):
                 return False
         return True
+
+
+@contextlib.contextmanager
+def poisoned_results() -> Iterator[None]:
+    """What kernels write starts as poison, in poison, and nothing is written beside it."""
+    from jmoe.interop import launch
+
+    allocate, allocator = launch.allocate, PoisonedAllocator()
+    launch.allocate = allocator
+    try:
+        yield
+        assert allocator.guards_are_intact()
+    finally:
+        launch.allocate = allocate
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:

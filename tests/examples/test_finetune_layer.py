@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples/finetune_layer.py"
 
 
+@pytest.mark.slow
 def test_it_trains_lora_and_leaves_the_rest_as_it_is() -> None:
     command = [sys.executable, EXAMPLE, "--pretrain-steps", "10", "--steps", "20"]
     environment = os.environ | {"COLUMNS": "120"}

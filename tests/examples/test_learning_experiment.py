@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
+@pytest.mark.slow
 def test_lora_learns_on_four_bits_what_it_learns_on_sixteen(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "learning_experiment.py", "--size", "ci", "--out", tmp_path]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -71,6 +71,7 @@ def test_the_loss_is_the_mean_over_trained_tokens() -> None:
     assert float(outcome.tokens) == batch.weights.sum()
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch() -> None:
     one, batch = trainer(), random_batch(3)
     together = Batch(*(array.reshape(1, -1, array.shape[-1]) for array in batch))

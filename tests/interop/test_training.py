@@ -25,6 +25,7 @@ def tensor(array: jax.Array) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
+@pytest.mark.slow
 def test_ten_steps_of_adam_end_at_the_same_adapters() -> None:
     shape = LayerShape(40, hidden=64, intermediate=96, experts=4, top_k=2, adapters=1, rank=4)
     layer = random_layer(shape)

@@ -116,6 +116,7 @@ def test_bf16_experts_are_trained_when_asked_to() -> None:
         new_layer(train_experts=True)
 
 
+@pytest.mark.slow
 def test_layers_stack_under_scan_and_remat() -> None:
     x = tokens()
 
