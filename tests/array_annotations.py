@@ -52,6 +52,8 @@ def check[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 def is_about_arrays(hint: Any) -> bool:
     """Whether a shape and dtype stand anywhere in it."""
+    if isinstance(hint, typing.TypeAliasType):
+        return is_about_arrays(hint.__value__)
     return is_array(hint) or any(is_about_arrays(part) for part in typing.get_args(hint))
 
 
@@ -64,10 +66,14 @@ def checkable(hint: Any) -> Any:
 
     Sizes that are computed, as 2I and D/2, may be any: jaxtyping knows D only where it stands before by itself.
     """
+    if isinstance(hint, typing.TypeAliasType):
+        return checkable(hint.__value__)
     if is_array(hint):
         sizes = ("_" if re.search(r"^\d+[A-Za-z]|\w[-+*/]\w", size) else size for size in hint.dim_str.split())
         array = jax.Array | np.ndarray if hint.array_type is jax.Array else hint.array_type
         return hint.dtype[array, " ".join(sizes)]
+    if typing.get_origin(hint) is tuple and ... in typing.get_args(hint):
+        return tuple  # of which each may have sizes of its own
     parts = tuple(checkable(part) if is_about_arrays(part) else part for part in typing.get_args(hint))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return functools.reduce(operator.or_, parts)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+UNOPTIMISED = "--xla_backend_optimization_level=0"
 DIRECTORY = Path(__file__).parent.parent / "build" / "tests"
 
 
@@ -16,8 +17,13 @@ def spare_the_compiler() -> None:
         return
     worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
     os.environ |= {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip(),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip(),
         "JAX_COMPILATION_CACHE_DIR": str(DIRECTORY / worker),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+def optimised() -> dict[str, str]:
+    """The environment for a process whose programs run for longer than they are compiled."""
+    return os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace(UNOPTIMISED, "").strip()}

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 import jmoe
 from jmoe.ops.launch.installed import OLDEST
+from tests.compiled_programs import optimised
 
 ROOT = Path(__file__).parent.parent
 
@@ -316,7 +317,9 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     for command in commands.splitlines():
         words = shlex.split(command)
         assert words[0] == "jmoe"
-        run = subprocess.run([tool, *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path)
+        run = subprocess.run(
+            [tool, *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path, env=optimised()
+        )
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
         if words[1] == "eval":  # base, then with the adapter; another processor's rounding may cost some of it
             base, adapted, *_ = (float(value) for value in re.findall(r"([+-]?\d\.\d{4}) ±", run.stdout))
