@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def install() -> None:
     """Has them checked in every module imported from now on that has some.
 
-    Left out are the homes of public functions, whose ValueErrors say more than a type checker.
+    Left out are the modules of public functions, whose ValueErrors say more than a type checker.
     """
     paths = sorted(path for path in (ROOT / "jmoe").rglob("*.py") if "from jaxtyping import" in path.read_text())
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
@@ -31,11 +31,11 @@ def install() -> None:
 
 @functools.cache
 def public_modules() -> set[str]:
-    """The modules in `jmoe.HOME`, found without importing jmoe, which the hook has to precede."""
-    for node in ast.parse((ROOT / "jmoe" / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOME":
-            return set(ast.literal_eval(node.value).values())
-    raise LookupError("jmoe/__init__.py defines no HOME")
+    """The modules that jmoe's and its rooms' public names are of, found without importing any: the hook comes first."""
+    files = [ROOT / "jmoe" / "__init__.py", *(ROOT / "jmoe").glob("*/__init__.py")]
+    trees = [ast.parse(file.read_text()) for file in files]
+    found = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name for name in found if name is not None}
 
 
 def check[**P, R](function: Callable[P, R]) -> Callable[P, R]:

@@ -44,7 +44,7 @@ ACTIVATIONS = {
     "of gpt-oss": jmoe.SwiGLU(),
     "silu(gate) * up": jmoe.SiluAndMul(),
     "halves": jmoe.SiluAndMul(interleaved=False),
-    "clamped": jmoe.SwiGLU(alpha=0.7, limit=0.75, offset=-0.5),
+    "clamped": jmoe.SwiGLU(alpha=0.7, limit=2.0, offset=-0.5),
 }
 
 
