@@ -68,7 +68,7 @@ def _forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: 
 
 def _backward(chunk: int, gradient: Array, scale: Array) -> tuple[Array, None, None, None]:
     # The head is frozen, targets are integers, and weights are given.
-    return (gradient * scale).astype(gradient.dtype), None, None, None
+    return (gradient.astype(scale.dtype) * scale).astype(gradient.dtype), None, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

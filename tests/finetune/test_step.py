@@ -32,7 +32,7 @@ def model(scale: float = 2.0) -> GptOss:
 def random_batch(micro_batches: int, rows: int = 2, length: int = 12, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     shape = (micro_batches, rows, length)
-    segments = np.repeat([1, 2], length // 2) * np.ones(shape, np.int32)
+    segments = np.repeat(np.array([1, 2], np.int32), length // 2) * np.ones(shape, np.int32)
     weights = (rng.random(shape) < 0.8).astype(np.float32)
     return Batch(
         rng.integers(0, 512, shape).astype(np.int32), rng.integers(0, 512, shape).astype(np.int32), weights, segments
