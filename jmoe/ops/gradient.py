@@ -1,8 +1,8 @@
 """The layer by the backend of the platform, with its gradient.
 
 The choice of backend is made when a program is lowered, in the forward pass and again in the backward pass, between
-which the same arrays are kept on either: the call's, the routing and, unless they are computed again, gate_up's results
-before the activation.
+which the same arrays are kept on either: the call's, the routing and, where Triton can run and unless they are computed
+again, gate_up's results before the activation.
 """
 
 import functools
@@ -17,8 +17,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jmoe.ops.call import Call, Kept, Options, buffers_of, like_call
 from jmoe.ops.launch.layer import NO_WEIGHT_GRADIENT, WEIGHT_GRADIENTS, moe_p
-from jmoe.ops.reference import moe_reference
-from jmoe.ops.routing import Routing, route
+from jmoe.ops.launch.local_gpu import has_cuda
+from jmoe.ops.routing import Routing
+from jmoe.ops.xla.moe import Names, moe_xla, with_routing
 
 KEPT = "jmoe_pre_activations"
 """The name, for policies of jax.checkpoint, of what the forward pass keeps unless recompute is set."""
@@ -48,30 +49,9 @@ def on_platform(
     return lax.platform_dependent(*leaves, cuda=launches, default=lambda *leaves: xla(*tree.unflatten(leaves)))
 
 
-def moe_xla(options: Options, call: Call) -> jax.Array:
-    """The layer by plain XLA operations."""
-    one = call.of_one_layer()
-    offset = 0 if one.expert_offset is None else one.expert_offset[0]
-    ids, activation = one.tokens.adapter_ids, options.activation
-    return moe_reference(one.tokens.x, _routing(options, call), one.experts, one.lora, ids, offset, activation)
-
-
-def _routing(options: Options, call: Call) -> Routing:
-    """The call's routing, given or by its logits."""
-    if call.tokens.routing is not None:
-        return call.tokens.routing
-    assert call.tokens.router_logits is not None
-    return route(call.tokens.router_logits, options.top_k)
-
-
 def _xla(options: Options, call: Call, *_: None) -> list[jax.Array]:
     """As the primitive's y."""
     return [moe_xla(options, call)]
-
-
-@jax.tree_util.register_static
-class Names(tuple[str, ...]):
-    """Names of buffers, static among what is kept."""
 
 
 def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[Names, Call, Kept]]:
@@ -79,6 +59,8 @@ def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[Names, Ca
     wanted = Names(name for name, primal in buffers_of(primals).items() if primal.perturbed)
     if options.forced and any(f"{name}_grad" in WEIGHT_GRADIENTS for name in wanted):
         raise NotImplementedError(NO_WEIGHT_GRADIENT)
+    if not options.forced and not (call.tokens.x.dtype == jnp.bfloat16 and has_cuda()):
+        options = options._replace(recompute=True)  # XLA alone can run this, and reads no pre_activations
     given = call.tokens.routing is not None
     names = ("y", *(() if given else ("experts", "weights")), *(() if options.recompute else ("pre_activations",)))
     arrays = on_platform(options, names, functools.partial(_forward_xla, options, names), call, None, None)
@@ -89,8 +71,13 @@ def _forward(options: Options, primals: Any) -> tuple[jax.Array, tuple[Names, Ca
 
 
 def _forward_xla(options: Options, names: tuple[str, ...], call: Call, *_: None) -> list[jax.Array]:
-    """As the primitive. XLA's backward pass computes everything again: its pre_activations are zeros."""
-    routing, x = _routing(options, call), call.tokens.x
+    """As the primitive. XLA's backward pass computes everything again: its pre_activations are zeros.
+
+    They are there only beside a GPU, for which the same program might be lowered.
+    """
+    call, x = with_routing(options, call), call.tokens.x
+    routing = call.tokens.routing
+    assert routing is not None
     results = {"y": moe_xla(options, call), "experts": routing.experts, "weights": routing.weights}
     if "pre_activations" in names:
         shape = (x.shape[0] * options.top_k, 2 * call.intermediate)

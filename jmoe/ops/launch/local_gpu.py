@@ -66,6 +66,14 @@ def gpu_of(target: Target | None) -> Gpu:
     return Gpu(capability, table_for(capability, device))
 
 
+def has_cuda() -> bool:
+    """Whether this process has an NVIDIA GPU. Without one, only a Target lowers anything for CUDA."""
+    try:
+        return bool(jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return False
+
+
 def reads_packed_here() -> bool:
     """Whether JAX's default device has kernels that read packed experts, whatever the number of tokens.
 
