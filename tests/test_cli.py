@@ -55,6 +55,7 @@ def test_parity_of_random_layers() -> None:
     assert run.stdout.count("pass") == 6
 
 
+@pytest.mark.slow
 def test_parity_fails_when_results_disagree() -> None:
     program = (
         "import jmoe.cli, jmoe.ops.random_layer as r\n"

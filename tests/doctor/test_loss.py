@@ -112,6 +112,7 @@ def swapped(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_swapped_square_down_projection_of_a_trained_model_is_caught(trained: Path, tmp_path: Path) -> None:
     runs = [
         CliRunner().invoke(app, ["doctor", "--model", str(folder), "--loss"])

@@ -103,6 +103,7 @@ def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> 
     assert "validation" not in next(line for line in printed.splitlines() if line.startswith("step 4 of 6"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]) -> None:
     import torch

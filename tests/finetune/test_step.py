@@ -103,6 +103,7 @@ def test_experts_with_trained_tokens_have_gradients_in_b_and_not_yet_in_a() -> N
     assert jnp.array_equal(second.expert_gradients["gate_up_a"], second.expert_gradients["gate_up_b"])
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_step() -> None:
     state, batch = started(), random_batch(1, seed=2)
     once, first = dropping().step(copy(state), batch)
@@ -114,6 +115,7 @@ def test_dropout_is_of_the_step() -> None:
     assert float(dropping().step(copy(later), batch)[1].loss) != float(first.loss)
 
 
+@pytest.mark.slow
 def test_batches_of_one_step_leave_out_different_values() -> None:
     batch = random_batch(1)
     twice = Batch(*(np.concatenate([array, array]) for array in batch))

@@ -50,6 +50,7 @@ def check(layer: Layer, **options: object) -> dict[str, torch.Tensor]:
     return ours
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(layers())
 def test_any_layers_gradients_agree_with_float64(layer: Layer) -> None:

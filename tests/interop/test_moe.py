@@ -87,6 +87,7 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(layers())
 def test_any_layer_agrees_with_float64(layer: Layer) -> None:

@@ -270,6 +270,7 @@ def test_vmap_inside_shard_map(packed: bool) -> None:
     assert jnp.array_equal(sharded(layer.x, layer.router_logits), jax.jit(run)(layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["tokens", "experts", "both"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_explicit_axes(recompute: bool, split: str) -> None:
