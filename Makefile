@@ -14,7 +14,7 @@ $(shell echo "jmoe needs Python 3.12 or later, and found none as python3.12, pyt
 MAKEFLAGS += --question
 endif
 
-.PHONY: demo example test gpu-test lint docs bench clean
+.PHONY: demo example test test-all gpu-test lint docs bench clean
 
 demo: $(READY)
 	@$(BIN)/jmoe parity --checkpoint examples/tiny_gpt_oss --layer 0 --adapter examples/tiny_gpt_oss/adapter --text LICENSE
@@ -23,11 +23,19 @@ example: $(READY)
 	@$(BIN)/python examples/finetune_layer.py
 	@$(BIN)/python examples/finetune_gpt_oss.py
 
+# One file's tests run in one process, which shares what they compile. `slow` is what test-all runs and test does not.
+PYTEST = $(BIN)/pytest -q -n 2 --dist loadfile --durations=20 $(PYTEST_OPTIONS)
+
 test: $(READY)
-	@echo "== kernels in Triton's interpreter (about 2 minutes on 2 cores)"
-	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m interpret
-	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family (about 17 minutes)"
-	@$(BIN)/pytest -q -n 2 $(PYTEST_OPTIONS) -m "not interpret"
+	@echo "== kernels in Triton's interpreter"
+	@TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow"
+	@echo "== everything else: JAX, PyTorch, formats, every launch compiled for every GPU family"
+	@$(PYTEST) -m "not interpret and not slow"
+
+test-all: $(READY)
+	@echo "== what make test leaves out: whole runs of commands and examples, new environments, larger sizes"
+	@TRITON_INTERPRET=1 $(PYTEST) -m "interpret and slow"
+	@$(PYTEST) -m "not interpret and slow"
 
 # On a machine with an NVIDIA GPU, some ten minutes on 16 cores; PHASES="small large alone" are all there are.
 PHASES ?=

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import jax
 import pytest
 
-from tests import harmony
+from tests import array_annotations, compiled_programs
+
+compiled_programs.spare_the_compiler()  # before JAX is imported, which reads the environment then
+
+import jax  # noqa: E402
+
+array_annotations.install()  # before anything of jmoe is imported
+
+from tests import harmony  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 2)
+# A product's dtype is written down: JAX otherwise makes float32 of bfloat16 times float32 without a word.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # A shell's background jobs inherit a Ctrl-C that is ignored, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():

@@ -29,6 +29,7 @@ def jmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_parity_of_a_checkpoint_with_an_adapter(tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
     adapter, text = TINY / "adapter", ROOT / "LICENSE"
@@ -47,12 +48,14 @@ def test_parity_of_a_checkpoint_with_an_adapter(tmp_path: Path) -> None:
         assert 0 < row["triton_torch"] <= 5e-3
 
 
+@pytest.mark.slow
 def test_parity_of_random_layers() -> None:
     run = jmoe("parity")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("pass") == 6
 
 
+@pytest.mark.slow
 def test_parity_fails_when_results_disagree() -> None:
     program = (
         "import jmoe.cli, jmoe.ops.random_layer as r\n"
@@ -223,6 +226,7 @@ def test_an_adapter_needs_a_checkpoint() -> None:
     assert "--adapter needs --checkpoint" in run.stderr
 
 
+@pytest.mark.slow
 def test_bench_times_what_is_there_and_a_second_run_adds(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     run = jmoe("bench", "--tokens", "1", "--experts", "4", "--ranks", "0", "--out", out)

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 import jmoe
 from jmoe.ops.launch.installed import OLDEST
+from tests.compiled_programs import optimised
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,6 +225,7 @@ def test_the_layer_imports_none_of_what_extras_bring() -> None:
     assert run.stdout.split() == []
 
 
+@pytest.mark.slow
 @pytest.mark.bare_env
 def test_jmoe_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     # A copy, as setuptools builds in place and puts what an earlier build left there into the next wheel.
@@ -294,6 +296,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
 def test_the_documents_examples_run(document: str, example: str) -> None:
     run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -306,6 +309,7 @@ def test_readme_has_an_example_of_the_layer_and_of_the_model() -> None:
     assert "gpt_oss.load(" in model
 
 
+@pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path) -> None:
     (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -313,7 +317,9 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     for command in commands.splitlines():
         words = shlex.split(command)
         assert words[0] == "jmoe"
-        run = subprocess.run([tool, *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path)
+        run = subprocess.run(
+            [tool, *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path, env=optimised()
+        )
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
         if words[1] == "eval":  # base, then with the adapter; another processor's rounding may cost some of it
             base, adapted, *_ = (float(value) for value in re.findall(r"([+-]?\d\.\d{4}) ±", run.stdout))

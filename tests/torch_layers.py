@@ -1,7 +1,9 @@
 """Layers as torch tensors, for tests of the kernels: random, hostile, and surrounded by poison."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -134,6 +136,30 @@ def transform(tree: object, fn: object) -> object:
     return tree
 
 
+def leaves(layer: Layer) -> dict[str, torch.Tensor]:
+    """What is differentiated, by name."""
+    named = {"x": layer.x, "router_logits": layer.router_logits}
+    for projection in ("gate_up", "down"):
+        named[f"{projection}_bias"] = getattr(layer.experts, f"{projection}_bias")
+        if layer.lora is not None:
+            named |= {f"{projection}_{part}": getattr(layer.lora, f"{projection}_{part}") for part in "ab"}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def gradients(
+    layer: Layer, function: Callable[..., torch.Tensor], dy: torch.Tensor, **options: object
+) -> dict[str, torch.Tensor]:
+    """Of <y, dy> in every leaf."""
+    found = leaves(layer)
+    for tensor in found.values():
+        tensor.requires_grad_()
+    y = function(layer.x, layer.router_logits, layer.experts, **{**layer.options, **options})
+    grads = torch.autograd.grad(y, list(found.values()), dy.to(y.dtype), allow_unused=True)
+    for tensor in found.values():
+        tensor.requires_grad_(False)
+    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None}
+
+
 POISON = {torch.uint8: 0xFF, torch.int32: 0x7FFFFFF0, torch.bfloat16: math.nan, torch.float32: math.nan}
 """What must never be read: 0xFF is the scale that is NaN, the integer indexes out of every buffer."""
 
@@ -171,6 +197,20 @@ class PoisonedAllocator:
             if not (torch.equal(whole[:GUARD], poison[:GUARD]) and torch.equal(whole[-GUARD:], poison[-GUARD:])):
                 return False
         return True
+
+
+@contextlib.contextmanager
+def poisoned_results() -> Iterator[None]:
+    """What kernels write starts as poison, in poison, and nothing is written beside it."""
+    from jmoe.interop import launch
+
+    allocate, allocator = launch.allocate, PoisonedAllocator()
+    launch.allocate = allocator
+    try:
+        yield
+        assert allocator.guards_are_intact()
+    finally:
+        launch.allocate = allocate
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -46,7 +46,7 @@ def _sum(
         losses = jnp.where(weight > 0, -log_probs * weight, 0)
         if not with_gradient:
             return total + losses.sum(), None
-        there = jnp.arange(head.shape[0]) == target[:, None]
+        there = (jnp.arange(head.shape[0]) == target[:, None]).astype(logits.dtype)
         gradient = (jnp.exp(logits - normalizer[:, None]) - there) * weight[:, None]
         gradient = jnp.where(weight[:, None] > 0, gradient, 0).astype(x.dtype)
         return total + losses.sum(), _product("pv,vh->ph", gradient, head).astype(x.dtype)
@@ -68,7 +68,7 @@ def _forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: 
 
 def _backward(chunk: int, gradient: Array, scale: Array) -> tuple[Array, None, None, None]:
     # The head is frozen, targets are integers, and weights are given.
-    return (gradient * scale).astype(gradient.dtype), None, None, None
+    return (gradient.astype(scale.dtype) * scale).astype(gradient.dtype), None, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Integer
 
 from jmoe.finetune.examples import Example
 
@@ -53,7 +53,7 @@ def pack(examples: Sequence[Example], length: int) -> Packed:
     return packed
 
 
-def best_fit(sizes: Sequence[int] | Int32[np.ndarray, " n"], capacity: int) -> list[list[int]]:
+def best_fit(sizes: Sequence[int] | Integer[np.ndarray, " n"], capacity: int) -> list[list[int]]:
     """Which sizes share a bin: the largest first, each into the bin that it fills most, or else into a new one.
 
     Args:

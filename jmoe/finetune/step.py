@@ -202,8 +202,9 @@ def take_step(
         (loss, gradient), _ = lax.scan(add, nothing, (batches, dropouts))
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, moved = optimizer.update(gradient, state.optimizer, state.factors)
-    changed = optax.apply_updates(state.factors, updates), moved
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its count of steps, int32, by floats
+        updates, moved = optimizer.update(gradient, state.optimizer, state.factors)
+        changed = optax.apply_updates(state.factors, updates), moved
     factors, kept = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), changed, (state.factors, state.optimizer)
     )

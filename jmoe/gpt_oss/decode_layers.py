@@ -66,7 +66,8 @@ def decode_layer[S](
         if factors is None or expand is not None:
             return y
         own = jax.tree.map(lambda leaf: take(leaf, index), factors)
-        return (y + rows_of(delta(x.reshape(*shape, -1), own, adapter_ids))).astype(x.dtype)
+        added = rows_of(delta(x.reshape(*shape, -1), own, adapter_ids))
+        return (y.astype(added.dtype) + added).astype(x.dtype)
 
     shape = x.shape[:2]
     on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)

@@ -87,7 +87,7 @@ def segment_offsets(segment_ids: Int32[Array, "B T"], most_segments: int) -> Int
     return jnp.append(offsets, batch * length).astype(jnp.int32)
 
 
-def segments_a_row(segment_ids: Int32[Array | np.ndarray, "B T"]) -> Float[Array | np.ndarray, ""]:
+def segments_a_row(segment_ids: Int32[Array | np.ndarray, "B T"]) -> Float[Array, ""] | np.floating:
     """How many segments rows have on average; of numpy's arrays it is known at once."""
     return 1 + (segment_ids[:, 1:] != segment_ids[:, :-1]).sum() / segment_ids.shape[0]  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from jmoe.gpt_oss.config import warn_past_positions
 from jmoe.gpt_oss.decode import DecodeState, decode, prefill
@@ -51,7 +51,7 @@ class Progress(NamedTuple):
     logits: Float[Array, "B V"]
     state: DecodeState
     done: Bool[Array, " B"]
-    key: PRNGKeyArray
+    key: Key[Array, "..."]
     seen: Bool[Array, "B V"] | None = None
 
 
@@ -150,7 +150,7 @@ def step_rate(chunks: Sequence[tuple[int, float]]) -> float | None:
     return sum(steps for steps, _ in warm) / sum(seconds for _, seconds in warm) if warm else None
 
 
-def keys(seed: int | Sequence[int], count: int) -> PRNGKeyArray:
+def keys(seed: int | Sequence[int], count: int) -> Key[Array, "..."]:
     """The key of a seed, or the keys of one seed for each of so many sequences."""
     seeds = np.asarray(seed)
     if seeds.ndim == 0:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 LEAST_TEMPERATURE = 1e-30
 """Below it float32 would divide by zero, or nearly so."""
@@ -54,7 +54,7 @@ class Sampling(NamedTuple):
 
 
 def choose(
-    logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling, seen: Bool[Array, "B V"] | None
+    logits: Float[Array, "B V"], key: Key[Array, "..."], sampling: Sampling, seen: Bool[Array, "B V"] | None
 ) -> Int32[Array, " B"]:
     """The next token of each sequence.
 
@@ -80,7 +80,7 @@ def penalized(
 
 def sample(
     logits: Float[Array, "B V"],
-    key: PRNGKeyArray,
+    key: Key[Array, "..."],
     temperature: Float[Array, ""] | float,
     top_p: Float[Array, ""] | float,
     *,

@@ -62,7 +62,7 @@ class Call:
         tokens: Tokens,
         experts: Experts,
         lora: Lora | None,
-        expert_offset: Int32[Array, ""] | int,
+        expert_offset: Int32[Array, ""] | Int32[Array, "1"] | int,
         layer: Int32[Array, ""] | int | None,
     ) -> Self:
         """The call of jmoe.moe's arguments: with one axis of tokens, and numbers as kernels read them."""

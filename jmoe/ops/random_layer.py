@@ -77,7 +77,7 @@ def random_layer(shape: LayerShape, seed: int | jax.Array = 0) -> Layer:
     lora = Lora(*adapter(double, s.hidden), *adapter(s.hidden, s.intermediate)) if s.adapters else None
     x = jax.random.normal(next(keys), (s.tokens, s.hidden), jnp.bfloat16)
     # Distinct eighths, shuffled: exact in bfloat16, so that no two routers disagree about a tie.
-    steps = (jnp.arange(s.experts) - s.experts / 2) / 8
+    steps = (jnp.arange(s.experts, dtype=jnp.float32) - s.experts / 2) / 8
     logits = jax.random.permutation(next(keys), jnp.tile(steps, (s.tokens, 1)), axis=1, independent=True)
     ids = jax.random.randint(next(keys), (s.tokens,), -1, s.adapters, jnp.int32) if s.mixed else None
     return Layer(x, logits.astype(jnp.bfloat16), experts, lora, ids)

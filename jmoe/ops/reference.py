@@ -9,7 +9,7 @@ from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, dequantize
 from jmoe.ops.packed import unpack_expert
 from jmoe.triton_src.activation import SwiGLU
 
-type Adapter = tuple[Float[Array, "A E R K"], Float[Array, "A E N R"], Float[Array, " A"]]
+type Adapter = tuple[Float[Array, "A R K"], Float[Array, "A N R"], Float[Array, " A"]]
 
 
 def swiglu(z: Float[Array, "T 2I"], activation: SwiGLU) -> Float[Array, "T I"]:

@@ -59,6 +59,7 @@ def written(folder: Path, factors: list[ByTarget], form: str, order: str, dtype:
 FORMS = ["parameters", "stacked", "halves", "{expert}.{target}_proj", "{target}_projs.{expert}"]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     form=st.sampled_from(FORMS),

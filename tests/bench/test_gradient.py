@@ -1,6 +1,7 @@
 """The timing of forward and backward pass, on a CPU."""
 
 import jax
+import pytest
 
 from jmoe.bench.case import Case, Matrix, Size
 from jmoe.bench.gradient import GROUPED_MM, IMPLEMENTATIONS, MEMORY, RECOMPUTED
@@ -13,6 +14,7 @@ from jmoe.interop.dlpack import to_torch
 from tests.torch_layers import relative_error
 
 
+@pytest.mark.slow
 def test_time_and_memory_of_each_case() -> None:
     size = Size(64, 64, 2)
     rows = list(run(Matrix(size, (16,), (4,), (0, 4)), IMPLEMENTATIONS))

@@ -1,5 +1,7 @@
 """Measurements of a whole model, as far as a CPU can take them."""
 
+import pytest
+
 from jmoe.bench.model.case import CPU_CASES, ModelCase
 from jmoe.bench.model.parts import by_part, parts_of_operations
 from jmoe.bench.model.run import measure, run
@@ -45,5 +47,6 @@ def test_a_failure_is_a_reason_and_the_next_case_runs() -> None:
     assert figures["load_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_cpu_measures_a_tiny_model() -> None:
     assert measure(CPU_CASES[0])["decode_step_ms"] > 0

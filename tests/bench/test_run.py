@@ -58,6 +58,7 @@ def test_rows_that_nobody_measures_are_left_out() -> None:
     assert {row.case.rank for row in run(TINY, [only_lora])} == {16}
 
 
+@pytest.mark.slow
 def test_jmoe_is_timed_with_and_without_adapters() -> None:
     ours = [each for each in implementations() if each.names == ("jmoe packed",)]
     for row in run(TINY, ours):

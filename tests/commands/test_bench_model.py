@@ -36,6 +36,7 @@ def rows(out: Path) -> list[tuple[str, Figures]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_second_call_adds_its_cases_and_replaces_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.json"
     call(monkeypatch, "generate,load", {"error": "out of memory"}, out)

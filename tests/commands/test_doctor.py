@@ -120,7 +120,7 @@ def test_kernels_of_experts_on_gpus(capability: int, tokens: int, want: str, mon
 
 def test_whose_launch_parameters_are_used_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(doctor, "why_no_triton", lambda: None)
+    monkeypatch.setattr("jmoe.doctor.machine.why_no_triton", lambda: None)
     monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (90, "NVIDIA H200"))
     own = "jmoe's own, NVIDIA H100 80GB HBM3's values, of which none was measured on NVIDIA H200: run jmoe tune"
     assert doctor.examine_machine().tiles == own

@@ -42,6 +42,7 @@ def test_a_prompt_is_a_message_in_the_chat_template() -> None:
     assert "new: 10 tokens, " in run.stderr
 
 
+@pytest.mark.slow
 def test_several_prompts_have_each_its_adapter() -> None:
     adapter = ["--adapter", str(TINY / "adapter")]
     run = CliRunner().invoke(app, ["generate", *SHORT, *adapter, *adapter, "--raw", "The License", "The License"])

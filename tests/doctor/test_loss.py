@@ -95,7 +95,8 @@ def train(features: jax.Array, targets: jax.Array, vocabulary: int) -> jax.Array
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         head, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(head), state)
+        with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+            updates, state = optimizer.update(jax.grad(loss)(head), state)
         return (head + updates, state), None
 
     head = jnp.zeros((vocabulary, features.shape[1]))
@@ -111,6 +112,7 @@ def swapped(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_swapped_square_down_projection_of_a_trained_model_is_caught(trained: Path, tmp_path: Path) -> None:
     runs = [
         CliRunner().invoke(app, ["doctor", "--model", str(folder), "--loss"])

@@ -49,6 +49,7 @@ def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, own, i) for i, own in enumerate(arguments)]
 
 
+@pytest.mark.slow
 def test_log_likelihoods_and_perplexities(both: tuple[HarnessModel, HFLM]) -> None:
     ours, theirs = both
     assert ours.prefix_token_id == theirs.prefix_token_id
@@ -68,6 +69,7 @@ def test_log_likelihoods_and_perplexities(both: tuple[HarnessModel, HFLM]) -> No
     assert ours.loglikelihood_rolling(texts, True) == pytest.approx(theirs.loglikelihood_rolling(texts, True), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_generated_answers(both: tuple[HarnessModel, HFLM]) -> None:
     ours, theirs = both
     greedy: dict[str, Any] = {"max_gen_toks": 8, "do_sample": False}

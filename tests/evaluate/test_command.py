@@ -23,6 +23,7 @@ def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jmoe.evaluate.run.TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_adapter_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_tasks(tmp_path)

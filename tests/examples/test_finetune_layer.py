@@ -1,17 +1,21 @@
 """The example, with few steps."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.compiled_programs import optimised
+
 EXAMPLE = Path(__file__).parents[2] / "examples/finetune_layer.py"
 
 
+@pytest.mark.slow
 def test_it_trains_lora_and_leaves_the_rest_as_it_is() -> None:
     command = [sys.executable, EXAMPLE, "--pretrain-steps", "10", "--steps", "20"]
-    environment = os.environ | {"COLUMNS": "120"}
+    environment = optimised() | {"COLUMNS": "120"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     rounded, tuned = (float(number) for number in re.findall(r"(?:MXFP4|on the manual) +│ +([\d.]+)", done.stdout))
     assert tuned < rounded - 0.02

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compiled_programs import optimised
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
+@pytest.mark.slow
 def test_lora_learns_on_four_bits_what_it_learns_on_sixteen(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "learning_experiment.py", "--size", "ci", "--out", tmp_path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = optimised() | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     results = json.loads((tmp_path / "results.json").read_text())
     loss, accuracy = results["summary"]["loss"], results["summary"]["accuracy"]

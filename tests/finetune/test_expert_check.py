@@ -45,6 +45,7 @@ def steps(trainer: Trainer, first: int, count: int) -> tuple[ExpertCheck, TrainS
     return check, state, outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_run_that_learns_passes_from_its_beginning_and_resumed(trainer: Trainer, first: int) -> None:
     check, *_ = steps(trainer, first, 3)

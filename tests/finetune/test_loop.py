@@ -65,6 +65,7 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read(out) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(trainer: Trainer, tmp_path: Path) -> None:
     with a_run(trainer, tmp_path / "whole") as run:
         whole, standing, ending = run_steps(*run)

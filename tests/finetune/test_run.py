@@ -103,6 +103,7 @@ def test_the_loss_falls_and_what_happens_is_said(finished: tuple[Path, str]) -> 
     assert "validation" not in next(line for line in printed.splitlines() if line.startswith("step 4 of 6"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]) -> None:
     import torch
@@ -120,6 +121,7 @@ def test_peft_loads_the_adapter_and_computes_the_same(finished: tuple[Path, str]
     assert np.linalg.norm(ours - wanted) <= 1e-3 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_has_the_same_losses(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     with subprocess.Popen(command(data, tmp_path), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         deadline = time.monotonic() + 300
@@ -152,6 +154,7 @@ def running(arguments: list[str], until: Callable[[], bool]) -> Iterator[subproc
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_meanwhile_the_folder_is_locked(
     number: signal.Signals, status: int, data: Path, tmp_path: Path
@@ -169,6 +172,7 @@ def test_a_signal_saves_and_meanwhile_the_folder_is_locked(
     assert printed == f"interrupted by {number.name} {saved}; the same command goes on\n"
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     data = tmp_path / "rows"
     os.mkfifo(data)  # whose rows are waited for
@@ -188,6 +192,7 @@ def read_config(run: Path, **changes: Any) -> FinetuneConfig:
     return FinetuneConfig.create({**json.loads((run / "finetune.json").read_text()), **changes})
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_extended(finished: tuple[Path, str], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "run")
     printed = io.StringIO()
@@ -214,6 +219,7 @@ def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(finished: tuple[Path,
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(finished: tuple[Path, str], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("[0-9]*", "adapter", "*.png"))
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -257,6 +263,7 @@ def test_a_run_does_not_go_on_with_rows_that_have_changed(part: int, data: Path,
         data.write_text(rows)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_gone_is_written_again(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(out / "adapter")

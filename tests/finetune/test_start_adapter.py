@@ -117,6 +117,7 @@ def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
         start_adapter(options(tmp_path / "nowhere"), CONFIG)
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_begins_where_that_ended_and_keeps_its_scales(adapter: Path, tmp_path: Path) -> None:
     """With a rate that is as good as none, the adapter that is saved is the one that the run started from."""
     rows = tmp_path / "rows.jsonl"

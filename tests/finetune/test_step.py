@@ -32,7 +32,7 @@ def model(scale: float = 2.0) -> GptOss:
 def random_batch(micro_batches: int, rows: int = 2, length: int = 12, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     shape = (micro_batches, rows, length)
-    segments = np.repeat([1, 2], length // 2) * np.ones(shape, np.int32)
+    segments = np.repeat(np.array([1, 2], np.int32), length // 2) * np.ones(shape, np.int32)
     weights = (rng.random(shape) < 0.8).astype(np.float32)
     return Batch(
         rng.integers(0, 512, shape).astype(np.int32), rng.integers(0, 512, shape).astype(np.int32), weights, segments
@@ -71,6 +71,7 @@ def test_the_loss_is_the_mean_over_trained_tokens() -> None:
     assert float(outcome.tokens) == batch.weights.sum()
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch() -> None:
     one, batch = trainer(), random_batch(3)
     together = Batch(*(array.reshape(1, -1, array.shape[-1]) for array in batch))
@@ -102,6 +103,7 @@ def test_experts_with_trained_tokens_have_gradients_in_b_and_not_yet_in_a() -> N
     assert jnp.array_equal(second.expert_gradients["gate_up_a"], second.expert_gradients["gate_up_b"])
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_step() -> None:
     state, batch = started(), random_batch(1, seed=2)
     once, first = dropping().step(copy(state), batch)
@@ -113,6 +115,7 @@ def test_dropout_is_of_the_step() -> None:
     assert float(dropping().step(copy(later), batch)[1].loss) != float(first.loss)
 
 
+@pytest.mark.slow
 def test_batches_of_one_step_leave_out_different_values() -> None:
     batch = random_batch(1)
     twice = Batch(*(np.concatenate([array, array]) for array in batch))

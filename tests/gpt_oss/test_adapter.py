@@ -43,6 +43,7 @@ def test_logits_are_those_of_transformers_and_peft(model: gpt_oss.GptOss, expect
     assert relative(mixed[1], expected["base_logits"][1]) <= 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_transformers_and_peft(model: gpt_oss.GptOss, expected: dict[str, np.ndarray]) -> None:
     tokens = expected["input_ids"]
 

@@ -55,6 +55,7 @@ def test_an_adapter_that_is_nan_stays_alone(model: gpt_oss.GptOss) -> None:
     assert jnp.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_generated_text_is_the_same(model: gpt_oss.GptOss) -> None:
     prompts = [row[:length].tolist() for row, length in zip(TOKENS, LENGTHS, strict=True)]
     options = {"max_new_tokens": 4, "stop_tokens": [], "adapter_ids": IDS.tolist()}

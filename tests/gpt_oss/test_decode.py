@@ -53,6 +53,7 @@ def test_greedy_text_is_that_of_transformers(model: gpt_oss.GptOss, adapter: int
     assert got == want.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "ids"), [(None, None), (CASE / "adapter", None), (CASE / "adapter", [0, -1, 0])])
 def test_bfloat16_steps_round_no_more_than_the_whole_sequence(adapter: Path | None, ids: list[int] | None) -> None:
     """Few tokens in bfloat16 take launches of their own, whose sums are rounded where the other layers' are."""

@@ -138,6 +138,7 @@ def test_sampling_is_that_of_transformers(options: dict[str, float]) -> None:
     np.testing.assert_allclose(found, want, atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_repetition_penalty_counts_the_prompt_and_the_text(model: gpt_oss.GptOss) -> None:
     prompt = [5, 6, 7]
     options = {"max_new_tokens": 24, "stop_tokens": [], "adapter_ids": [-1]}
@@ -145,6 +146,7 @@ def test_a_repetition_penalty_counts_the_prompt_and_the_text(model: gpt_oss.GptO
     assert len({*prompt, *generated}) == len(prompt) + 24
 
 
+@pytest.mark.slow
 def test_a_seed_of_its_own_gives_a_sequence_the_text_that_it_has_alone(model: gpt_oss.GptOss) -> None:
     options = {"max_new_tokens": 12, "stop_tokens": [], "temperature": 1.5, "top_k": 50}
     prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3], [1, 2, 3]]

@@ -74,6 +74,7 @@ def test_chunks_change_neither_values_nor_gradients(model: gpt_oss.GptOss, token
         assert error <= FLOAT32.relative * np.linalg.norm(np.asarray(wanted, np.float32))
 
 
+@pytest.mark.slow
 def test_a_policy_gradient_is_the_one_of_all_logits(model: gpt_oss.GptOss, tokens: Array) -> None:
     """In LoRA's factors: an advantage of either sign for each token, 0 for the prompt's."""
     weights = jax.random.normal(jax.random.key(1), (BATCH, LENGTH - 1)) * (jnp.arange(LENGTH - 1) >= 3)

@@ -79,6 +79,7 @@ def test_experts_have_none() -> None:
     np.testing.assert_array_equal(on_experts.hidden(TOKENS, dropout=dropout()), on_experts.hidden(TOKENS))
 
 
+@pytest.mark.slow
 def test_layers_computed_again_leave_out_the_same() -> None:
     def gradients(model: GptOss) -> list[np.ndarray]:
         graph, factors, rest = nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[misc]

@@ -32,7 +32,8 @@ print("same")
 
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_shard_map_splits_a_batch_over_the_devices_that_the_model_is_on(axes: str) -> None:
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(MODEL), axes], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -11,8 +11,8 @@ import jmoe
 from jmoe.ops.random_layer import LayerShape, random_layer
 from tests import torch_layers
 from tests.gpu.test_gradient import in_torch, jax_gradients
-from tests.interop.test_gradient import OF_TORCH, RELATIVE, gradients
-from tests.tolerances import BFLOAT16
+from tests.tolerances import BFLOAT16, GRADIENT, GRADIENT_OF_TORCH
+from tests.torch_layers import gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -58,5 +58,5 @@ def test_y_and_gradients_agree_with_float64(activation: jmoe.SwiGLU, weights: st
     for name, want in wanted.items():
         assert torch.equal(to_torch(of_jax[name]), from_torch[name]), name
         error = torch_layers.relative_error(from_torch[name], want)
-        assert error <= RELATIVE, name
-        assert error <= OF_TORCH * torch_layers.relative_error(theirs[name], want), name
+        assert error <= GRADIENT.relative, name
+        assert error <= GRADIENT_OF_TORCH * torch_layers.relative_error(theirs[name], want), name

@@ -14,7 +14,8 @@ import torch
 import jmoe
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from tests import torch_layers
-from tests.interop.test_gradient import OF_TORCH, RELATIVE, gradients
+from tests.tolerances import GRADIENT, GRADIENT_OF_TORCH
+from tests.torch_layers import gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +40,7 @@ def in_torch(layer: Layer) -> torch_layers.Layer:
 
 
 def jax_gradients(layer: Layer, dy: jax.Array, **options: object) -> dict[str, jax.Array]:
-    """Of <y, dy>, by the names of tests.interop.test_gradient."""
+    """Of <y, dy>, by the names of tests.torch_layers.leaves."""
 
     @jax.jit
     def all_gradients(layer: Layer, dy: jax.Array) -> dict[str, jax.Array]:
@@ -81,8 +82,8 @@ def test_gradients_at_real_sizes(tokens: int, packed: bool, lora: str) -> None:
         assert torch.equal(to_torch(ours[name]), from_torch[name]), name
         assert jnp.array_equal(ours[name], again[name]), name
         error = torch_layers.relative_error(from_torch[name], want)
-        assert error <= RELATIVE, name
-        assert error <= OF_TORCH * torch_layers.relative_error(theirs[name], want), name
+        assert error <= GRADIENT.relative, name
+        assert error <= GRADIENT_OF_TORCH * torch_layers.relative_error(theirs[name], want), name
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -111,7 +112,7 @@ def test_nothing_beside_the_buffers_is_read_or_written(
     allocator = torch_layers.PoisonedAllocator()
     monkeypatch.setattr(launch, "allocate", allocator)
     for name, got in gradients(run, moe, dy).items():
-        assert torch_layers.relative_error(got, exact[name]) <= 2 * RELATIVE, name
+        assert torch_layers.relative_error(got, exact[name]) <= 2 * GRADIENT.relative, name
     assert allocator.guards_are_intact()
 
 
@@ -128,7 +129,7 @@ def test_scale_bytes_at_the_ends(scale: int) -> None:
     exact = gradients(in_torch(layer), reference.moe, dy)
     for run in (layer, dataclasses.replace(layer, experts=jmoe.pack(layer.experts))):
         got = gradients(in_torch(run), moe, dy)
-        assert torch_layers.relative_error(got["x"], exact["x"]) <= RELATIVE
+        assert torch_layers.relative_error(got["x"], exact["x"]) <= GRADIENT.relative
 
 
 @pytest.mark.large_memory
@@ -145,7 +146,7 @@ def test_65536_tokens() -> None:
         for name in ("x", "router_logits"):
             exact = want[name].astype(jnp.float32)
             error = jnp.linalg.norm(ours[name][part].astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-            assert float(error) <= RELATIVE, name
+            assert float(error) <= GRADIENT.relative, name
 
 
 SANITIZED = """
@@ -153,8 +154,7 @@ import dataclasses, jax, torch, jmoe
 from jmoe.interop.moe import moe
 from jmoe.ops.random_layer import LayerShape, random_layer
 from tests.gpu.test_gradient import in_torch
-from tests.interop.test_gradient import gradients
-from tests.torch_layers import transform
+from tests.torch_layers import gradients, transform
 for tokens, rank, packed in ((5, 0, True), (12, 5, True), (400, 20, True), (150, 5, False)):
     adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
     layer = random_layer(LayerShape(tokens, 160, 96, 6, 4, **adapters))

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 
 import jmoe
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
@@ -92,33 +91,6 @@ def test_nothing_beside_the_buffers_is_read_or_written(
     monkeypatch.setattr(launch, "allocate", allocator)
     y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     assert allocator.guards_are_intact()
-    exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
-
-
-@pytest.mark.parametrize("scale", [0, 1, 253, 254, 255])
-def test_scale_bytes_at_the_ends(scale: int) -> None:
-    from jmoe.interop import reference
-    from jmoe.interop.moe import moe
-
-    layer = torch_layers.random_layer(tokens=40, bias=False)
-    layer.experts.gate_up.scales[1, 10, 1] = scale
-    layer.experts.gate_up.blocks[1, 10, 1] = torch.tensor([0x80, 0x08, 0x01, *[0] * 13], dtype=torch.uint8)
-    layer = torch_layers.transform(layer, lambda tensor: tensor.cuda())
-    y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
-
-
-def test_nan_and_infinity_end_where_the_reference_has_them() -> None:
-    from jmoe.interop import reference
-    from jmoe.interop.moe import moe
-
-    layer = torch_layers.random_layer(tokens=200, adapters=2, gate_up_rank=5, down_rank=3, mixed=True)
-    layer.x[3, 5], layer.x[7, 2] = torch.nan, torch.inf
-    layer.lora.gate_up_b[1, :, 0] = torch.nan
-    layer = torch_layers.transform(layer, lambda tensor: tensor.cuda())
-    y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
     assert torch_layers.relative_error(y, exact) <= BFLOAT16.relative
 

@@ -12,7 +12,6 @@ from jmoe.interop import reference
 from jmoe.interop.moe import moe
 from jmoe.triton_src.activation import SiluAndMul, SwiGLU
 from tests.interop import test_gradient as gradient_tests
-from tests.interop import test_moe as forward_tests
 from tests.torch_layers import Layer, random_layer, transform
 
 pytestmark = pytest.mark.interpret
@@ -24,16 +23,6 @@ def test_the_reference_is_torchs_silu() -> None:
     assert torch.allclose(reference.swiglu(z, SiluAndMul(interleaved=False)), want, rtol=1e-14)
     alternating = torch.stack([z[:, :7], z[:, 7:]], dim=-1).flatten(-2)
     assert torch.allclose(reference.swiglu(alternating, SiluAndMul()), want, rtol=1e-14)
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_silu_and_mul_and_its_gradient_agree_with_float64(interleaved: bool) -> None:
-    layer = random_layer(
-        tokens=12, adapters=2, gate_up_rank=5, down_rank=3, mixed=True,
-        activation=SiluAndMul(interleaved=interleaved),
-    )  # fmt: skip
-    forward_tests.check(layer)
-    gradient_tests.check(layer)
 
 
 def halves(layer: Layer) -> Layer:

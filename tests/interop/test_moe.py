@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jmoe
-from jmoe.interop import launch, reference
+from jmoe.interop import reference
 from jmoe.interop.dlpack import to_torch
 from jmoe.interop.moe import moe
 from jmoe.ops.random_layer import LayerShape
@@ -19,9 +19,9 @@ from jmoe.triton_src.activation import SwiGLU
 from tests.tolerances import BFLOAT16, OF_TORCH
 from tests.torch_layers import (
     Layer,
-    PoisonedAllocator,
     Routing,
     Weight,
+    poisoned_results,
     random_layer,
     relative_error,
     surround,
@@ -37,12 +37,8 @@ ENOUGH = 256
 def check(layer: Layer) -> torch.Tensor:
     """The layer in poison agrees with float64, at most 1.1 times as far off as torch's bf16, and writes no more."""
     poisoned = transform(layer, surround)
-    allocate, launch.allocate = launch.allocate, PoisonedAllocator()
-    try:
+    with poisoned_results():
         y = moe(poisoned.x, poisoned.router_logits, poisoned.experts, **poisoned.options)
-        assert launch.allocate.guards_are_intact()
-    finally:
-        launch.allocate = allocate
     assert y.shape == layer.x.shape
     assert y.dtype == torch.bfloat16
     exact = reference.moe(layer.x, layer.router_logits, layer.experts, **layer.options)
@@ -91,6 +87,7 @@ def layers(draw: st.DrawFn) -> Layer:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(layers())
 def test_any_layer_agrees_with_float64(layer: Layer) -> None:
@@ -119,11 +116,6 @@ def test_sizes_at_the_ends(options: dict) -> None:
     check(random_layer(**options))
 
 
-def test_no_tokens() -> None:
-    layer = random_layer(tokens=0)
-    assert moe(layer.x, layer.router_logits, layer.experts, **layer.options).shape == (0, 64)
-
-
 def test_one_expert_takes_every_token() -> None:
     layer = random_layer(tokens=40, experts=5, top_k=1)
     layer.router_logits[:, 3] = 100
@@ -134,33 +126,6 @@ def test_two_runs_give_the_same_bits() -> None:
     layer = random_layer(tokens=33, experts=6, top_k=3, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
     first, second = (moe(layer.x, layer.router_logits, layer.experts, **layer.options) for _ in range(2))
     assert torch.equal(first, second)
-
-
-def test_shards_of_the_experts_sum_to_the_whole() -> None:
-    layer = random_layer(tokens=12, experts=6, top_k=3, bias=False)
-    whole = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    total = torch.zeros_like(whole, dtype=torch.float32)
-    for first in (0, 2, 4):
-        shard = transform(layer.experts, lambda t, first=first: t[first : first + 2].contiguous())
-        offset = torch.tensor([first], dtype=torch.int32)
-        total += moe(layer.x, layer.router_logits, shard, expert_offset=offset, **layer.options).float()
-    assert relative_error(total, whole.double()) <= BFLOAT16.relative
-
-
-def test_a_given_routing_is_replayed() -> None:
-    layer = random_layer(tokens=9, experts=5, top_k=2)
-    routing = Routing(torch.randint(0, 5, (9, 2), dtype=torch.int32), torch.rand(9, 2))
-    y = moe(layer.x, None, layer.experts, routing=routing, **layer.options)
-    exact = reference.moe(layer.x, None, layer.experts, routing=routing, **layer.options)
-    assert relative_error(y, exact) <= BFLOAT16.relative
-
-
-def test_a_token_whose_adapter_does_not_exist_is_nan_and_no_other() -> None:
-    layer = random_layer(tokens=6, adapters=2, gate_up_rank=4, down_rank=4, mixed=True)
-    layer.adapter_ids[:] = torch.tensor([0, 2, -1, -2, 1, 1000])
-    y = moe(layer.x, layer.router_logits, layer.experts, **layer.options)
-    assert torch.isnan(y).all(dim=1).tolist() == [False, True, False, True, False, True]
-    assert torch.isfinite(y[[0, 2, 4]]).all()
 
 
 def test_nan_tokens_stay_alone() -> None:
@@ -189,17 +154,6 @@ def test_nan_in_an_adapter_reaches_only_its_tokens() -> None:
     layer.lora.down_a[1] = torch.inf
     y = check(layer)
     assert torch.equal(torch.isnan(y).all(dim=1), layer.adapter_ids == 1)
-
-
-@pytest.mark.parametrize("scale", [0, 1, 253, 254, 255])
-def test_scale_bytes_at_the_ends(scale: int) -> None:
-    layer = random_layer(tokens=9, bias=False)
-    weight = layer.experts.gate_up
-    assert isinstance(weight, Weight)
-    weight.scales[1, 10, 1] = scale
-    # One value of 0.5, the rest zeros of either sign: 2^126 times an activation stays below float32's infinity.
-    weight.blocks[1, 10, 1] = torch.tensor([0x80, 0x08, 0x01, *[0] * 13], dtype=torch.uint8)
-    check(layer)
 
 
 def test_scale_255_shows_through_the_clamp() -> None:

@@ -72,6 +72,7 @@ def test_scales_of_lora_are_constants() -> None:
         assert not gradient.down_scale.any()
 
 
+@pytest.mark.slow
 def test_under_checkpoint_scan_and_vmap() -> None:
     layer = random_layer(SMALL)
     parts = floats(layer)

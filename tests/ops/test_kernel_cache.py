@@ -22,11 +22,12 @@ import functools, hashlib, json
 import jax, jax.numpy as jnp
 from jmoe.ops.launch.installed import import_jax_triton
 from jmoe.ops.launch.layer import route_and_sort
+from jmoe.ops.target import Target
 
 library = import_jax_triton().triton_lib
 compile_module, compiled = library.compile_ttir_inplace, []
 library.compile_ttir_inplace = lambda *given: compiled.append(compile_module(*given)) or compiled[-1]
-call = jax.jit(functools.partial(route_and_sort, top_k=4, capability=90))
+call = jax.jit(functools.partial(route_and_sort, top_k=4, target=Target("sm_90")))
 shapes = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)
 program = call.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 assert program.count("@triton_kernel_call_ffi") == 1

@@ -29,6 +29,7 @@ def call(inputs: Layer, experts: jmoe.Experts, lora: jmoe.Lora | None, **options
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", [None, "xla"])
 def test_a_layer_of_a_stack_is_the_layer(packed: bool, backend: str | None) -> None:

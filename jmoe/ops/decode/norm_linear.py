@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.launch.calls import register
 from jmoe.ops.launch.decode import launch_decode
@@ -37,11 +37,11 @@ class NormLinear(NamedTuple):
 
 
 def norm_linear(
-    x: BFloat16[Array, "T K"],
+    x: Float[Array, "T K"],
     layer: Int32[Array, ""],
     *,
-    addend: BFloat16[Array, "T K"] | None = None,
-    norm: BFloat16[Array, "L K"] | None = None,
+    addend: Float[Array, "T K"] | None = None,
+    norm: Float[Array, "L K"] | None = None,
     eps: float = 0.0,
     narrow: Narrow | None = None,
     target: Target | None = None,

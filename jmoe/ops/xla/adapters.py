@@ -63,7 +63,7 @@ def add_adapter_gradients(
         if da is not None:
             da = da.at[adapter].add(matmul(own(dz_scale * d_shrunk), own(x), 0, 0))
         if db is not None:
-            db = db.at[adapter].add(matmul(own(dz_scale * dz), own(shrink(x, a, scale)), 0, 0))
+            db = db.at[adapter].add(matmul(own(dz_scale * dz.astype(jnp.float32)), own(shrink(x, a, scale)), 0, 0))
         return dx, (da, db)
 
     return _for_each_adapter(ids, add, (dx, gradients))

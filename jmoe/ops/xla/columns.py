@@ -56,7 +56,7 @@ def times(x: Float[Array, "M N"], weight: ExpertWeight) -> Float[Array, "M K"]:
     return sums[0] if len(sums) == 1 else jnp.stack(sums, axis=-1).reshape(x.shape[0], -1)
 
 
-def _pieces(weight: ExpertWeight) -> ExpertWeight:
+def _pieces(weight: ExpertWeight) -> Mxfp4 | Float[Array, "pieces n K"]:
     """The weights with their rows [N] as [pieces, rows]."""
     n, k = weight.shape
     count = next(count for count in range(-(-n * k // PIECE), n + 1) if n % count == 0)

@@ -95,7 +95,7 @@ def backward(activation: SwiGLU, call: Call, wanted: Collection[str], dy: Float[
             dx, of_gate_up = add_gradient(gate_up, of_gate_up, x, dz, 1.0, ids, tile.is_own)
             d_gate = jnp.sum(dh * h, axis=1, keepdims=True)
             if down.bias is not None:
-                d_gate += jnp.sum(dy_rows * down.bias.astype(jnp.float32), axis=1, keepdims=True)
+                d_gate += jnp.sum(dy_rows.astype(jnp.float32) * down.bias.astype(jnp.float32), axis=1, keepdims=True)
             rows = {"x": dx, "weights": d_gate}
             return {n: store_tile(array, tile, rows[n]) for n, array in stored.items()}, of_gate_up, of_down
 

@@ -72,7 +72,7 @@ def _of_leaves(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
     compute = custom_vmap(functools.partial(_compute, **params))
 
     @compute.def_vmap
-    def batch(_: int, is_batched: list[bool], *leaves: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+    def batch(size: int, is_batched: list[bool], *leaves: jax.Array) -> tuple[list[jax.Array], list[bool]]:
         dims = [0 if moves else None for moves in is_batched]
         results, _ = batch_launches(_of_leaves, leaves, dims, **params)
         return results, [True] * len(results)
@@ -88,7 +88,8 @@ def _compute(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: O
         return [y.astype(call.tokens.x.dtype)]
     wanted = tuple(name.removesuffix("_grad") for name in results)
 
-    def gradients(call: Call, dy: jax.Array) -> list[jax.Array]:
+    def gradients(call: Call, dy: jax.Array | None) -> list[jax.Array]:
+        assert dy is not None
         by_name = backward(options.activation, call, wanted, dy)
         return [by_name[name] for name in wanted]
 
