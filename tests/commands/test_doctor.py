@@ -123,15 +123,15 @@ def test_whose_launch_parameters_are_used_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("jmoe.doctor.machine.why_no_triton", lambda: None)
     monkeypatch.setattr("jmoe.ops.launch.local_gpu.local_gpu", lambda: (90, "NVIDIA H200"))
     own = "jmoe's own, NVIDIA H100 80GB HBM3's values, of which none was measured on NVIDIA H200: run jmoe tune"
-    assert doctor.examine_machine().tiles == own
+    assert here.examine_machine().tiles == own
     run = CliRunner().invoke(app, ["doctor"])
     assert "launch parameters" in run.output
     file = tmp_path / "jmoe/tiles/nvidia_h200.json"
     file.parent.mkdir(parents=True)
     file.write_text('{"version": 2, "tiles": {}}')
-    assert doctor.examine_machine().tiles == f"the user's, {file}"
+    assert here.examine_machine().tiles == f"the user's, {file}"
     file.write_text('{"portable": []}')
-    machine = doctor.examine_machine()
+    machine = here.examine_machine()
     assert machine.tiles is None
     assert any(f"{file}: version must be 2" in problem for problem in machine.missing)
 

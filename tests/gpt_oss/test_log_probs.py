@@ -77,7 +77,9 @@ def test_chunks_change_neither_values_nor_gradients(model: gpt_oss.GptOss, token
 @pytest.mark.slow
 def test_a_policy_gradient_is_the_one_of_all_logits(model: gpt_oss.GptOss, tokens: Array) -> None:
     """In LoRA's factors: an advantage of either sign for each token, 0 for the prompt's."""
-    weights = jax.random.normal(jax.random.key(1), (BATCH, LENGTH - 1)) * (jnp.arange(LENGTH - 1) >= 3)
+    weights = jax.random.normal(jax.random.key(1), (BATCH, LENGTH - 1)) * (jnp.arange(LENGTH - 1) >= 3).astype(
+        jnp.float32
+    )
     graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
     def objective(factors: Any, plain: bool) -> Array:
@@ -137,7 +139,7 @@ def test_arguments_that_do_not_fit_are_errors(model: gpt_oss.GptOss, tokens: Arr
     for options, message in (
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
         ({"targets": tokens[:, 1:]}, r"targets must be integers like tokens \(3, 11\), got int32 with shape \(3, 10\)"),
-        ({"targets": tokens * 1.0}, "targets must be integers like tokens .* got float32"),
+        ({"targets": tokens.astype(jnp.float32)}, "targets must be integers like tokens .* got float32"),
         ({"targets": tokens.at[1, 1].set(-100)}, r"targets must be in \[0, \d+\), got -100"),
         ({"segment_ids": tokens[:, 1:]}, "segment_ids must be integers like tokens"),
         ({"adapter_ids": IDS + 1}, r"adapter_ids must be in \[-1, 2\), got 2"),

@@ -54,4 +54,4 @@ def test_a_bfloat16_linear_with_lora_rounds_once() -> None:
     got = linear_and_expand(*arrays)
     exact = plain(*(array.astype(jnp.float32) for array in arrays))
     assert got.dtype == jnp.bfloat16
-    assert (jnp.abs(got - exact) <= jnp.abs(exact) * 2**-8 + 1e-6).all()
+    assert (jnp.abs(got.astype(jnp.float32) - exact) <= jnp.abs(exact) * 2**-8 + 1e-6).all()

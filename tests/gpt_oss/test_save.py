@@ -84,7 +84,8 @@ def test_layers_of_scale_zero_are_left_out(adapter: gpt_oss.LoraWeights, tmp_pat
 
     def of_scale(factors: dict[str, jax.Array]) -> dict[str, jax.Array]:
         shown = {
-            target: (value != 0).reshape(2, 1, *[1] * (factors[target].ndim - 2)) for target, value in scale.items()
+            target: (value != 0).astype(jnp.float32).reshape(2, 1, *[1] * (factors[target].ndim - 2))
+            for target, value in scale.items()
         }
         return {target: factors[target] * shown[target] for target in factors}
 

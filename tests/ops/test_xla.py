@@ -32,7 +32,7 @@ def in_float64(layer: Layer, routing_weights: jax.Array, chosen: jax.Array) -> j
     ) -> jax.Array:
         z = jnp.einsum("etk,enk->etn", x, weight) + bias[:, None]
         every = jnp.einsum("a,etk,aerk,aenr->aetn", scale, x, a, b)
-        mine = layer.adapter_ids[None] == jnp.arange(scale.size)[:, None]
+        mine = layer.adapter_ids[None] == jnp.arange(scale.size, dtype=layer.adapter_ids.dtype)[:, None]
         return z + jnp.sum(jnp.where(mine[:, None, :, None], every, 0), axis=0)
 
     experts, lora = layer.experts, layer.lora
