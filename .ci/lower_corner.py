@@ -67,9 +67,9 @@ def lower_flax_layer(architecture: str) -> None:
     lower(f"Flax layer, {architecture}", forward, state, array(ROWS, HIDDEN))
 
 
-def lower_decoding(capability: int) -> None:
+def lower_decoding(architecture: str) -> None:
     """What a decoding step has beside the experts."""
-    at = {"capability": capability}
+    at = {"target": jmoe.Target(architecture)}
     weight, bias = array(2, 5 * HIDDEN, HIDDEN), array(2, 5 * HIDDEN)
     lora = Expand(array(ROWS, RANK), array(2, 5 * HIDDEN, RANK))
     lower("decoding's product", functools.partial(decode_linear, **at), array(ROWS, HIDDEN), weight, bias, INDEX, lora)
@@ -91,9 +91,9 @@ if __name__ == "__main__":
     packages = ("jax", "flax", "jax-triton", "triton")
     print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages), flush=True)
     # A call of jax-triton that no primitive of jmoe's encloses.
-    bare = functools.partial(route_and_sort, top_k=4, capability=90)
+    bare = functools.partial(route_and_sort, top_k=4, target=jmoe.Target("sm_90"))
     lower("routing alone, sm_90", bare, array(ROWS, 32), array(1, dtype=jnp.int32))
     lower_packed_layer(ROWS)
     lower_packed_layer(1024, backward=True)
     lower_flax_layer("sm_100")
-    lower_decoding(90)
+    lower_decoding("sm_90")
