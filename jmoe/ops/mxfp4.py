@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
 from jmoe.ops.exportable import exportable
@@ -106,7 +107,7 @@ def quantize(w: Float[Array, "E N K"]) -> Mxfp4:
     return Mxfp4(blocks, scales)
 
 
-def dequantize(q: Mxfp4, dtype: jnp.dtype = jnp.bfloat16) -> Float[Array, "E N K"]:
+def dequantize(q: Mxfp4, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "E N K"]:
     """The weights that MXFP4 bytes stand for, [E, N, K].
 
     Exact in bfloat16 and float32 for scale bytes 2 to 252. At the ends: 0 and 1 may flush subnormals to zero, 253 and

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jmoe.ops.experts import Lora
@@ -21,7 +22,7 @@ def swiglu(z: Float[Array, "T 2I"], activation: SwiGLU) -> Float[Array, "T I"]:
     return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + activation.offset)
 
 
-def dense(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"], dtype: jnp.dtype) -> Float[Array, "N K"]:
+def dense(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"], dtype: DTypeLike) -> Float[Array, "N K"]:
     """One expert's weights as an array, by way of bfloat16 if they are MXFP4: that is the kernels' operand type."""
     if isinstance(weight, PackedMxfp4):
         weight = Mxfp4(*unpack_expert(weight.words, weight.scales, n=weight.n, k=weight.k))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 FEWEST_ROWS = 8
@@ -114,7 +115,7 @@ def store_tile(stored: Float[Array, "P ..."], tile: Tile, rows: Float[Array, "ro
     return lax.dynamic_update_slice_in_dim(stored, rows.astype(stored.dtype), tile.first, axis=0)
 
 
-def empty_places(groups: Groups, like: jax.Array, dtype: jnp.dtype, width: int) -> Float[Array, "P+rows N"]:
+def empty_places(groups: Groups, like: jax.Array, dtype: DTypeLike, width: int) -> Float[Array, "P+rows N"]:
     """Room for a row of every place and a tile of padding, zeros; sharded in shard_map as `like`."""
     return jnp.zeros_like(like, dtype, shape=(groups.pairs.size, width))
 
