@@ -11,8 +11,8 @@ from jmoe.bench.case import Case, calls_for
 from jmoe.bench.implementation import Figures, Implementation, Measure, UnavailableError, without_lora
 from jmoe.bench.jax_timing import scan_microseconds, unrolled
 from jmoe.bench.weights import Weights, random_input
-from jmoe.ops.reference import dense, swiglu
 from jmoe.ops.routing import route
+from jmoe.ops.xla.swiglu import swiglu
 from jmoe.triton_src.activation import SwiGLU
 
 NAME = "lax.ragged_dot"
@@ -31,9 +31,10 @@ def prepare(weights: Weights) -> Measure:
     """The layer by lax.ragged_dot, routing included."""
     if jax.default_backend() != "gpu":
         raise UnavailableError("GPU only")
-    experts = weights.experts
-    as_bfloat16 = jax.vmap(functools.partial(dense, dtype=jnp.bfloat16))
-    gate_up, down = (jnp.swapaxes(as_bfloat16(w), 1, 2) for w in (experts.gate_up, experts.down))
+    experts = weights.dense
+    assert isinstance(experts.gate_up, jax.Array)
+    assert isinstance(experts.down, jax.Array)
+    gate_up, down = (jnp.swapaxes(w, 1, 2) for w in (experts.gate_up, experts.down))
     arrays = Dense(gate_up, experts.gate_up_bias, down, experts.down_bias)
 
     def measure(case: Case) -> Figures:

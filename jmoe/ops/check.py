@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.ops.check_weight import check_float, check_shape, check_weight
-from jmoe.ops.experts import Experts, Lora
-from jmoe.ops.reference import adapter_count
+from jmoe.ops.experts import Experts, Lora, adapter_count
 from jmoe.ops.routing import Routing, check_top_k
 from jmoe.ops.target import Target
 

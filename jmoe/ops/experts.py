@@ -45,3 +45,9 @@ class Lora:
     down_a: Float[Array, "A E R I"] | None = None
     down_b: Float[Array, "A E H R"] | None = None
     down_scale: Float[Array, " A"] | None = None
+
+
+def adapter_count(lora: Lora) -> int:
+    """The number of adapters, 0 if no projection has LoRA."""
+    scale = lora.gate_up_scale if lora.gate_up_scale is not None else lora.down_scale
+    return 0 if scale is None else scale.shape[0]

@@ -7,11 +7,10 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
 from jmoe.ops.check import check_backend, check_moe, one_layer
-from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.experts import Experts, Lora, adapter_count
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_triton_takes
 from jmoe.ops.mxfp4 import PackedMxfp4
-from jmoe.ops.reference import adapter_count
 from jmoe.ops.routing import Routing, as_int
 from jmoe.ops.sharding import on_mesh
 from jmoe.ops.target import Target

@@ -23,6 +23,7 @@ TILE = 64
 NAN_SCALE = 255
 """The e8m0 byte that is not a number; every value of its block is NaN."""
 
+_TWICE_E2M1 = 0xC8643210 - (1 << 32)  # twice the magnitude of e2m1 code c in bits 4c to 4c + 3, as an int32
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1 magnitudes i and i + 1
 _E2M1_LARGEST_EXPONENT = 2  # 6 = 1.5 * 2**2
 
@@ -124,12 +125,14 @@ def dequantize(q: Mxfp4, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "E N K
 
 
 def e2m1_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """e2m1 codes, 0 to 15, as float32: a sign, two bits of exponent with bias 1, one of mantissa."""
-    code = codes.astype(jnp.uint32)
-    exponent, mantissa = (code >> 1) & 3, code & 1
-    half = jnp.uint32(0x3F000000)  # 0.5, the one subnormal
-    magnitude = jnp.where(exponent == 0, mantissa * half, ((exponent + 126) << 23) | (mantissa << 22))
-    return lax.bitcast_convert_type((code >> 3 << 31) | magnitude, jnp.float32)
+    """e2m1 codes, 0 to 15, as float32, by shifts of one word that holds all magnitudes.
+
+    A CPU takes half the time that putting exponent and mantissa in their places does.
+    """
+    code = codes.astype(jnp.int32)
+    twice = lax.shift_right_logical(jnp.int32(_TWICE_E2M1), (code & 7) * 4) & 15
+    magnitude = twice.astype(jnp.float32) * 0.5
+    return jnp.where(code > 7, -magnitude, magnitude)
 
 
 def scale_values(scales: UInt8[Array, "..."]) -> Float[Array, "..."]:

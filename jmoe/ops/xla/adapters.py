@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jmoe.ops.experts import Lora
 from jmoe.ops.xla.columns import matmul
 
 type Factors = tuple[Float[Array, "A R K"], Float[Array, "A N R"], Float[Array, " A"]]
@@ -13,6 +14,20 @@ type Factors = tuple[Float[Array, "A R K"], Float[Array, "A N R"], Float[Array, 
 
 type FactorGradients = tuple[Float[Array, "A R K"] | None, Float[Array, "A N R"] | None]
 """Of a and b; None for what nobody wants."""
+
+
+def gate_up_of(lora: Lora | None) -> Factors | None:
+    """(a, b, scale) of gate_up, or None."""
+    if lora is None or lora.gate_up_a is None or lora.gate_up_b is None or lora.gate_up_scale is None:
+        return None
+    return lora.gate_up_a, lora.gate_up_b, lora.gate_up_scale
+
+
+def down_of(lora: Lora | None) -> Factors | None:
+    """(a, b, scale) of down, or None."""
+    if lora is None or lora.down_a is None or lora.down_b is None or lora.down_scale is None:
+        return None
+    return lora.down_a, lora.down_b, lora.down_scale
 
 
 def shrink(x: Float[Array, "M K"], a: Float[Array, "R K"], scale: Float[Array, ""]) -> Float[Array, "M R"]:

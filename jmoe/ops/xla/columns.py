@@ -7,9 +7,9 @@ costs a CPU ten times what decoding does, so that either half stays an array of 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
-from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, scale_values
+from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, e2m1_values, scale_values
 from jmoe.ops.packed import unpack_expert
 
 type ExpertWeight = Mxfp4 | Float[Array, "N K"]
@@ -18,8 +18,6 @@ type Columns = tuple[Float[Array, "N K"]] | tuple[Float[Array, "N K/2"], Float[A
 
 PIECE = 576 * 2880
 """The most weights that are decoded at once, for a CPU's cache."""
-
-_TWICE_E2M1 = 0xC8643210 - (1 << 32)  # twice the magnitude of e2m1 code c in bits 4c to 4c + 3, as an int32
 
 
 def unpacked(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"]) -> ExpertWeight:
@@ -69,18 +67,10 @@ def decode_columns(weight: ExpertWeight, dtype: jnp.dtype) -> Columns:
         return (weight.astype(dtype),)
     scales = scale_values(weight.scales)[..., None]
     even, odd = (
-        exact_cast(e2m1_by_table(codes) * scales, dtype).reshape(codes.shape[0], -1)
+        exact_cast(e2m1_values(codes) * scales, dtype).reshape(codes.shape[0], -1)
         for codes in (weight.blocks & 15, weight.blocks >> 4)
     )
     return even, odd
-
-
-def e2m1_by_table(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """As mxfp4.e2m1_values, by shifts of one word that holds all magnitudes: half the time on a CPU."""
-    code = codes.astype(jnp.int32)
-    twice = lax.shift_right_logical(jnp.int32(_TWICE_E2M1), (code & 7) * 4) & 15
-    magnitude = twice.astype(jnp.float32) * 0.5
-    return jnp.where(code > 7, -magnitude, magnitude)
 
 
 def exact_cast(values: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:

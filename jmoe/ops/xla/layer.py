@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, buffers_of
-from jmoe.ops.reference import adapter_count, down_of, gate_up_of, swiglu
+from jmoe.ops.experts import adapter_count
 from jmoe.ops.routing import Routing
+from jmoe.ops.xla.adapters import down_of, gate_up_of
 from jmoe.ops.xla.columns import unpacked
 from jmoe.ops.xla.groups import (
     Groups,
@@ -28,6 +29,7 @@ from jmoe.ops.xla.groups import (
     store_tile,
 )
 from jmoe.ops.xla.projection import Projection, ProjectionGradient, add_gradient
+from jmoe.ops.xla.swiglu import swiglu
 from jmoe.triton_src.activation import SwiGLU
 
 
