@@ -21,11 +21,11 @@ def take_ticket(ready_counters_ptr, max_tiles):
 
 @gluon.jit
 def wait(counter, COUNT: gl.constexpr):
-    """Until COUNT programs have called finish; what they wrote before is there then."""
+    """Until COUNT programs have signalled; what they wrote before is there then."""
     if COUNT > 0:
-        finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        while finished < COUNT:
-            finished = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        signalled = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        while signalled < COUNT:
+            signalled = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
 
 
 @gluon.jit
