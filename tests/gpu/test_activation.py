@@ -19,7 +19,8 @@ pytestmark = pytest.mark.gpu
 ACTIVATIONS = {
     "silu(gate) * up": jmoe.SiluAndMul(),
     "halves": jmoe.SiluAndMul(interleaved=False),
-    "clamped": jmoe.SwiGLU(alpha=0.7, limit=0.75, offset=-0.5),
+    # Few results are near the limit: what LoRA's rounding puts on its other side has no gradient, in torch's bf16 too.
+    "clamped": jmoe.SwiGLU(alpha=0.7, limit=2.0, offset=-0.5),
 }
 
 
