@@ -25,8 +25,8 @@ from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, Linear, sizes, slice_layers
 from jmoe.nn.statistics import router_statistics
 from jmoe.ops.norm import rms_norm
-from jmoe.ops.reference import swiglu
 from jmoe.ops.rotary import rotate
+from jmoe.ops.xla.swiglu import swiglu
 
 BALANCE = 0.01
 """Weight of the loss that spreads tokens over experts."""
