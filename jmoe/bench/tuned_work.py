@@ -186,16 +186,23 @@ class Works:
         pages = 1 + jax.random.permutation(jax.random.key(4), count - 1).astype(jnp.int32).reshape(sequences, columns)
         angles = jnp.ones((tokens, s.head_dim // 2), jnp.float32)
 
-        def call(target: Target, carry: tuple[jax.Array, jax.Array], layer: jax.Array, arrays: Any) -> Any:
-            heads, cache = carry
+        def call(target: Target, carry: tuple[jax.Array, ...], layer: jax.Array, arrays: Any) -> Any:
+            heads, cache, _ = carry
             angles, by_sequence, pages, sinks = arrays
             return attend(heads, angles, angles, cache, layer, *by_sequence, pages, sinks, layer, target=target)
 
-        def carry(before: tuple[jax.Array, jax.Array], results: tuple[jax.Array, jax.Array]) -> Any:
+        def carry(before: tuple[jax.Array, ...], results: tuple[jax.Array, jax.Array]) -> Any:
+            # The cache makes a call wait for the one before. A chunk's results are not copied, which would take time.
             attended, cache = results
-            return before[0].at[:, : s.heads].set(attended), cache
+            return before[0], cache, attended
 
-        return Work(call, carry, (heads, cache), layers, (angles, by_sequence, pages, normal(3, 2, s.heads)))
+        return Work(
+            call,
+            carry,
+            (heads, cache, heads[:, : s.heads]),
+            layers,
+            (angles, by_sequence, pages, normal(3, 2, s.heads)),
+        )
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

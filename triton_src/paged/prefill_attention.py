@@ -97,7 +97,7 @@ def paged_prefill_attention_kernel(
     PAGE: tl.constexpr,
     P: tl.constexpr,
     WINDOW: tl.constexpr,  # keys that a query sees, its own among them; 0: all
-    SCALE: tl.constexpr,  # of scores as powers of two
+    SCALE: tl.constexpr,  # of scores as powers of two: D^-0.5 log2(e)
     LOG2E: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -167,7 +167,7 @@ def paged_prefill_attention_kernel(
         held = (start + slots >= oldest) & (start + slots < keys_end)
         values = tl.load(entry + D, mask=held[:, None], other=0.0)
         page = tl.load(table + (start + BLOCK_S) // PAGE % P, mask=block + 1 < stop, other=0)
-        scores = tl.dot(q, keys.T) * SCALE
+        scores = tl.dot(q, keys.T)
         partly = block >= whole
         if WINDOW > 0:
             partly |= start + WINDOW <= last
@@ -176,8 +176,8 @@ def paged_prefill_attention_kernel(
             if WINDOW > 0:
                 seen &= (start + slots)[None, :] > position[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_largest[:, None])
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * SCALE)
+        weights = tl.exp2(scores * SCALE - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None])

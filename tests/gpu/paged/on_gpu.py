@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.paged_cases import Case, Sizes
+from tests.paged_cases import Case, Sizes, as_bfloat16
 from tests.tolerances import BFLOAT16
 
 SIZES = Sizes(heads=64, key_heads=8, dim=64, page=64)
@@ -21,8 +21,9 @@ def check(attend: Callable[..., tuple[jax.Array, jax.Array]], case: Case, window
     again, cache_again = call(**narrow, window=window)
     assert jnp.array_equal(got, again)
     assert jnp.array_equal(cache, cache_again, equal_nan=True)
+    factors = {name: jnp.asarray(as_bfloat16(case.operands[name])) for name in ("cosine", "sine")}
     with jax.default_matmul_precision("highest"):
-        by_xla, _ = call(**operands, window=window)
+        by_xla, _ = call(**operands | factors, window=window)
     for values in (got, by_xla):
         error = np.linalg.norm(np.asarray(values, np.float64) - case.wanted)
         assert error <= BFLOAT16.relative * np.linalg.norm(case.wanted)
