@@ -34,6 +34,14 @@ hypothesis.settings.register_profile("jmoe", deadline=None, derandomize=True, pr
 hypothesis.settings.load_profile("jmoe")
 
 
+@pytest.fixture(autouse=True)
+def _gpu_looked_up_anew() -> None:
+    """Each test may pretend another GPU, table or version to be there: what the process found before is forgotten."""
+    from jmoe.ops.launch.local_gpu import gpu_of
+
+    gpu_of.cache_clear()
+
+
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -10,6 +10,7 @@ from jmoe.triton_src.portable.grouped_matmul import plan_grouped_matmul
 from jmoe.triton_src.portable.shrink import plan_shrink
 from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
 from jmoe.triton_src.routing.combine import plan_combine
+from jmoe.triton_src.routing.l2_prefetch import Prefetch
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.tile_tables import own_table
 from jmoe.triton_src.tiles import (
@@ -17,11 +18,9 @@ from jmoe.triton_src.tiles import (
     GroupedMatmulTile,
     GroupedTile,
     LaunchTable,
-    packed_tile_for,
+    layer_tile,
     tile_for,
 )
-
-type LayerTile = GroupedMatmulTile | DecodeTile | GroupedTile
 
 
 def plan_moe(
@@ -36,33 +35,26 @@ def plan_moe(
       NotImplementedError: the GPU is older than the kernels support, or none of them reads packed weights there.
     """
     table = table or own_table(capability)
-    tile = layer_tile(problem, capability, table, gradient=keep)
+    tile = layer_tile(table, problem.rows_of_expert, packed=problem.packed, gradient=keep)
+    if tile is None:
+        raise no_packed_kernel(capability)
     return LAYERS[type(tile)].plan(problem, tile, table, keep)
 
 
-def layer_tile(problem: MoeProblem, capability: int, table: LaunchTable, gradient: bool) -> LayerTile:
-    """The tile that a layer's rows are sorted into: of its products.
-
-    gradient: in the backward pass, or in a forward pass that keeps what one needs.
-
-    Raises:
-      NotImplementedError: the weights are packed, and no kernel reads them on this GPU.
-    """
-    if not problem.packed:
-        return tile_for(table.grouped_matmul, problem.rows_of_expert)
-    tile = packed_tile_for(table, problem.rows_of_expert, gradient)
-    if tile is None:
-        raise NotImplementedError(
-            f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
-        )
-    return tile
+def no_packed_kernel(capability: int) -> NotImplementedError:
+    """The error where layer_tile finds no kernel."""
+    return NotImplementedError(
+        f"packed MXFP4 weights are read on compute capability 9.0, got sm_{capability}: unpack them"
+    )
 
 
 def plan_decode_layer(problem: MoeProblem, tile: DecodeTile, table: LaunchTable, keep: bool) -> list[Plan]:
     """Both products and LoRA in one launch, from packed weights."""
     assert not keep
+    p = problem
+    prefetch = Prefetch(p.experts, p.gate_up.n, p.hidden, tile.prefetched_experts, tile.prefetched_blocks, p.stacked)
     return [
-        *plan_routing(problem.routing(tile, reorder=True, counters=True, prefetch=problem.prefetch(tile)), table),
+        *plan_routing(p.routing(tile, reorder=True, counters=True, prefetch=prefetch), table),
         plan_packed_decode(problem, tile),
         plan_sum("pair_out", "y", problem, table),
     ]

@@ -7,7 +7,7 @@ Names: dy is the gradient of y; a gradient of buffer B is B_grad. Kept from the 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jmoe.triton_src.moe import layer_tile, plan_product, plan_sum
+from jmoe.triton_src.moe import no_packed_kernel, plan_product, plan_sum
 from jmoe.triton_src.packed.dgrad import plan_packed_dgrad
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.portable.dgrad import plan_dgrad
@@ -18,7 +18,7 @@ from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
 from jmoe.triton_src.routing.backward import plan_route_backward
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.tile_tables import own_table
-from jmoe.triton_src.tiles import GroupedMatmulTile, GroupedTile, LaunchTable, tile_for
+from jmoe.triton_src.tiles import GroupedMatmulTile, GroupedTile, LaunchTable, layer_tile, tile_for
 
 
 def plan_moe_backward(
@@ -41,8 +41,10 @@ def plan_moe_backward(
     """
     p = problem
     table = table or own_table(capability)
-    routed: Any = layer_tile(p, capability, table, gradient=True)
     rows = p.rows_of_expert
+    routed: Any = layer_tile(table, rows, packed=p.packed, gradient=True)
+    if routed is None:
+        raise no_packed_kernel(capability)
     # A dtype is asked for what is wanted; what is not is left out below.
     dtypes = {f"{product.name}_{part}": "float32" for product in (p.gate_up, p.down) for part in ("a", "b", "bias")}
     dtypes |= {"router_logits": "float32", **wanted}

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol, Self
 
 from jmoe.triton_src.activation import SwiGLU
-from jmoe.triton_src.plan import cdiv
 from jmoe.triton_src.routing.l2_prefetch import Prefetch
 from jmoe.triton_src.routing.problem import RouteProblem, first_wave_tiles, max_tiles
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
-from jmoe.triton_src.tiles import DecodeTile
 
 
 class Layout(enum.Enum):
@@ -65,6 +63,23 @@ class MoeProblem:
     adapter_ids: bool = False
     expert_offset: bool = False
     stacked: Stacked = ONE_LAYER
+    hidden: int = dataclasses.field(init=False)
+    intermediate: int = dataclasses.field(init=False)
+    pairs: int = dataclasses.field(init=False)  # of a token and one of its experts
+    active_experts: int = dataclasses.field(init=False)  # the most that have rows
+    rows_of_expert: float = dataclasses.field(init=False)  # on average, which most tiles are chosen by
+    packed: bool = dataclasses.field(init=False)  # both weights are, so that kernels for packed weights are asked for
+
+    def __post_init__(self) -> None:
+        pairs = self.tokens * self.top_k
+        vars(self).update(
+            hidden=self.gate_up.k,
+            intermediate=self.down.k,
+            pairs=pairs,
+            active_experts=min(pairs, self.experts),
+            rows_of_expert=pairs / self.experts,
+            packed=self.gate_up.layout is self.down.layout is Layout.PACKED,
+        )
 
     @classmethod
     def from_shapes(
@@ -111,34 +126,6 @@ class MoeProblem:
             stacked=stacked,
         )
 
-    @property
-    def hidden(self) -> int:
-        return self.gate_up.k
-
-    @property
-    def intermediate(self) -> int:
-        return self.down.k
-
-    @property
-    def pairs(self) -> int:
-        """Of a token and one of its experts."""
-        return self.tokens * self.top_k
-
-    @property
-    def active_experts(self) -> int:
-        """The most experts that have rows."""
-        return min(self.pairs, self.experts)
-
-    @property
-    def rows_of_expert(self) -> float:
-        """On average, which most tiles are chosen by."""
-        return self.pairs / self.experts
-
-    @property
-    def packed(self) -> bool:
-        """Whether kernels for packed weights are asked for: both weights are packed."""
-        return self.gate_up.layout is self.down.layout is Layout.PACKED
-
     def max_tiles(self, tile: RowTile) -> int:
         """The most tiles that the rows can need."""
         return max_tiles(self.pairs, self.experts, tile.block_m)
@@ -170,15 +157,4 @@ class MoeProblem:
             hidden=self.hidden if reorder else None,
             counters=counters,
             prefetch=prefetch,
-        )
-
-    def prefetch(self, tile: DecodeTile) -> Prefetch:
-        """What routing fetches of packed weights for the launch after it."""
-        return Prefetch(
-            experts=self.experts,
-            column_blocks=cdiv(self.gate_up.n, 64),
-            blocks=cdiv(self.hidden, 64),
-            prefetched_experts=min(self.experts, tile.prefetched_experts),
-            prefetched_blocks=min(cdiv(self.hidden, 64), tile.prefetched_blocks),
-            stacked=self.stacked,
         )

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jmoe.triton_src.tile_tables import KINDS, allowed_by
-from jmoe.triton_src.tiles import LaunchTable, bound_name, bound_of, tile_for, unbounded
+from jmoe.triton_src.tiles import LaunchTable, bound_of, tile_for, unbounded
 
 ALSO = {"num_stages": (2, 3, 4), "shrink_splits": (1, 2, 4, 8)}
 """Values worth a try beside those that the tables have for a field."""
 
-ROWS = tuple(name for name, kind in KINDS.items() if bound_name(kind) == "rows")
+ROWS = tuple(name for name, kind in KINDS.items() if kind.bound == "rows")
 """Sections whose tiles are chosen by rows; the others' by what cannot be measured at any size at will."""
 
 
@@ -25,7 +25,7 @@ def candidates(section: str, tiles: Sequence[Any], work: float, fields: Sequence
     fields: those that may differ; all of them if there are none, and then other rows' tiles are tried too.
     """
     kind = KINDS[section]
-    names = fields or [field.name for field in dataclasses.fields(kind) if field.name != bound_name(kind)]
+    names = fields or [field.name for field in dataclasses.fields(kind) if field.name != kind.bound]
     if section not in ROWS:
         found = [tuple(tiles)]
         for i, tile in enumerate(tiles):

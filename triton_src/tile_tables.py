@@ -17,13 +17,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from jmoe.triton_src.tiles import OLDEST, LaunchTable, OneOf, bound_name, bound_of
+from jmoe.triton_src.tiles import OLDEST, Bounded, LaunchTable, OneOf, bound_of
 from jmoe.triton_src.user_cache import user_cache
 
 VERSION = 2
 """Of the files' form. The first, without a version, had forward products alone."""
 
-KINDS: dict[str, type] = {
+KINDS: dict[str, type[Bounded]] = {
     name: typing.get_args(hint)[0] for name, hint in typing.get_type_hints(LaunchTable, include_extras=True).items()
 }
 """The kind of tile that each section holds."""
@@ -48,10 +48,11 @@ def own_table(capability: int, device: str | None = None) -> LaunchTable:
     """
     if capability < OLDEST:
         raise NotImplementedError(f"jmoe's Triton kernels need compute capability 8.0 or later, got sm_{capability}")
-    content = read_own(own_file(capability, device))
+    file = own_file(capability, device)
+    content = read_own(file)
     if content.get("capability", capability) != capability:
         raise ValueError(f"{device} is sm_{content['capability']}, got sm_{capability}")
-    return table_of_file(own_file(capability, device))
+    return table_of_file(file)
 
 
 def own_file(capability: int, device: str | None = None) -> Path:
@@ -151,7 +152,7 @@ def parse_section(content: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(content, list):
         raise ValueError(f"{name} must be a list of tiles, got {content!r}")
     kind = KINDS[name]
-    bound = bound_name(kind)
+    bound = kind.bound
     tiles = tuple(parse_tile(fields, f"{name}[{i}]", kind) for i, fields in enumerate(content))
     bounds = [bound_of(tile) for tile in tiles]
     if any(a >= b for a, b in itertools.pairwise(bounds)):

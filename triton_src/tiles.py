@@ -67,7 +67,9 @@ RankBlock = Annotated[int, PowerOf2(16, 64)]
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-    """A tile, whose first field says up to how much work it is for."""
+    """A tile, of which the field named `bound`, its first, says up to how much work it is for."""
+
+    bound = "rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,7 @@ class PortableDgradTile(Bounded):
 class DgradTile(Bounded):
     """packed_dgrad_kernel's parameters, for a routing into tiles of up to `block_m` rows."""
 
+    bound = "block_m"
     block_m: Annotated[int, OneOf((64, 128))]
     smallest_m: Annotated[int, PowerOf2(16, 128)]
     stages: BufferStages
@@ -200,6 +203,7 @@ class RouteFewTile(Bounded):
     What passes the last tile's bound is routed in two launches.
     """
 
+    bound = "elements"
     elements: Annotated[int, PowerOf2(256, 65536)]
     block_tiles: Annotated[int, PowerOf2(1, 64)]  # of every expert that are written at once
     block_unused: Annotated[int, PowerOf2(16, 1024)]  # slots past the tiles that are marked as unused at once
@@ -210,6 +214,7 @@ class RouteFewTile(Bounded):
 class CountTile(Bounded):
     """count_kernel's parameters, for up to `columns` experts, padded to a power of two."""
 
+    bound = "columns"
     columns: float
     block_rows: Annotated[int, PowerOf2(4, 256)]  # that a step takes, as far as largest_block allows
     largest_block: Annotated[int, PowerOf2(256, 65536)]  # rows times columns that a step holds in registers
@@ -340,35 +345,35 @@ class LaunchTable:
         return dataclasses.replace(self, **sections)
 
 
-type PackedTile = DecodeTile | GroupedTile
+type LayerTile = GroupedMatmulTile | DecodeTile | GroupedTile
 
 
 def bound_of(tile: Bounded) -> float:
     """Up to how much work a tile is for."""
-    return getattr(tile, bound_name(type(tile)))
-
-
-def bound_name(kind: type[Bounded]) -> str:
-    """The field of a kind of tile that says up to how much work the tile is for."""
-    return dataclasses.fields(kind)[0].name
+    return getattr(tile, tile.bound)
 
 
 def tile_for[T: Bounded](section: tuple[T, ...], work: float) -> T:
     """The first tile of a section that is for so much work; its last where there is more."""
-    return next((tile for tile in section if work <= bound_of(tile)), section[-1])
+    for tile in section:
+        if work <= getattr(tile, tile.bound):
+            return tile
+    return section[-1]
 
 
-def packed_tile_for(table: LaunchTable, rows: float, gradient: bool = False) -> PackedTile | None:
-    """The tile of packed weights' products for experts with so many rows on average; None if a kernel is missing.
+def layer_tile(table: LaunchTable, rows: float, *, packed: bool, gradient: bool = False) -> LayerTile | None:
+    """The tile that a layer's rows are sorted into, for experts with so many on average: of its products.
 
-    Few rows are packed_decode's, and others packed_grouped_matmul's. A gradient is packed_grouped_matmul's whatever the
-    rows are, and packed_dgrad's.
+    None: a kernel that packed weights take is missing. Few rows of theirs are packed_decode's, and others
+    packed_grouped_matmul's. A gradient is packed_grouped_matmul's whatever the rows are, and packed_dgrad's.
+
+    gradient: in the backward pass, or in a forward pass that keeps what one needs.
     """
-    decode = () if gradient else table.packed_decode
-    if decode and rows <= decode[-1].rows:
-        return tile_for(decode, rows)
-    kernels = ("packed_grouped_matmul", "packed_dgrad") if gradient else ("packed_grouped_matmul",)
-    if all(reads_packed(kernel, table) for kernel in kernels):
+    if not packed:
+        return tile_for(table.grouped_matmul, rows)
+    if not gradient and table.packed_decode and rows <= table.packed_decode[-1].rows:
+        return tile_for(table.packed_decode, rows)
+    if table.packed_grouped_matmul and (table.packed_dgrad or not gradient):
         return tile_for(table.packed_grouped_matmul, rows)
     return None
 
@@ -380,4 +385,4 @@ def reads_packed(kernel: str, table: LaunchTable) -> bool:
 
 def unbounded[T: Bounded](tile: T) -> T:
     """The tile, for any amount of work."""
-    return dataclasses.replace(tile, **{bound_name(type(tile)): math.inf})
+    return dataclasses.replace(tile, **{tile.bound: math.inf})

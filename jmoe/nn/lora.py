@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jmoe.ops.check import as_count
 from jmoe.ops.experts import Lora
-from jmoe.ops.routing import as_int
 
 PROJECTIONS = ("gate_up", "down")
 
@@ -41,8 +41,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name in ("rank", "adapters"):
-            if as_int(name, getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            as_count(name, getattr(self, name))
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         if not self.targets:

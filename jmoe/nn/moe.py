@@ -13,13 +13,12 @@ from jmoe.checkpoint import MoeLayer
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
 from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
-from jmoe.ops.check import check_backend, check_experts, check_lora
-from jmoe.ops.check_weight import check_float
+from jmoe.ops.check import as_count, check_array, check_experts, check_lora, check_options
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
-from jmoe.ops.routing import Routing, as_int, check_top_k, route
-from jmoe.triton_src.activation import SwiGLU, check_activation
+from jmoe.ops.routing import Routing, route
+from jmoe.triton_src.activation import SwiGLU
 
 
 class MoE(nnx.Module):
@@ -72,17 +71,14 @@ class MoE(nnx.Module):
           ValueError: train_experts with MXFP4 experts, which are constants; sizes, top_k or adapters that do not fit
             the weights.
         """
-        top_k = as_int("top_k", top_k)
-        check_top_k(top_k, num_experts)
-        check_backend(backend)
-        self.top_k = top_k
+        self.top_k = as_count("top_k", top_k, num_experts)
         self.activation = activation
         self.recompute = recompute
         self.backend = backend
         if experts is None:
             experts = random_experts(hidden, intermediate, num_experts, mxfp4, rngs)
         check_sizes(experts, hidden, intermediate, num_experts)
-        check_activation(activation, isinstance(experts.gate_up, PackedMxfp4))
+        check_options(experts, activation, backend)
         if router_kernel is None:
             router_kernel = normal(rngs, (hidden, num_experts), hidden)
             router_bias = jnp.zeros(num_experts, jnp.bfloat16) if router_bias is None else router_bias
@@ -104,7 +100,7 @@ class MoE(nnx.Module):
             setattr(self, name, None if value is None else nnx.data(kind(value)))
         if isinstance(lora, LoraConfig):
             lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
-        check_lora(lora, experts)
+        check_lora(lora, num_experts, hidden, intermediate)
         for projection in PROJECTIONS:
             for part in ("a", "b", "scale"):
                 value = getattr(lora, f"{projection}_{part}", None)
@@ -178,7 +174,7 @@ class MoE(nnx.Module):
         Raises:
           ValueError: x is not bfloat16 or float32 [..., H].
         """
-        check_float("x", x)
+        check_array("x", x)
         kernel = self.router_kernel.get_value().astype(x.dtype)
         if x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
             raise ValueError(f"x must have inner size {kernel.shape[0]} like the router's H, got shape {x.shape}")

@@ -19,6 +19,7 @@ from jmoe.triton_src.activation import SwiGLU
 class Options(NamedTuple):
     """What is static about a call."""
 
+    intermediate: int  # I, which padding hides in packed weights
     top_k: int
     activation: SwiGLU
     target: Target | None  # None: the GPU at hand when lowered
@@ -80,11 +81,6 @@ class Call:
             None if no_offset else jnp.asarray(expert_offset, jnp.int32).reshape(1),
             None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
         )
-
-    @property
-    def intermediate(self) -> int:
-        """I: half of gate_up's rows."""
-        return self.experts.down.shape[-1]
 
     def of_one_layer(self) -> Self:
         """With the layer that `layer` chooses taken out of stacks."""

@@ -80,7 +80,7 @@ def _forward_xla(options: Options, names: tuple[str, ...], call: Call, *_: None)
     assert routing is not None
     results = {"y": moe_xla(options, call), "experts": routing.experts, "weights": routing.weights}
     if "pre_activations" in names:
-        shape = (x.shape[0] * options.top_k, 2 * call.intermediate)
+        shape = (x.shape[0] * options.top_k, 2 * options.intermediate)
         results["pre_activations"] = jnp.zeros_like(x, jnp.bfloat16, shape=shape)
     return [results[name] for name in names]
 

@@ -6,16 +6,15 @@ from typing import Literal
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
-from jmoe.ops.check import check_backend, check_moe, one_layer
-from jmoe.ops.experts import Experts, Lora, adapter_count
+from jmoe.ops.check import check_experts, check_lora, check_options, check_tokens, one_layer
+from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_triton_takes
-from jmoe.ops.mxfp4 import PackedMxfp4
-from jmoe.ops.routing import Routing, as_int
+from jmoe.ops.routing import Routing
 from jmoe.ops.sharding import on_mesh
 from jmoe.ops.target import Target
 from jmoe.ops.xla.moe import moe_xla
-from jmoe.triton_src.activation import SwiGLU, check_activation
+from jmoe.triton_src.activation import SwiGLU
 
 type Backend = Literal["triton", "xla"] | Target | None
 
@@ -69,16 +68,14 @@ def moe(
       ImportError: the Triton backend was lowered without Triton and jax-triton, or with too old ones.
     """
     one, one_lora = (experts, lora) if layer is None else one_layer(experts, lora, layer)
-    top_k = as_int("top_k", top_k)
-    check_moe(x, router_logits, one, top_k, one_lora, adapter_ids, routing, expert_offset)
-    check_activation(activation, isinstance(one.gate_up, PackedMxfp4))
-    check_backend(backend)
-    if one_lora is not None and adapter_count(one_lora) == 0:
-        lora = None
     tokens = Tokens(x, None if routing is not None else router_logits, routing, adapter_ids)
-    call = Call.of_arguments(tokens, experts, lora, expert_offset, layer)
+    count, hidden, intermediate = check_experts(one)
+    adapters = check_lora(one_lora, count, hidden, intermediate)
+    top_k = check_tokens(tokens, top_k, count, hidden, adapters)
+    check_options(one, activation, backend, expert_offset)
+    call = Call.of_arguments(tokens, experts, lora if adapters else None, expert_offset, layer)
     target = backend if isinstance(backend, Target) else None
-    options = Options(top_k, activation, target, forced=backend is not None, recompute=recompute)
+    options = Options(intermediate, top_k, activation, target, forced=backend is not None, recompute=recompute)
     if options.forced and backend != "xla":
         check_triton_takes(call)
     run = moe_xla if backend == "xla" else moe_by_platform

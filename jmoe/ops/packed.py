@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Sharding
 from jaxtyping import Array, Int32, UInt8
 
-from jmoe.ops.check_weight import check_weight
+from jmoe.ops.check import check_weight
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, TILE, Mxfp4, PackedMxfp4
 

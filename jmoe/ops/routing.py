@@ -1,14 +1,13 @@
 """The choice of experts for each token."""
 
 import dataclasses
-import operator
-from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jmoe.ops.check import as_count, check_array
 from jmoe.ops.exportable import exportable
 
 
@@ -35,32 +34,10 @@ def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
     """
     if not hasattr(router_logits, "dtype") or jnp.ndim(router_logits) < 1:
         raise ValueError(f"router_logits must be an array of rank 1 or more [..., E], got {router_logits!r}")
-    top_k = as_int("top_k", top_k)
-    check_top_k(top_k, router_logits.shape[-1])
-    if router_logits.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"router_logits must be bfloat16 or float32, got {router_logits.dtype}")
+    top_k = as_count("top_k", top_k, router_logits.shape[-1])
+    check_array("router_logits", router_logits)
     logits = router_logits.astype(jnp.float32)
     order = jnp.where(jnp.isnan(logits), jnp.inf, jnp.where(logits == 0, 0.0, logits))  # -0 and 0 are equal
     _, experts = lax.top_k(lax.stop_gradient(order), top_k)
     weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     return Routing(experts, weights)
-
-
-def as_int(name: str, value: SupportsIndex) -> int:
-    """The value as Python's int, which what is compiled can be looked up by.
-
-    Raises:
-      ValueError: it is not an integer, a bool, or traced.
-    """
-    if isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-
-
-def check_top_k(top_k: int, experts: int) -> None:
-    """Raises ValueError unless 1 <= top_k <= experts."""
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be between 1 and the number of experts ({experts}), got {top_k}")

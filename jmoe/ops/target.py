@@ -22,6 +22,8 @@ class Target:
 
     architecture: str
     device: str | None = None
+    capability: int = dataclasses.field(init=False, repr=False)
+    """The compute capability times ten: 90 for "sm_90"."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or not re.fullmatch(
@@ -30,8 +32,4 @@ class Target:
             raise ValueError(f'architecture must be "sm_80" or later, as in "sm_90", got {self.architecture!r}')
         if self.device is not None and (not isinstance(self.device, str) or not self.device.strip()):
             raise ValueError(f'device must be a name, as in "NVIDIA H200", or None, got {self.device!r}')
-
-    @property
-    def capability(self) -> int:
-        """The compute capability times ten: 90 for "sm_90"."""
-        return int(self.architecture.removeprefix("sm_").removesuffix("a"))
+        vars(self).update(capability=int(self.architecture.removeprefix("sm_").removesuffix("a")))

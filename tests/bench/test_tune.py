@@ -17,7 +17,7 @@ from jmoe.bench.tuned_work import Sizes, Works
 from jmoe.cli import app
 from jmoe.ops.launch.local_gpu import Trial
 from jmoe.triton_src.tile_tables import KINDS, own_table, read_user_table
-from jmoe.triton_src.tiles import LaunchTable, bound_of, packed_tile_for, unbounded
+from jmoe.triton_src.tiles import LaunchTable, bound_of, layer_tile, unbounded
 
 TABLE = own_table(90)
 OWN, OTHER, THIRD = ((unbounded(tile),) for tile in TABLE.grouped_matmul[:3])
@@ -90,7 +90,7 @@ class StandIn:
         time = 100.0
         if packed:
             rows = tune.rows_of("packed_decode", tokens, Sizes())
-            kind = type(packed_tile_for(table, rows)).__name__
+            kind = type(layer_tile(table, rows, packed=True)).__name__
             # The decode kernel is the faster up to eight rows an expert.
             time += 50 * ((kind == "DecodeTile") == (rows > 8))
         time -= 10 * (table.combine[0].block_h == 1024) + 5 * (table.count_pairs[0].num_warps == 16)
@@ -134,7 +134,7 @@ def test_what_is_best_is_used_where_it_was_measured(stand_in: StandIn) -> None:
     assert table.combine == (dataclasses.replace(TABLE.combine[0], block_h=1024),)
     assert table.count_pairs[0].num_warps == 16
     assert table.decode_linear[-1].rows == math.inf
-    kinds = [type(packed_tile_for(table, rows)).__name__ for rows in (0.125, 2, 8, 32, 512)]
+    kinds = [type(layer_tile(table, rows, packed=True)).__name__ for rows in (0.125, 2, 8, 32, 512)]
     assert kinds == ["DecodeTile"] * 3 + ["GroupedTile"] * 2
     assert bound_of(table.packed_decode[-1]) == 16  # the geometric mean of 8 and 32
     # Far beyond what the decode kernel is for it is not even tried.

@@ -15,7 +15,7 @@ import pytest
 
 import jmoe
 from jmoe.ops.launch.layer import route_and_sort
-from jmoe.ops.launch.local_gpu import Trial
+from jmoe.ops.launch.local_gpu import Trial, gpu_of
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from jmoe.triton_src.tile_tables import as_json, own_table, user_file
 from tests.cuda_launches import kernel_names
@@ -289,6 +289,9 @@ def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.Monke
     layer = jax.eval_shape(functools.partial(random_layer, LayerShape(16, 64, 64, 4, 2)))
 
     def program(backend: jmoe.Target | str) -> str:
+        """As lowered in a process that starts now."""
+        gpu_of.cache_clear()
+
         def call(layer: Layer) -> jax.Array:
             return jmoe.moe(layer.x, layer.router_logits, layer.experts, top_k=2, backend=backend)
 

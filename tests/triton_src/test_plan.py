@@ -15,7 +15,7 @@ from jmoe.triton_src.routing.many import plan_route_many
 from jmoe.triton_src.routing.plan import plan_routing
 from jmoe.triton_src.routing.problem import RouteProblem, max_tiles
 from jmoe.triton_src.tile_tables import own_table
-from jmoe.triton_src.tiles import bound_of, packed_tile_for, reads_packed, tile_for
+from jmoe.triton_src.tiles import bound_of, layer_tile, reads_packed, tile_for
 from tests.triton_src.problems import moe_problem
 
 CAPABILITIES = (80, 90, 100)
@@ -198,7 +198,7 @@ def test_a_kernel_for_packed_weights_that_a_gpu_lacks_is_missed_where_it_is_need
             plan_moe(large, 90, table)
     else:
         assert many in [plan.name for plan in plan_moe(large, 90, table)]
-    assert (packed_tile_for(table, large.rows_of_expert, gradient=True) is not None) == gradient
+    assert (layer_tile(table, large.rows_of_expert, packed=True, gradient=True) is not None) == gradient
     if not gradient:
         for call in (
             lambda: plan_moe(large, 90, table, keep=True),
@@ -212,6 +212,6 @@ def test_a_kernel_for_packed_weights_that_a_gpu_lacks_is_missed_where_it_is_need
 @pytest.mark.parametrize("experts", [1, 32, 256])
 def test_some_packed_tile_takes_every_size(pairs: int, experts: int) -> None:
     rows = pairs / experts
-    tile = packed_tile_for(own_table(90), rows)
+    tile = layer_tile(own_table(90), rows, packed=True)
     assert tile is not None
     assert rows <= bound_of(tile)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jmoe.triton_src.tile_candidates import ROWS, assemble, candidates, cut, forced
 from jmoe.triton_src.tile_tables import KINDS, as_json, own_table, parse
-from jmoe.triton_src.tiles import GroupedMatmulTile, bound_name, bound_of, packed_tile_for, tile_for, unbounded
+from jmoe.triton_src.tiles import GroupedMatmulTile, bound_of, layer_tile, tile_for, unbounded
 
 TABLE = own_table(90)
 ONE = unbounded(TABLE.grouped_matmul[0])
@@ -19,7 +19,7 @@ ONE = unbounded(TABLE.grouped_matmul[0])
 
 def differences(a: Any, b: Any) -> list[str]:
     """The fields but their bound in which two tiles of one kind differ."""
-    names = [field.name for field in dataclasses.fields(a) if field.name != bound_name(type(a))]
+    names = [field.name for field in dataclasses.fields(a) if field.name != a.bound]
     return [name for name in names if getattr(a, name) != getattr(b, name)]
 
 
@@ -62,9 +62,9 @@ def test_few_fields_can_be_tried_alone() -> None:
 
 def test_the_grouped_kernel_is_tried_where_decodes_would_run() -> None:
     tile = unbounded(TABLE.packed_grouped_matmul[0])
-    assert packed_tile_for(forced(TABLE, "packed_grouped_matmul", (tile,)), 1) is tile
+    assert layer_tile(forced(TABLE, "packed_grouped_matmul", (tile,)), 1, packed=True) is tile
     decode = unbounded(TABLE.packed_decode[0])
-    assert packed_tile_for(forced(TABLE, "packed_decode", (decode,)), 1000) is decode
+    assert layer_tile(forced(TABLE, "packed_decode", (decode,)), 1000, packed=True) is decode
 
 
 def tile(block_m: int, rows: float = math.inf) -> GroupedMatmulTile:

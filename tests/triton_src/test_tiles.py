@@ -16,7 +16,7 @@ from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.tile_candidates import ALSO
 from jmoe.triton_src.tile_tables import KINDS, allowed_by, own_table
-from jmoe.triton_src.tiles import LaunchTable, bound_name
+from jmoe.triton_src.tiles import LaunchTable
 from tests.triton_src.problems import moe_problem
 from tests.triton_src.test_moe_backward import everything
 from tests.triton_src.test_plan import PROBLEM
@@ -83,7 +83,7 @@ def matters(section: str, i: int, field: str) -> bool:
 @pytest.mark.parametrize("section", KINDS)
 def test_every_tile_and_every_parameter_of_a_table_changes_a_plan(section: str) -> None:
     kind, tiles = KINDS[section], range(len(getattr(TABLE, section)))
-    fields = [field.name for field in dataclasses.fields(kind) if field.name != bound_name(kind)]
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != kind.bound]
     assert fields
     for i in tiles:
         assert any(matters(section, i, field) for field in fields), f"{section}[{i}]"

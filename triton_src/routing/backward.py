@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.plan import Buffer, Plan, cdiv
+from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.problem import MoeProblem
-from jmoe.triton_src.routing.problem import padded_experts
+from jmoe.triton_src.routing.problem import SMALLEST_BLOCK
 from jmoe.triton_src.tiles import RouteBackwardTile
 
 
@@ -58,7 +58,8 @@ def plan_route_backward(problem: MoeProblem, tile: RouteBackwardTile, dtype: str
     """router_logits_grad [T, E] in dtype, or weights_grad [T, k] float32 where experts and weights were given."""
     p = problem
     columns = p.router_experts or 1
-    block_t = max(1, min(tile.block_rows, tile.largest_block // padded_experts(columns)))
+    columns_padded = next_power_of_2(max(columns, SMALLEST_BLOCK))
+    block_t = max(1, min(tile.block_rows, tile.largest_block // columns_padded))
     outputs = {"logits_grad_ptr": Buffer("router_logits_grad", (p.tokens, columns), dtype)}
     if p.router_experts is None:
         outputs = {"weights_grad_ptr": Buffer("weights_grad", (p.tokens, p.top_k), "float32")}
@@ -77,7 +78,7 @@ def plan_route_backward(problem: MoeProblem, tile: RouteBackwardTile, dtype: str
         outputs=outputs,
         constexprs={
             "COLUMNS": columns,
-            "COLUMNS_PADDED": padded_experts(columns),
+            "COLUMNS_PADDED": columns_padded,
             "EXPERTS": p.experts,
             "TOP_K": p.top_k,
             "BLOCK_T": block_t,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
+from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.routing.problem import RouteProblem
 from jmoe.triton_src.routing.side_work import do_side_work
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
@@ -95,25 +95,11 @@ MOST_ROWS = 256
 """Of one program: count_earlier carries counts in bytes."""
 
 
-def elements(problem: RouteProblem) -> int:
-    """Rows times columns that one program of all rows holds in registers."""
-    return padded_rows(problem) * problem.columns_padded
-
-
-def padded_rows(problem: RouteProblem) -> int:
-    """Rows of the block, a power of two."""
-    return max(16, next_power_of_2(problem.rows))
-
-
-def fits(problem: RouteProblem, table: LaunchTable) -> bool:
-    """Whether one program routes all rows."""
-    return padded_rows(problem) <= MOST_ROWS and elements(problem) <= table.route_few[-1].elements
-
-
 def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
     """All of routing, and x_in_mma_order if asked for."""
     p = problem
-    tile, side_work = tile_for(table.route_few, elements(p)), tile_for(table.side_work, p.tokens)
+    tile = tile_for(table.route_few, p.rows_padded * p.columns_padded)
+    side_work = tile_for(table.side_work, p.tokens)
     return Plan(
         kernel=route_few_kernel,
         grid=(1 + p.reorder_programs(side_work) + p.prefetch_programs(side_work),),
@@ -132,7 +118,7 @@ def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
             "EXPERTS": p.experts,
             "TOP_K": p.top_k,
             "STRIPS": STRIPS,
-            "ROWS": padded_rows(p) // STRIPS,
+            "ROWS": p.rows_padded // STRIPS,
             "BLOCK_M": p.block_m,
             "BLOCK_TILES": tile.block_tiles,
             "BLOCK_UNUSED": tile.block_unused,

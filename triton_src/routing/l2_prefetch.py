@@ -1,7 +1,6 @@
 """Packed weights on their way into L2 while routing, in which memory is idle, finds out who needs them."""
 
 import dataclasses
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -49,25 +48,27 @@ class Prefetch:
     """The beginning of gate_up, packed: what the launch after routing reads first, of experts that have tokens."""
 
     experts: int
-    column_blocks: int  # of 64, of an expert
-    blocks: int  # of 64 along K
-    prefetched_experts: int
-    prefetched_blocks: int
+    n: int
+    k: int
+    most_experts: int
+    most_blocks: int  # of 64 along K
     stacked: Stacked
 
     def programs(self, lines: int) -> int:
         """Of so many lines of 128 bytes each."""
-        return cdiv(self.prefetched_experts * self.column_blocks * self.prefetched_blocks * 17, lines)
+        sizes = self.constexprs
+        return cdiv(sizes["PREFETCHED_MATRICES"] * sizes["PREFETCHED_BLOCKS"] * 17, lines)
 
     @property
     def operands(self) -> dict[str, str | None]:
         return {"words_ptr": "gate_up", "scales_ptr": "gate_up_scales", **self.stacked.weights_operand}
 
     @property
-    def constexprs(self) -> dict[str, Any]:
+    def constexprs(self) -> dict[str, int]:
+        column_blocks, blocks = cdiv(self.n, 64), cdiv(self.k, 64)
         return {
-            "MATRICES": self.experts * self.column_blocks,
-            "BLOCKS": self.blocks,
-            "PREFETCHED_MATRICES": self.prefetched_experts * self.column_blocks,
-            "PREFETCHED_BLOCKS": self.prefetched_blocks,
+            "MATRICES": self.experts * column_blocks,
+            "BLOCKS": blocks,
+            "PREFETCHED_MATRICES": min(self.experts, self.most_experts) * column_blocks,
+            "PREFETCHED_BLOCKS": min(blocks, self.most_blocks),
         }

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
-from jmoe.triton_src.routing.problem import RouteProblem, padded_experts
+from jmoe.triton_src.routing.problem import SMALLEST_BLOCK, RouteProblem
 from jmoe.triton_src.routing.side_work import do_side_work
 from jmoe.triton_src.routing.sort_positions import count_earlier, write_tiles
 from jmoe.triton_src.routing.top_k import at_columns, bytes_of_choices, chosen_columns, local_pairs
@@ -175,6 +175,7 @@ def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
     tile = tile_for(table.count_pairs if p.router_experts is None else table.count, p.columns_padded)
     sort_tile, side_work = tile_for(table.sort, p.pairs), tile_for(table.side_work, p.tokens)
     block_rows = max(STRIPS, min(tile.block_rows, tile.largest_block // p.columns_padded))
+    experts_padded = next_power_of_2(max(p.experts, SMALLEST_BLOCK))
     steps = cdiv(p.rows, block_rows * tile.most_programs)
     programs = cdiv(p.rows, block_rows * steps)
     counted = {
@@ -182,7 +183,7 @@ def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
         "counts_ptr": Buffer("counts", (programs, p.experts), "int32"),
     }
     run = block_rows * steps * p.pairs // p.rows
-    most_counts = max(8, sort_tile.block_counts // padded_experts(p.experts))
+    most_counts = max(8, sort_tile.block_counts // experts_padded)
     block_counts = min(tile.most_programs, most_counts, next_power_of_2(programs))
     count = Plan(
         kernel=count_kernel,
@@ -227,7 +228,7 @@ def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
         outputs=p.sort_outputs,
         constexprs={
             "EXPERTS": p.experts,
-            "EXPERTS_PADDED": padded_experts(p.experts),
+            "EXPERTS_PADDED": experts_padded,
             "RUN": run,
             "BLOCK_P": min(sort_tile.block_pairs, next_power_of_2(run)),
             "COUNT_BLOCKS": cdiv(programs, block_counts),

@@ -7,6 +7,9 @@ from jmoe.triton_src.routing.l2_prefetch import Prefetch
 from jmoe.triton_src.routing.mma_k_order import mma_k_width
 from jmoe.triton_src.tiles import SideWorkTile
 
+SMALLEST_BLOCK = 16
+"""Rows or columns that the kernels' blocks have at least; they are padded to powers of two."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RouteProblem:
@@ -21,24 +24,23 @@ class RouteProblem:
     hidden: int | None  # of x, if it is to be put into mma K order
     counters: bool = False  # a zero for each tile and one for tickets, where programs of a launch wait for others
     prefetch: Prefetch | None = None  # weights to fetch meanwhile
+    pairs: int = dataclasses.field(init=False)
+    rows: int = dataclasses.field(init=False)  # tokens, or pairs where experts are given
+    columns: int = dataclasses.field(init=False)  # the router's, or this shard's experts where experts are given
+    rows_padded: int = dataclasses.field(init=False)  # to those of a kernel's block, as columns_padded
+    columns_padded: int = dataclasses.field(init=False)
 
-    @property
-    def pairs(self) -> int:
-        return self.tokens * self.top_k
-
-    @property
-    def rows(self) -> int:
-        """Tokens, or pairs where experts are given."""
-        return self.pairs if self.router_experts is None else self.tokens
-
-    @property
-    def columns(self) -> int:
-        """The router's experts, or those of this shard where experts are given."""
-        return self.experts if self.router_experts is None else self.router_experts
-
-    @property
-    def columns_padded(self) -> int:
-        return padded_experts(self.columns)
+    def __post_init__(self) -> None:
+        pairs = self.tokens * self.top_k
+        rows = pairs if self.router_experts is None else self.tokens
+        columns = self.experts if self.router_experts is None else self.router_experts
+        vars(self).update(
+            pairs=pairs,
+            rows=rows,
+            columns=columns,
+            rows_padded=next_power_of_2(max(rows, SMALLEST_BLOCK)),
+            columns_padded=next_power_of_2(max(columns, SMALLEST_BLOCK)),
+        )
 
     @property
     def max_tiles(self) -> int:
@@ -116,11 +118,6 @@ class RouteProblem:
     @property
     def reorder_bytes(self) -> int:
         return 0 if self.hidden is None else 2 * self.tokens * (self.hidden + mma_k_width(self.hidden))
-
-
-def padded_experts(experts: int) -> int:
-    """Columns of the kernels' blocks: a power of two, at least 16."""
-    return max(16, next_power_of_2(experts))
 
 
 def max_tiles(pairs: int, experts: int, block_m: int) -> int:

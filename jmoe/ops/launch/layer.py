@@ -40,7 +40,7 @@ def result_avals(*avals: Any, tree: Any, results: tuple[str, ...], options: Opti
         "y": x,
         "experts": x.update(shape=(tokens, options.top_k), dtype=jnp.dtype(jnp.int32)),
         "weights": x.update(shape=(tokens, options.top_k), dtype=jnp.dtype(jnp.float32)),
-        "pre_activations": x.update(shape=(pairs, 2 * call.intermediate), dtype=jnp.dtype(jnp.bfloat16)),
+        "pre_activations": x.update(shape=(pairs, 2 * options.intermediate), dtype=jnp.dtype(jnp.bfloat16)),
     }
     by_name |= {f"{name}_grad": aval for name, aval in buffers_of(call).items()}
     return [by_name[name] for name in results]
@@ -116,25 +116,23 @@ def in_its_layer(grad: jax.Array, buffer: jax.Array, layer: jax.Array | None) ->
 def problem_of(call: Call, options: Options, gpu: Gpu, *, gradient: bool) -> tuple[dict[str, jax.Array], "MoeProblem"]:
     """A call's buffers and the problem that they pose, unpacked where kernels for packed weights are missing."""
     from jmoe.triton_src.problem import Layout, MoeProblem
-    from jmoe.triton_src.tiles import packed_tile_for
+    from jmoe.triton_src.tiles import layer_tile
 
-    experts = call.experts
-    packed = [isinstance(weight, PackedMxfp4) for weight in (experts.gate_up, experts.down)]
-    rows = call.tokens.x.shape[0] * options.top_k / experts.down.shape[-3]
-    if any(packed) and not (all(packed) and packed_tile_for(gpu.table, rows, gradient)):
-        call = call.of_one_layer()
-        experts = unpack(call.experts)
-        call = dataclasses.replace(call, experts=experts)
     buffers = buffers_of(call)
     kinds = {Mxfp4: Layout.MXFP4, PackedMxfp4: Layout.PACKED}
-    weights = {"gate_up": experts.gate_up, "down": experts.down}
+    weights = {"gate_up": call.experts.gate_up, "down": call.experts.down}
+    layouts = {name: kinds.get(type(weight), Layout.DENSE) for name, weight in weights.items()}
     problem = MoeProblem.from_shapes(
         {name: array.shape for name, array in buffers.items()},
-        intermediate=call.intermediate,
-        layouts={name: kinds.get(type(weight), Layout.DENSE) for name, weight in weights.items()},
+        intermediate=options.intermediate,
+        layouts=layouts,
         top_k=options.top_k,
         activation=options.activation,
     )
+    is_read = problem.packed and layer_tile(gpu.table, problem.rows_of_expert, packed=True, gradient=gradient)
+    if Layout.PACKED in layouts.values() and not is_read:
+        one = call.of_one_layer()
+        return problem_of(dataclasses.replace(one, experts=unpack(one.experts)), options, gpu, gradient=gradient)
     return buffers, problem
 
 
@@ -149,11 +147,12 @@ def route_and_sort(
     gpu = gpu_of(target)
     from jmoe.triton_src.routing.plan import plan_routing
     from jmoe.triton_src.routing.problem import RouteProblem
-    from jmoe.triton_src.tiles import packed_tile_for, tile_for
+    from jmoe.triton_src.tiles import layer_tile
 
     tokens, experts = router_logits.shape
     rows = tokens * top_k / experts
-    tile = packed_tile_for(gpu.table, rows) or tile_for(gpu.table.grouped_matmul, rows)
+    tile = layer_tile(gpu.table, rows, packed=True) or layer_tile(gpu.table, rows, packed=False)
+    assert tile is not None
     problem = RouteProblem(
         tokens=tokens,
         top_k=top_k,

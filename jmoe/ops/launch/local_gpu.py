@@ -1,6 +1,7 @@
 """The GPU of this machine or of a Target, and what of jmoe's kernels and launch parameters is for it."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -45,10 +46,12 @@ def local_gpu() -> tuple[int, str]:
     return int(major) * 10 + int(minor), device.device_kind
 
 
+@functools.cache
 def gpu_of(target: Target | None) -> Gpu:
     """The GPU to plan for: the Target's, or else this machine's, with the launch parameters that its user measured.
 
-    A Target says which GPU, not whose: what is compiled for it is the same everywhere, and no user's tiles count.
+    Looked up once in a process. A Target says which GPU, not whose: what is compiled for it is the same everywhere, and
+    no user's tiles count.
 
     Raises:
       ImportError: Triton or jax-triton is missing.
@@ -120,9 +123,10 @@ def tiles_here() -> str:
 def kernel_of_experts_here(tokens: int, experts: int, top_k: int) -> str:
     """The kernel that MXFP4 experts as jmoe.gpt_oss.load lays them out take on this machine's GPU."""
     from jmoe.triton_src.moe import LAYERS
-    from jmoe.triton_src.tiles import GroupedMatmulTile, packed_tile_for, reads_packed
+    from jmoe.triton_src.tiles import layer_tile, reads_packed
 
     table = gpu_of(None).table
     packed = reads_packed("packed_grouped_matmul", table)  # as reads_packed_here, by which load decides
-    tile = packed_tile_for(table, tokens * top_k / experts) if packed else None
-    return LAYERS[GroupedMatmulTile if tile is None else type(tile)].kernel
+    tile = layer_tile(table, tokens * top_k / experts, packed=packed)
+    assert tile is not None
+    return LAYERS[type(tile)].kernel
