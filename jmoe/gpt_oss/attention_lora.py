@@ -43,6 +43,11 @@ class AttentionLora:
             return None
         return cls(*(join(lora, names, config, dtype) for names in (("q", "k", "v"), ("o",))))
 
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether it has the leading axis for layers."""
+        return jax.tree.leaves(self)[0].ndim == 4
+
     def layer(self, index: Int32[Array, ""] | int) -> Self:
         """One layer's."""
         return jax.tree.map(functools.partial(take, index=index), self)

@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention_lora import ProductLora
-from jmoe.gpt_oss.layer import LayerCall, LayerLora, Place, delta, moe_block
+from jmoe.gpt_oss.layer import LayerCall, LayerLora, Place, moe_block
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, take
 from jmoe.ops.decode.linear import Expand, decode_linear
@@ -55,19 +55,15 @@ def decode_layer[S](
     x, addend: likewise what goes in is their sum.
     stack, lora: of all layers.
     """
-    config, adapter_ids, index = call.config, call.adapter_ids, place.number
+    config, index = call.config, place.number
+    adapter_ids = None if call.adapter_ids is None else call.adapter_ids.reshape(-1)
     eps = config.rms_norm_eps
 
     def multiply(x: Array, shrunk: Array | None, linears: Linear, factors: ProductLora | None) -> Array:
         expand = None
         if factors is not None and shrunk is not None:
-            expand = Expand(shrunk, factors.b.reshape(factors.b.shape[0], -1, factors.b.shape[-1]))
-        y = decode_linear(x, linears.weight, linears.bias, index, expand)
-        if factors is None or expand is not None:
-            return y
-        own = jax.tree.map(lambda leaf: take(leaf, index), factors)
-        added = rows_of(delta(x.reshape(*shape, -1), own, adapter_ids))
-        return (y.astype(added.dtype) + added).astype(x.dtype)
+            expand = Expand(shrunk, factors.b.reshape(factors.b.shape[0], -1, factors.b.shape[-1]), adapter_ids)
+        return decode_linear(x, linears.weight, linears.bias, index, expand)
 
     shape = x.shape[:2]
     on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
@@ -97,9 +93,11 @@ def rows_of(array: Array) -> Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def shrinking(factors: ProductLora | None, adapter_ids: Int32[Array, "B T"] | None) -> Narrow | None:
-    """LoRA's first half as a narrow product, where all tokens have the first adapter; None where they do not."""
-    if factors is None or adapter_ids is not None:
+def shrinking(factors: ProductLora | None, adapter_ids: Int32[Array, " T"] | None) -> Narrow | None:
+    """LoRA's first half as a narrow product; None without LoRA."""
+    if factors is None:
         return None
     layers, _, rank, k = factors.a.shape
-    return Narrow(factors.a.reshape(layers, -1, k), rank, scale=factors.scale.reshape(layers, -1))
+    return Narrow(
+        factors.a.reshape(layers, -1, k), rank, scale=factors.scale.reshape(layers, -1), adapter_ids=adapter_ids
+    )

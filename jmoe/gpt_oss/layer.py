@@ -16,6 +16,7 @@ from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import Heads
 from jmoe.gpt_oss.weights import LayerWeights, Linear, slice_layers
 from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.lora.by_row import StackedFactors, lora_by_row
 from jmoe.ops.moe import moe
 from jmoe.ops.norm import rms_norm
 
@@ -81,15 +82,22 @@ def linear(
     lora: ProductLora | None = None,
     adapter_ids: Int32[Array, "B T"] | None = None,
     dropout: LoraDropout | None = None,
+    index: Int32[Array, ""] | None = None,
 ) -> Float[Array, "B T N"]:
     """x weight^T + bias, plus LoRA; sums in float32, rounded once to x's dtype.
 
     dropout: of LoRA's inputs, where adapter_ids are None.
+    index: which layer of LoRA, that of all of which is given; then there is no gradient.
     """
     if lora is not None and adapter_ids is None:
         shrunk = shrink(x, lora.a[0], lora.scale[0]) if dropout is None else shrink_dropped(x, lora, dropout)
         return linear_and_expand(x, weights.weight, weights.bias, shrunk, lora.b[0])
-    y = product("btk,nk->btn", x, weights.weight) + weights.bias.astype(jnp.float32)
+    y = product("btk,nk->btn", x, weights.weight)
+    if lora is not None and adapter_ids is not None and index is not None:
+        by_row = (array.reshape(-1, array.shape[-1]) for array in (x, y))
+        factors = StackedFactors(lora.a, lora.scale, lora.b)
+        return lora_by_row(*by_row, weights.bias, adapter_ids.reshape(-1), index, factors).reshape(y.shape)
+    y += weights.bias.astype(jnp.float32)
     if lora is not None:
         y += delta(x, lora, adapter_ids)
     return y.astype(x.dtype)
@@ -131,7 +139,8 @@ def layer[S](
 ) -> tuple[Float[Array, "B T H"], S]:
     """x after attention and experts, each added to what went in, and the attention's state.
 
-    weights, lora: of this layer; experts, and LoRA on them, may be of all layers.
+    weights, lora: of this layer; experts, and LoRA on them, may be of all layers, and so may LoRA on attention where
+    tokens have adapters of their own.
     """
     config, adapter_ids = call.config, call.adapter_ids
     dropout = None if call.dropout is None else call.dropout.number(place.number)
@@ -139,10 +148,12 @@ def layer[S](
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
-        qkv = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv).reshape(*x.shape[:2], -1, config.head_dim)
+        index = place.number if lora.attention is not None and lora.attention.of_all_layers else None
+        qkv = linear(normal, weights.qkv, on_qkv, adapter_ids, of_qkv, index)
+        qkv = qkv.reshape(*x.shape[:2], -1, config.head_dim)
         heads = Heads(qkv, config.num_attention_heads, *call.rotary)
         attended, state = call.attention.attend(heads, weights.sinks, state, place)
-        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o)
+        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o, index)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
         router_logits = linear(normal, weights.router)
@@ -200,7 +211,10 @@ def run_groups[S](
 
     def one(x: Array, index: Array, sliced: LayerLora | None, state: S, group: Array, within: int) -> tuple[Array, S]:
         # The layer's weights are taken within: what goes into jax.checkpoint is kept, for every layer.
-        own = lora.layer(index) if sliced is None else jax.tree.map(lambda leaf: leaf[within], sliced)
+        if sliced is not None:
+            own = jax.tree.map(lambda leaf: leaf[within], sliced)
+        else:
+            own = lora.layer(index) if call.adapter_ids is None else lora
         return layer(x, stack.layer(index, ("experts",)), own, call, Place(group, within, index), state)
 
     def run_group(

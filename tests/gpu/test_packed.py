@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,12 @@ def sizes() -> list[LayerShape]:
         LayerShape(300, adapters=1, rank=64),
         LayerShape(1000, adapters=1, rank=16),
         LayerShape(12, adapters=8, rank=16, mixed=True),
-        LayerShape(64, adapters=8, rank=16, mixed=True),
+        *(
+            LayerShape(tokens, adapters=adapters, rank=rank, mixed=True)
+            for tokens in (16, 64)
+            for adapters in (8, 32)
+            for rank in (16, 64)
+        ),
         LayerShape(2000, adapters=3, rank=100, mixed=True),
         LayerShape(9, hidden=96, intermediate=160, experts=3, top_k=2, adapters=2, rank=40, mixed=True),
         LayerShape(500, hidden=96, intermediate=160, experts=3, top_k=2, adapters=2, rank=3, mixed=True),
@@ -157,6 +163,30 @@ def test_a_broken_adapter_shows_in_its_own_tokens_alone(value: float, tokens: in
     of_it = layer.adapter_ids == 1
     assert jnp.array_equal(y[~of_it], good[~of_it])
     assert not jnp.isfinite(y[of_it]).any()
+
+
+@pytest.mark.parametrize(("adapters", "rank"), [(8, 16), (32, 16), (8, 64), (32, 64)])
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_rows_have_the_bits_that_they_have_where_all_rows_have_their_adapter(
+    tokens: int, adapters: int, rank: int
+) -> None:
+    """Base rows those without LoRA. Adapters that nobody has hold NaN, and so does one of those that are used."""
+    seed = int(np.random.default_rng().integers(2**31))
+    layer = packed(random_layer(LayerShape(tokens, adapters=adapters, rank=rank, mixed=True), seed))
+    ids = np.asarray(layer.adapter_ids)
+    broken = int(ids.max())
+    bad = np.append(np.setdiff1d(np.arange(adapters), ids), broken)
+    lora = dataclasses.replace(
+        layer.lora, gate_up_a=layer.lora.gate_up_a.at[bad].set(jnp.nan), down_b=layer.lora.down_b.at[bad].set(jnp.inf)
+    )
+    call = jax.jit(run)
+    y = call(dataclasses.replace(layer, lora=lora))
+    assert jnp.array_equal(y, call(dataclasses.replace(layer, lora=lora)), equal_nan=True)
+    assert not jnp.isfinite(y[ids == broken]).any()
+    for adapter in set(ids.tolist()) - {broken}:
+        own = None if adapter < 0 else jax.tree.map(lambda leaf: leaf[adapter : adapter + 1], layer.lora)  # noqa: B023
+        alone = call(dataclasses.replace(layer, lora=own, adapter_ids=None))
+        assert jnp.array_equal(y[ids == adapter], alone[ids == adapter]), f"adapter {adapter}, seed {seed}"
 
 
 @pytest.mark.parametrize("rank", [0, 7])

@@ -115,9 +115,9 @@ def packed_decode_kernel(
     GATE_UP_RANK_PADDED: gl.constexpr = (GATE_UP_RANK + GATE_UP_BLOCK_R - 1) // GATE_UP_BLOCK_R * GATE_UP_BLOCK_R
     DOWN_RANK_PADDED: gl.constexpr = (DOWN_RANK + DOWN_BLOCK_R - 1) // DOWN_BLOCK_R * DOWN_BLOCK_R
     # Programs of a tile in each role, and how many have finished when down's rows can be read.
-    GATE_UP_SHRINK: gl.constexpr = GATE_UP_RANK_PADDED // GATE_UP_BLOCK_R * SPLITS * ADAPTERS
+    GATE_UP_SHRINK: gl.constexpr = GATE_UP_RANK_PADDED // GATE_UP_BLOCK_R * SPLITS
     GATE_UP: gl.constexpr = 2 * IP // (16 * GATE_UP_COLUMN_WARPS)
-    DOWN_SHRINK: gl.constexpr = DOWN_RANK_PADDED // DOWN_BLOCK_R * SPLITS * ADAPTERS
+    DOWN_SHRINK: gl.constexpr = DOWN_RANK_PADDED // DOWN_BLOCK_R * SPLITS
     DOWN: gl.constexpr = (H + 16 * DOWN_COLUMN_WARPS - 1) // (16 * DOWN_COLUMN_WARPS)
     TAIL_DOWN: gl.constexpr = (H + 16 * TAIL_COLUMN_WARPS - 1) // (16 * TAIL_COLUMN_WARPS)
     ACTIVATED: gl.constexpr = GATE_UP_SHRINK + GATE_UP
@@ -190,7 +190,7 @@ def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
         for part in ("a", "b", "scale"):
             operands[f"{name}_{part}_ptr"] = f"{name}_{part}" if rank else None
         if rank:
-            programs += rank_padded // block_r * tile.shrink_splits * p.adapters
+            programs += rank_padded // block_r * tile.shrink_splits
             shrunk = Buffer(f"{name}_shrunk", (tile.shrink_splits, p.pairs, rank_padded), "float32")
             outputs[f"{name}_shrunk_ptr"] = shrunk
         else:

@@ -29,6 +29,7 @@ from jmoe.triton_src.packed.weight import (
     words_layout,
 )
 from jmoe.triton_src.routing.mma_k_order import mma_k_slot
+from jmoe.triton_src.row_adapters import next_adapter
 from jmoe.triton_src.stacked import in_stack
 
 
@@ -133,6 +134,24 @@ def load_shrunk_blocks(lora, rows, tile, BLOCK_M: gl.constexpr, K_PARTS: gl.cons
 
 
 @gluon.jit
+def load_lora_b(
+    lora, matrix, there, program, N: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr
+):  # fmt: skip
+    """B of an adapter and expert for the first part of K, by blocks of BLOCK_R ranks; zeros if not `there`."""
+    A: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(K_PARTS, COLUMN_WARPS), 2)
+    part = gl.arange(0, K_PARTS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
+    fragment_row = gl.arange(0, 16 * COLUMN_WARPS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
+    column = program * (16 * COLUMN_WARPS) + packed_column(fragment_row)
+    ranks = gl.arange(0, lora.BLOCK_R, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
+    blocks = ()
+    for rank in gl.static_range(0, lora.RANK_PADDED, lora.BLOCK_R):
+        at = lora.b_ptr + (matrix.to(gl.int64) * N + column) * lora.RANK + (rank + ranks)
+        ok = (part == 0) & (column < N) & (rank + ranks < lora.RANK) & there
+        blocks = blocks + (gl.load(at, mask=ok, other=0.0).to(gl.bfloat16),)
+    return blocks
+
+
+@gluon.jit
 def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr):
     """acc + B (x A^T)^T for the matrix of an adapter and expert: the first part's work."""
     A: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(K_PARTS, COLUMN_WARPS), 2)
@@ -152,20 +171,36 @@ def expand(acc, shrunk, lora, matrix, program, N: gl.constexpr, K_PARTS: gl.cons
 def add_lora(
     acc, p, rows, tile, program, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr
 ):  # fmt: skip
-    """acc with each row's own adapter, if it has one."""
+    """acc with the first adapter for all rows."""
+    wait(tile.counter, p.SHRUNK_READY)
     expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
     shrunk = load_shrunk_blocks(p.lora, rows, tile, BLOCK_M, K_PARTS, COLUMN_WARPS)
-    if rows.adapter_ids_ptr is None:
-        acc = expand(acc, shrunk, p.lora, expert, program, p.N, K_PARTS, COLUMN_WARPS)
-    else:
-        COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, accumulator_layout(K_PARTS, COLUMN_WARPS)))
-        used = load_adapters(rows, tile.first, tile.end, BLOCK_M, COLUMN)
-        for adapter in range(rows.ADAPTERS):
-            mine = used == adapter
-            if gl.max(mine.to(gl.int32), axis=0) > 0:
-                own = adapter * rows.EXPERTS + expert
-                expanded = expand(acc, shrunk, p.lora, own, program, p.N, K_PARTS, COLUMN_WARPS)
-                acc = gl.where(mine[None, None, :], expanded, acc)
+    return expand(acc, shrunk, p.lora, expert, program, p.N, K_PARTS, COLUMN_WARPS)
+
+
+@gluon.jit
+def add_mixed_lora(
+    acc, p, rows, tile, used, program, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr
+):  # fmt: skip
+    """acc with each row's own adapter, if it has one; others' are selected away, not multiplied by zero.
+
+    The first adapter's B is on its way before the wait.
+    """
+    lora = p.lora
+    expert = in_stack(tile.expert, lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
+    adapter = next_adapter(used, -1, rows.ADAPTERS)
+    if adapter < rows.ADAPTERS:
+        b = load_lora_b(lora, adapter * rows.EXPERTS + expert, True, program, p.N, K_PARTS, COLUMN_WARPS)
+        wait(tile.counter, p.SHRUNK_READY)
+        shrunk = load_shrunk_blocks(lora, rows, tile, BLOCK_M, K_PARTS, COLUMN_WARPS)
+        while adapter < rows.ADAPTERS:
+            expanded = acc
+            for i in gl.static_range(len(shrunk)):
+                expanded = mma_v2(b[i], shrunk[i], expanded)
+            acc = gl.where((used == adapter)[None, None, :], expanded, acc)
+            adapter = next_adapter(used, adapter, rows.ADAPTERS)
+            there = adapter < rows.ADAPTERS
+            b = load_lora_b(lora, adapter * rows.EXPERTS + expert, there, program, p.N, K_PARTS, COLUMN_WARPS)
     return acc
 
 
@@ -246,6 +281,10 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
         pair = gl.load(rows.order_ptr + out_position, mask=row_ok, other=0)
         gate = gl.load(p.gates_ptr + pair, mask=row_ok, other=0.0)
 
+    if p.lora.b_ptr is not None:  # noqa: SIM102
+        if rows.adapter_ids_ptr is not None:
+            used = load_adapters(rows, tile.first, tile.end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+
     for i in gl.static_range(LOOP * STAGE_STEPS, STEPS):
         if i % STAGE_STEPS == 0:
             async_copy.wait_group(p.STAGES - 2)
@@ -259,8 +298,10 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
     async_copy.wait_group(0)
 
     if p.lora.b_ptr is not None:
-        wait(tile.counter, p.SHRUNK_READY)
-        acc = add_lora(acc, p, rows, tile, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
+        if rows.adapter_ids_ptr is None:
+            acc = add_lora(acc, p, rows, tile, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
+        else:
+            acc = add_mixed_lora(acc, p, rows, tile, used, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
     even, odd = even_and_odd(acc, nan, BLOCK_M, K_PARTS, COLUMN_WARPS, OUT)
     if p.bias_ptr is not None:
         even += bias_even.to(gl.float32)[:, None]

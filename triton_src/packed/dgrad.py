@@ -25,6 +25,7 @@ from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.portable.dgrad import dgrad_lora_operands, dgrad_output
 from jmoe.triton_src.portable.shrink import lora_constexprs
 from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
+from jmoe.triton_src.row_adapters import next_adapter
 from jmoe.triton_src.stacked import in_stack
 from jmoe.triton_src.tiles import DgradTile
 
@@ -243,12 +244,12 @@ def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
     )
     acc = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
     used = load_adapters(rows, first, end, BLOCK_M, gl.SliceLayout(0, C))
-    for adapter in range(rows.ADAPTERS):
-        mine = used == adapter
-        if gl.max(mine.to(gl.int32), axis=0) > 0:
-            zero = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
-            expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, BLOCK_M)
-            acc = gl.where(mine[None, :], expanded, acc)
+    adapter = next_adapter(used, -1, rows.ADAPTERS)
+    while adapter < rows.ADAPTERS:
+        zero = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
+        expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, BLOCK_M)
+        acc = gl.where((used == adapter)[None, :], expanded, acc)
+        adapter = next_adapter(used, adapter, rows.ADAPTERS)
     return acc
 
 

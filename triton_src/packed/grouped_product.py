@@ -22,6 +22,7 @@ from jmoe.triton_src.packed.weight import (
     word_offsets,
     words_layout,
 )
+from jmoe.triton_src.row_adapters import next_adapter
 from jmoe.triton_src.stacked import in_stack
 
 
@@ -158,13 +159,13 @@ def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.const
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     acc = gl.zeros([128, BLOCK_M], gl.float32, C)
     used = load_adapters(rows, first, end, BLOCK_M, gl.SliceLayout(0, C))
-    for adapter in range(rows.ADAPTERS):
-        mine = used == adapter
-        if gl.max(mine.to(gl.int32), axis=0) > 0:
-            own = adapter * rows.EXPERTS + expert
-            zero = gl.zeros([128, BLOCK_M], gl.float32, C)
-            expanded = expand(zero, shared, p, rows.pairs, own, first, end, program, BLOCK_M)
-            acc = gl.where(mine[None, :], expanded, acc)
+    adapter = next_adapter(used, -1, rows.ADAPTERS)
+    while adapter < rows.ADAPTERS:
+        own = adapter * rows.EXPERTS + expert
+        zero = gl.zeros([128, BLOCK_M], gl.float32, C)
+        expanded = expand(zero, shared, p, rows.pairs, own, first, end, program, BLOCK_M)
+        acc = gl.where((used == adapter)[None, :], expanded, acc)
+        adapter = next_adapter(used, adapter, rows.ADAPTERS)
     return acc
 
 

@@ -3,13 +3,16 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from jmoe.triton_src.row_adapters import known_adapters
+
 
 @gluon.jit
 def load_adapters(rows, first, end, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """The adapters of the positions from `first` on; -1 past the end."""
+    """The adapters of the positions from `first` on; -1 past the end, and for one that does not exist."""
     position = first + gl.arange(0, BLOCK_M, LAYOUT)
     pair = gl.load(rows.order_ptr + position, mask=position < end, other=0)
-    return gl.load(rows.adapter_ids_ptr + pair // rows.TOP_K, mask=position < end, other=-1)
+    used = gl.load(rows.adapter_ids_ptr + pair // rows.TOP_K, mask=position < end, other=-1)
+    return known_adapters(used, rows.ADAPTERS)
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan
 from jmoe.triton_src.problem import MoeProblem, Projection, RowTile
+from jmoe.triton_src.row_adapters import known_adapters, next_adapter
 from jmoe.triton_src.stacked import in_stack
 from jmoe.triton_src.tiles import ShrinkTile
 
@@ -29,6 +30,7 @@ def shrink_kernel(
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
     TILE_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -36,28 +38,73 @@ def shrink_kernel(
 ):
     """Parts, over K, of shrunk[p] = scale[a] * x[p] A[a, e]^T for the pair's adapter a and expert e.
 
-    Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, with one
-    adapter, and one part of K. Grid: (RANK_PADDED / BLOCK_R, max_tiles, SPLITS * ADAPTERS).
+    Zero without adapter and past R. One program = TILE_M positions of one expert, which is at most BLOCK_M, with every
+    LANES-th of the adapters that these have, and one part of K. Grid: (RANK_PADDED / BLOCK_R, max_tiles, SPLITS *
+    LANES).
     """
     expert = tl.load(tiles_ptr + tl.program_id(1) * 3)
     if expert < 0:
         return
     split = tl.program_id(2) % SPLITS
-    adapter = tl.program_id(2) // SPLITS
+    lane = tl.program_id(2) // SPLITS
     first = tl.load(tiles_ptr + tl.program_id(1) * 3 + 1)
     end = tl.load(tiles_ptr + tl.program_id(1) * 3 + 2)
     rows = first + tl.arange(0, BLOCK_M)
     row_ok = rows < tl.minimum(end, first + TILE_M)
     tokens = tl.load(order_ptr + rows, mask=row_ok, other=0) // TOP_K
-    mine = row_ok
-    written = row_ok
-    if adapter_ids_ptr is not None:
-        used = tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1)
-        mine = row_ok & (used == adapter)
-        # Rows without an adapter are the first adapter's to write.
-        written = mine | (row_ok & (adapter == 0) & ((used < 0) | (used >= ADAPTERS)))
-        if tl.max(written.to(tl.int32), axis=0) == 0:
-            return
+    if adapter_ids_ptr is None:
+        shrink_rows(
+            x_ptr, a_ptr, scale_ptr, lora_layer_ptr, shrunk_ptr, tokens, rows, row_ok, row_ok, lane, expert, split,
+            pairs, K, EXPERTS, ADAPTERS, RANK, RANK_PADDED, GATHER, TRANSPOSED, SPLITS, BLOCK_M, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        used = known_adapters(tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1), ADAPTERS)
+        if lane == 0:
+            ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+            part = shrunk_ptr + split.to(tl.int64) * pairs * RANK_PADDED
+            at = part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :]
+            tl.store(at, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), mask=(row_ok & (used < 0))[:, None])
+        adapter = next_adapter(used, -1, ADAPTERS)
+        nth = 0
+        while adapter < ADAPTERS:
+            if nth % LANES == lane:
+                shrink_rows(
+                    x_ptr, a_ptr, scale_ptr, lora_layer_ptr, shrunk_ptr, tokens, rows, row_ok, used == adapter,
+                    adapter, expert, split, pairs, K, EXPERTS, ADAPTERS, RANK, RANK_PADDED, GATHER, TRANSPOSED,
+                    SPLITS, BLOCK_M, BLOCK_K, BLOCK_R,
+                )  # fmt: skip
+            adapter = next_adapter(used, adapter, ADAPTERS)
+            nth += 1
+
+
+@triton.jit
+def shrink_rows(
+    x_ptr,
+    a_ptr,
+    scale_ptr,
+    lora_layer_ptr,
+    shrunk_ptr,
+    tokens,  # (BLOCK_M,)
+    rows,  # (BLOCK_M,) positions
+    row_ok,  # (BLOCK_M,)
+    mine,  # (BLOCK_M,) rows of the adapter
+    adapter,
+    expert,
+    split,
+    pairs,
+    K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One adapter's part of K and BLOCK_R ranks of the rows that are its own."""
     # rows * K passes 2^31 at 131,072 tokens.
     x_rows = x_ptr + (tokens if GATHER else rows).to(tl.int64) * K
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -74,10 +121,10 @@ def shrink_kernel(
         a = tl.load(a_rows[:, None] + k[None, :] * K_STRIDE, mask=rank_ok[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(x, a.to(x.dtype).T, acc)
     scale = tl.load(scale_ptr + in_stack(adapter, lora_layer_ptr, ADAPTERS))
-    # Rows of no adapter and padded ranks are set to zero, not multiplied by it: x may hold infinities.
+    # Padded ranks are set to zero, not multiplied by it: x may hold infinities.
     shrunk = tl.where(mine[:, None] & rank_ok[None, :], acc * scale, 0.0)
     part = shrunk_ptr + split.to(tl.int64) * pairs * RANK_PADDED
-    tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=written[:, None])
+    tl.store(part + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :], shrunk, mask=mine[:, None])
 
 
 @triton.jit
@@ -104,30 +151,64 @@ def expand_tile(
     DTYPE: tl.constexpr,
 ):
     """acc + shrunk B[a, e]^T for each row's adapter a. Rows of others are selected away, not multiplied by zero."""
+    if adapter_ids_ptr is None:
+        for adapter in range(ADAPTERS):
+            if tl.max(row_ok.to(tl.int32), axis=0) > 0:
+                expanded = expand_rows(
+                    acc, shrunk_ptr, b_ptr, rows, row_ok, columns, column_ok, adapter * EXPERTS + expert, pairs,
+                    N, RANK, RANK_PADDED, BLOCK_R, SPLITS, TRANSPOSED, DTYPE,
+                )  # fmt: skip
+                acc = tl.where(row_ok[:, None], expanded, acc)
+    else:
+        used = known_adapters(tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1), ADAPTERS)
+        adapter = next_adapter(used, -1, ADAPTERS)
+        while adapter < ADAPTERS:
+            expanded = expand_rows(
+                acc, shrunk_ptr, b_ptr, rows, row_ok, columns, column_ok, adapter * EXPERTS + expert, pairs,
+                N, RANK, RANK_PADDED, BLOCK_R, SPLITS, TRANSPOSED, DTYPE,
+            )  # fmt: skip
+            acc = tl.where((used == adapter)[:, None], expanded, acc)
+            adapter = next_adapter(used, adapter, ADAPTERS)
+    return acc
+
+
+@triton.jit
+def expand_rows(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    shrunk_ptr,
+    b_ptr,
+    rows,
+    row_ok,
+    columns,
+    column_ok,
+    matrix,
+    pairs,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """acc + shrunk B^T by the matrix of one adapter and expert, whoever's the rows are."""
     COLUMN_STRIDE: tl.constexpr = 1 if TRANSPOSED else RANK
     RANK_STRIDE: tl.constexpr = N if TRANSPOSED else 1
-    for adapter in range(ADAPTERS):
-        mine = (
-            row_ok if adapter_ids_ptr is None else tl.load(adapter_ids_ptr + tokens, mask=row_ok, other=-1) == adapter
+    b_base = b_ptr + matrix.to(tl.int64) * (N * RANK)
+    for r in tl.range(0, RANK_PADDED, BLOCK_R, num_stages=1):
+        ranks = r + tl.arange(0, BLOCK_R)
+        at = shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :]
+        total = tl.load(at, mask=row_ok[:, None], other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            part = at + tl.cast(split * RANK_PADDED, tl.int64) * pairs
+            total += tl.load(part, mask=row_ok[:, None], other=0.0)
+        shrunk = total.to(DTYPE)
+        b = tl.load(
+            b_base + columns[:, None] * COLUMN_STRIDE + ranks[None, :] * RANK_STRIDE,
+            mask=column_ok[:, None] & (ranks < RANK)[None, :],
+            other=0.0,
         )
-        if tl.max(mine.to(tl.int32), axis=0) > 0:
-            b_base = b_ptr + (adapter * EXPERTS + expert).to(tl.int64) * (N * RANK)
-            expanded = acc
-            for r in tl.range(0, RANK_PADDED, BLOCK_R, num_stages=1):
-                ranks = r + tl.arange(0, BLOCK_R)
-                at = shrunk_ptr + rows.to(tl.int64)[:, None] * RANK_PADDED + ranks[None, :]
-                total = tl.load(at, mask=row_ok[:, None], other=0.0)
-                for split in tl.static_range(1, SPLITS):
-                    part = at + tl.cast(split * RANK_PADDED, tl.int64) * pairs
-                    total += tl.load(part, mask=row_ok[:, None], other=0.0)
-                shrunk = total.to(DTYPE)
-                b = tl.load(
-                    b_base + columns[:, None] * COLUMN_STRIDE + ranks[None, :] * RANK_STRIDE,
-                    mask=column_ok[:, None] & (ranks < RANK)[None, :],
-                    other=0.0,
-                )
-                expanded = tl.dot(shrunk, b.to(shrunk.dtype).T, expanded)
-            acc = tl.where(mine[:, None], expanded, acc)
+        acc = tl.dot(shrunk, b.to(shrunk.dtype).T, acc)
     return acc
 
 
@@ -163,6 +244,9 @@ def lora_constexprs(product: Projection, problem: MoeProblem, routed: RowTile) -
     }
 
 
+MOST_LANES = 4
+"""Programs that share the adapters of a tile: with more most would find none left, since a tile's rows have few."""
+
 BY_TOKEN = ("x", "dy")
 """Buffers that have a row for each token; others have one for each position."""
 
@@ -181,9 +265,10 @@ def plan_shrink(
     k = product.n if transposed else product.k
     block_r, rank_padded = rank_blocks(rank)
     splits = routed.shrink_splits
+    lanes = min(p.adapters, MOST_LANES) if p.adapter_ids else 1
     return Plan(
         kernel=shrink_kernel,
-        grid=(rank_padded // block_r, p.max_tiles(routed), splits * p.adapters),
+        grid=(rank_padded // block_r, p.max_tiles(routed), splits * lanes),
         operands={
             "x_ptr": source,
             "a_ptr": f"{product.name}_{matrix}",
@@ -205,6 +290,7 @@ def plan_shrink(
             "GATHER": source in BY_TOKEN,
             "TRANSPOSED": transposed,
             "SPLITS": splits,
+            "LANES": lanes,
             "TILE_M": routed.block_m,
             "BLOCK_M": max(16, routed.block_m),
             "BLOCK_K": tile.block_k,

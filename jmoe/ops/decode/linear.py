@@ -10,6 +10,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from jmoe.ops.launch.calls import register
 from jmoe.ops.launch.decode import launch_decode
+from jmoe.ops.row_adapters import by_present_adapter
 from jmoe.ops.target import Target
 
 MOST_ROWS = 64
@@ -24,10 +25,14 @@ decode_linear_p.def_abstract_eval(
 
 
 class Expand(NamedTuple):
-    """LoRA's second half: scale * x A^T, and all layers' B, of which the first N rows count."""
+    """LoRA's second half: scale * x A^T, and all layers' B, N rows of each adapter.
+
+    adapter_ids: each row's, -1 for none; None: the first adapter for all.
+    """
 
     shrunk: BFloat16[Array, "T R"]
     b: BFloat16[Array, "L P R"]
+    adapter_ids: Int32[Array, " T"] | None = None
 
 
 def decode_linear(
@@ -48,6 +53,8 @@ def decode_linear(
     buffers = {"x": x, "weight": weight, "bias": bias, "layer": layer.reshape(1)}
     if lora is not None:
         buffers |= {"shrunk": lora.shrunk, "lora_b": lora.b}
+        if lora.adapter_ids is not None:
+            buffers["adapter_ids"] = lora.adapter_ids
     names = tuple(buffers)
 
     def triton(*operands: Array) -> Array:
@@ -63,9 +70,13 @@ def linear_by_xla(x: Array, weight: Array, bias: Array, layer: Array, *lora: Arr
     weight, bias = (lax.dynamic_index_in_dim(array, layer[0], keepdims=False) for array in (weight, bias))
     y = jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32) + bias.astype(jnp.float32)
     if lora:
-        shrunk, b = lora
-        b = lax.dynamic_index_in_dim(b, layer[0], keepdims=False)[: y.shape[1]]
-        y += jnp.einsum("tr,nr->tn", shrunk, b, preferred_element_type=jnp.float32)
+        shrunk, b, *ids = lora
+        b = lax.dynamic_index_in_dim(b, layer[0], keepdims=False).reshape(-1, y.shape[1], b.shape[-1])
+
+        def with_adapter(adapter: Array | int) -> Array:
+            return y + jnp.einsum("tr,nr->tn", shrunk, b[adapter], preferred_element_type=jnp.float32)
+
+        y = by_present_adapter(ids[0], len(b), with_adapter, y) if ids else with_adapter(0)
     return y.astype(x.dtype)
 
 
@@ -75,6 +86,7 @@ def _launches(*operands: Array, names: tuple[str, ...], target: Target | None) -
     lora = {}
     if "shrunk" in buffers:
         lora = {"rank": buffers["shrunk"].shape[1], "lora_rows": buffers["lora_b"].shape[1]}
+        lora |= {"adapter_ids": "adapter_ids" in buffers}
     sizes = {"rows": rows, "n": buffers["weight"].shape[1], "k": k, **lora}
     return launch_decode("decode_linear", buffers, target, **sizes)["linear"]
 

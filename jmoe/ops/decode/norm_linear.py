@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 from jmoe.ops.launch.calls import register
 from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.norm import rms_norm
+from jmoe.ops.row_adapters import by_present_adapter
 from jmoe.ops.target import Target
 
 norm_linear_p = jex.core.Primitive("jmoe_norm_linear")
@@ -20,12 +21,16 @@ norm_linear_p.multiple_results = True
 
 
 class Narrow(NamedTuple):
-    """Rows of a stack of weights to multiply by, the first `columns` of each layer's: scale * x W^T + bias."""
+    """Rows of a stack of weights to multiply by, `columns` of each adapter in a layer: scale * x W^T + bias.
+
+    adapter_ids: each row's, -1 for none, where the product is zero; None: the first `columns` for all.
+    """
 
     weight: Float[Array, "L P K"]
     columns: int
     scale: Float[Array, "L P"] | None = None
     bias: Float[Array, "L P"] | None = None
+    adapter_ids: Int32[Array, " T"] | None = None
 
 
 class NormLinear(NamedTuple):
@@ -55,6 +60,7 @@ def norm_linear(
     given = {"x": x, "layer": layer.reshape(1), "addend": addend, "norm": norm}
     if narrow is not None:
         given |= {"weight": narrow.weight, "scale": narrow.scale, "bias": narrow.bias}
+        given |= {"adapter_ids": narrow.adapter_ids}
     buffers = {name: array for name, array in given.items() if array is not None}
     names = tuple(buffers)
     columns = 0 if narrow is None else narrow.columns
@@ -92,18 +98,30 @@ def norm_linear_by_xla(given: dict[str, Array], columns: int, eps: float) -> lis
     if "norm" in given:
         results.append(x := rms_norm(x, own("norm"), eps))
     if "weight" in given:
-        product = jnp.einsum(
-            "tk,nk->tn",
-            x,
-            own("weight")[:columns].astype(x.dtype),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        if "scale" in given:
-            product *= own("scale")[:columns]
-        if "bias" in given:
-            product += own("bias")[:columns].astype(jnp.float32)
-        results.append(product.astype(x.dtype))
+        weight, scale, bias = (own(name) if name in given else None for name in ("weight", "scale", "bias"))
+
+        def of_one(adapter: Array | int) -> Array:
+            rows = adapter * columns
+            part = lambda array: lax.dynamic_slice_in_dim(array, rows, columns)  # noqa: E731
+            product = jnp.einsum(
+                "tk,nk->tn",
+                x,
+                part(weight).astype(x.dtype),
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
+            if scale is not None:
+                product *= part(scale)
+            if bias is not None:
+                product += part(bias).astype(jnp.float32)
+            return product.astype(x.dtype)
+
+        if "adapter_ids" in given:
+            assert weight is not None
+            nothing = jnp.zeros((len(x), columns), x.dtype)
+            results.append(by_present_adapter(given["adapter_ids"], len(weight) // columns, of_one, nothing))
+        else:
+            results.append(of_one(0))
     return results
 
 
@@ -127,7 +145,7 @@ def _launches(*operands: Array, names: tuple[str, ...], columns: int, eps: float
         n=columns,
         weight_rows=buffers["weight"].shape[1] if columns else 0,
         eps=eps,
-        **{name: name in buffers for name in ("addend", "norm", "scale", "bias")},
+        **{name: name in buffers for name in ("addend", "norm", "scale", "bias", "adapter_ids")},
     )
     return [written[name] for name in result_names(names)]
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
@@ -51,3 +52,34 @@ def test_a_narrow_product_without_norm(rows: int) -> None:
     assert jnp.array_equal(got, call(jnp.int32(2)))
     wide = jnp.dot(x.astype(jnp.float32), weight[2].astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
     assert relative_error(got, wide * scale[2]) <= BFLOAT16.relative
+
+
+@pytest.mark.parametrize(("adapters", "rank"), [(8, 48), (8, 16), (32, 48), (32, 192)])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_each_row_takes_its_own_adapters_weight(rows: int, adapters: int, rank: int) -> None:
+    """LoRA's first half of q, k and v, beside float64 and one adapter for all; what nobody has holds NaN."""
+    rng = np.random.default_rng()
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)  # noqa: E731
+    x, addend, norm, a = normal(rows, 2880), normal(rows, 2880), normal(2, 2880), normal(2, adapters, rank, 2880)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (2, adapters, rank)), jnp.float32)
+    ids = rng.integers(-1, adapters, rows, np.int32)
+    absent = np.setdiff1d(np.arange(adapters), ids)
+    a, scale = (stack.at[0].set(jnp.nan).at[1, absent].set(jnp.nan) for stack in (a, scale))
+
+    @jax.jit
+    def call(a: jax.Array, scale: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        narrow = Narrow(a.reshape(2, -1, 2880), rank, scale=scale.reshape(2, -1), adapter_ids=ids)
+        found = norm_linear(x, jnp.int32(1), addend=addend, norm=norm, eps=1e-5, narrow=narrow)
+        return found.normal, found.product
+
+    normal_rows, got = call(a, scale, jnp.asarray(ids))
+    assert jnp.array_equal(got, call(a, scale, jnp.asarray(ids))[1])
+    assert not got[ids < 0].any()
+    for adapter in set(ids[ids >= 0].tolist()):
+        alone = call(a[:, adapter], scale[:, adapter], None)[1]
+        assert jnp.array_equal(got[ids == adapter], alone[ids == adapter])
+    has = np.flatnonzero(ids >= 0)
+    if has.size:
+        own = [np.asarray(stack[1], np.float64)[ids[has]] for stack in (a, scale)]
+        want = np.einsum("tk,trk->tr", np.asarray(normal_rows, np.float64)[has], own[0]) * own[1]
+        assert np.linalg.norm(np.asarray(got, np.float64)[has] - want) <= BFLOAT16.relative * np.linalg.norm(want)

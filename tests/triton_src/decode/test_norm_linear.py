@@ -31,7 +31,7 @@ def inputs(rows: int, k: int, weight_rows: int, *parts: str) -> dict[str, torch.
 
 def run(buffers: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
     rows, k = buffers["x"].shape
-    given = {name: name in buffers for name in ("addend", "norm", "scale", "bias")}
+    given = {name: name in buffers for name in ("addend", "norm", "scale", "bias", "adapter_ids")}
     weight_rows = buffers["weight"].shape[1] if n else 0
     plans = plan_decode("norm_linear", own_table(90), rows=rows, k=k, n=n, weight_rows=weight_rows, eps=EPS, **given)
     plans[0].check_names()
@@ -84,3 +84,31 @@ def test_nan_stays_in_its_row() -> None:
     for name in ("normal", "product"):
         assert torch.equal(got[name].isnan().all(1), torch.arange(7) == 3)
         assert torch.equal(got[name].isnan().any(1), torch.arange(7) == 3)
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 16), (16, 300, 3), (37, 48, 9)])
+def test_each_row_takes_the_weight_of_its_own_adapter(rows: int, k: int, n: int) -> None:
+    """Others may hold NaN. The product of rows without adapter is zero, whatever x is."""
+    adapters, broken = 5, 3
+    buffers = inputs(rows, k, adapters * n, "weight", "scale")
+    ids = torch.tensor([4, 4, -1, 0, 1, 1, broken, adapters, -2])[torch.arange(rows) % 9].int()
+    buffers["weight"][1, broken * n : (broken + 1) * n] = buffers["scale"][1, 2 * n : 3 * n] = float("nan")
+    buffers["x"][ids == -2] = float("inf")
+    got = run(buffers | {"adapter_ids": ids}, n)["product"]
+    for adapter in (0, 1, 4):
+        own = slice(adapter * n, (adapter + 1) * n)
+        alone = run(buffers | {part: buffers[part][:, own].contiguous() for part in ("weight", "scale")}, n)["product"]
+        assert torch.equal(got[ids == adapter], alone[ids == adapter])
+        assert alone[ids == adapter].isfinite().all()
+    assert got[ids == broken].isnan().all()
+    assert not got[(ids < 0) | (ids >= adapters)].any()
+
+
+def test_norm_and_product_by_each_rows_adapter() -> None:
+    """LoRA on q, k and v."""
+    buffers = inputs(6, 100, 3 * 8, "addend", "norm", "weight", "scale")
+    ids = torch.tensor([2, 0, -1, 2, 1, 0], dtype=torch.int32)
+    got = run(buffers | {"adapter_ids": ids}, 8)
+    weight, scale = (buffers[name][1].double().unflatten(0, (3, 8))[ids.clamp(0)] for name in ("weight", "scale"))
+    exact = torch.einsum("tk,tnk->tn", got["normal"].double(), weight) * scale * (ids >= 0)[:, None]
+    assert relative_error(got["product"], exact) <= 2.5e-3

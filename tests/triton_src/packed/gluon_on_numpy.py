@@ -189,6 +189,7 @@ def language() -> types.SimpleNamespace:
         exp=np.exp,
         sum=lambda x, axis: tensor(np.asarray(x).sum(axis, dtype=x.dtype)),
         max=lambda x, axis: tensor(np.asarray(x).max(axis)),
+        min=lambda x, axis: tensor(np.asarray(x).min(axis)),
         join=lambda a, b: tensor(np.stack(np.broadcast_arrays(a, b), -1)),
         split=lambda x: (x[..., 0], x[..., 1]),
         permute=lambda x, dims: tensor(np.asarray(x).transpose(tuple(dims))),

@@ -17,3 +17,9 @@ def test_several_programs_fit_a_multiprocessor(tokens: int, rank: int | None, tm
     (plan,) = (plan for plan in plan_moe(problem, 90) if plan.name.startswith("packed"))
     assert plan.name == "packed_decode"
     check_programs_fit(plan, 4, tmp_path)
+
+
+def test_several_programs_fit_with_mixed_adapters_too(tmp_path: Path) -> None:
+    problem = moe_problem(16, layout=Layout.PACKED, ranks=(64, 64), adapters=32, adapter_ids=True)
+    (plan,) = (plan for plan in plan_moe(problem, 90) if plan.name.startswith("packed"))
+    check_programs_fit(plan, 4, tmp_path)

@@ -82,6 +82,38 @@ def test_decode(problem: MoeProblem) -> None:
     assert np.isnan(out["activations"][rows:].astype(np.float32)).all()
 
 
+def test_decode_by_the_adapters_of_a_tiles_rows_alone() -> None:
+    """Of 12, one that holds NaN shows in its own rows alone, and those that nobody has are not read.
+
+    There are as many programs as with one, and base rows have the bits that they have without LoRA.
+    """
+    sizes = {"hidden": 96, "intermediate": 64, "experts": 3, "top_k": 2}
+    problem = problem_of(9, **sizes, adapters=12, gate_up_rank=5, down_rank=20, adapter_ids=True)
+    alone = problem_of(9, **sizes, adapters=1, gate_up_rank=5, down_rank=20)
+    layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
+    assert plan.grid == layer_of(alone, plan_moe(alone, 90))[1][0].grid
+    ids = np.array([3, 11, -1, 7, 3, 12, 0, -9, 7], np.int32)
+    buffers = layer.buffers | {"x_in_mma_order": in_mma_k_order(layer.buffers["x"]), "adapter_ids": ids}
+    broken = {name: buffers[name].copy() for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
+    for factor in broken.values():
+        factor[[1, 2, 4, 5, 6, 7, 8, 9, 10]] = np.nan
+
+    def run(problem: MoeProblem, **given: Any) -> np.ndarray:
+        own = {"ready_counters": np.zeros_like(buffers["ready_counters"])}
+        _, (plan,) = layer_of(problem, plan_moe(problem, 90))
+        return run_plan(plan, buffers | own | given)["pair_out"].astype(np.float32)
+
+    good, got, base = run(problem), run(problem, **broken), run(problem_of(9, **sizes))
+    for token, adapter in enumerate(ids):
+        own = [pair for pair in layer.pair if pair // 2 == token]
+        if adapter == 7:
+            assert np.isnan(got[own]).all()
+            continue
+        np.testing.assert_array_equal(got[own], good[own])
+        same = np.array_equal(got[own], base[own], equal_nan=True)
+        assert same == (not 0 <= adapter < 12 or not own)
+
+
 @pytest.mark.parametrize(
     "problem",
     [

@@ -1,0 +1,1 @@
+"""LoRA on dense products, by each row's own adapter."""
