@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.decode_product import product
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
-from jmoe.triton_src.packed.ready_counters import take_ticket
+from jmoe.triton_src.packed.ready_counters import take_ticket, tickets_to_take
 from jmoe.triton_src.packed.shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -106,8 +106,8 @@ def packed_decode_kernel(
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. A program waits for those with earlier tickets that have its rows. Tiles past the first
-    wave's, of which there are some if routing is uneven, are further work for the programs of these.
+    grouped_matmul_kernel. A program waits for those that have its rows: all roles but down are work of tickets. Tiles
+    past the first wave's, of which there are some if routing is uneven, are further work for the programs of these.
     Grid: (first_wave_tiles * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (first_wave_tiles - tail_tiles) * DOWN
     + tail_tiles * TAIL_DOWN,).
     """
@@ -141,25 +141,29 @@ def packed_decode_kernel(
         N=H, K=I, OUT_WIDTH=H, GATE_UP=False, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
         X_READY=ACTIVATED, SHRUNK_READY=ACTIVATED + DOWN_SHRINK,
     )  # fmt: skip
-    # Each role's programs follow the last one's, and down's tail the others of down.
-    program = take_ticket(ready_counters_ptr, max_tiles)
+    # Each role's work follows the last one's, and down's tail the others of down.
+    program = gl.program_id(0)
     gate_up_begin = first_wave_tiles * GATE_UP_SHRINK
     down_shrink_begin = gate_up_begin + first_wave_tiles * GATE_UP
     down_begin = down_shrink_begin + first_wave_tiles * DOWN_SHRINK
     tail_begin = down_begin + (first_wave_tiles - tail_tiles) * DOWN
-    if GATE_UP_SHRINK > 0 and program < gate_up_begin:
-        shrink_tiles(gate_up, rows, program, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
-    elif program < down_shrink_begin:
-        multiply_tiles(
-            gate_up, rows, program - gate_up_begin, first_wave_tiles, max_tiles, GATE_UP_COLUMN_WARPS, GATE_UP
-        )
-    elif DOWN_SHRINK > 0 and program < down_begin:
-        shrink_tiles(down, rows, program - down_shrink_begin, first_wave_tiles, max_tiles, DOWN_SHRINK)
-    elif TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
-        multiply_tiles(down, rows, program - down_begin, first_wave_tiles, max_tiles, DOWN_COLUMN_WARPS, DOWN)
-    else:
-        of_tail = program - tail_begin + (first_wave_tiles - tail_tiles) * TAIL_DOWN
-        multiply_tiles(down, rows, of_tail, first_wave_tiles, max_tiles, TAIL_COLUMN_WARPS, TAIL_DOWN)
+    tickets_ptr = ready_counters_ptr + max_tiles
+    for _ in tl.range(0, tickets_to_take(tickets_ptr, program, down_begin), disable_licm=True):
+        ticket = take_ticket(tickets_ptr)
+        if GATE_UP_SHRINK > 0 and ticket < gate_up_begin:
+            shrink_tiles(gate_up, rows, ticket, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
+        elif ticket < down_shrink_begin:
+            multiply_tiles(
+                gate_up, rows, ticket - gate_up_begin, first_wave_tiles, max_tiles, GATE_UP_COLUMN_WARPS, GATE_UP
+            )
+        elif DOWN_SHRINK > 0 and ticket < down_begin:
+            shrink_tiles(down, rows, ticket - down_shrink_begin, first_wave_tiles, max_tiles, DOWN_SHRINK)
+    if program >= down_begin:
+        if TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
+            multiply_tiles(down, rows, program - down_begin, first_wave_tiles, max_tiles, DOWN_COLUMN_WARPS, DOWN)
+        else:
+            of_tail = program - tail_begin + (first_wave_tiles - tail_tiles) * TAIL_DOWN
+            multiply_tiles(down, rows, of_tail, first_wave_tiles, max_tiles, TAIL_COLUMN_WARPS, TAIL_DOWN)
 
 
 def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:

@@ -6,12 +6,13 @@ Both in one launch have one end at which multiprocessors run out of work instead
 from collections.abc import Sequence
 from typing import Any
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.grouped_product import packed_tile
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
-from jmoe.triton_src.packed.ready_counters import take_ticket
+from jmoe.triton_src.packed.ready_counters import take_ticket, tickets_to_take
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.grouped_matmul import pre_activations
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -89,12 +90,12 @@ def packed_grouped_matmul_kernel(
 ):
     """gate_up, down, or both of grouped_matmul_kernel; a program has 128 columns of a tile. Eight warps.
 
-    Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows. GATE_UP and
-    DOWN are programs a tile, 0 of what is not computed. Grid: (max_tiles * (GATE_UP + DOWN),).
+    Of both, gate_up comes first for all tiles, by ticket, and down's programs wait for those that have their rows.
+    GATE_UP and DOWN are programs a tile, 0 of what is not computed. Grid: (max_tiles * (GATE_UP + DOWN),).
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
     rows = Rows(order_ptr, tiles_ptr, ready_counters_ptr, adapter_ids_ptr, pairs, EXPERTS, TOP_K, ADAPTERS, BLOCK_M)
-    program = gl.program_id(0) if ready_counters_ptr is None else take_ticket(ready_counters_ptr, max_tiles)
+    program = gl.program_id(0)
     if GATE_UP > 0:
         gate_up = Product(
             x_ptr, gate_up_words_ptr, gate_up_scales_ptr, gate_up_bias_ptr, layer_ptr, None, activations_ptr,
@@ -105,9 +106,15 @@ def packed_grouped_matmul_kernel(
             N=2 * I, K=H, OUT_WIDTH=I, GATE_UP=True, ACTIVATION=ACTIVATION, AHEAD=AHEAD, STAGES=STAGES,
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
-        if program < max_tiles * GATE_UP:
+        if ready_counters_ptr is None:
             tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
-        program -= max_tiles * GATE_UP
+        else:
+            tickets = max_tiles * GATE_UP
+            for _ in tl.range(0, tickets_to_take(ready_counters_ptr + max_tiles, program, tickets), disable_licm=True):
+                ticket = take_ticket(ready_counters_ptr + max_tiles)
+                if ticket < tickets:
+                    tile_of_rows(gate_up, rows, pre_activations_ptr, ticket, SMALLEST_M, GATE_UP)
+            program -= tickets
     if DOWN > 0:
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,

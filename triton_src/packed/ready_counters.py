@@ -1,10 +1,18 @@
-"""Programs that wait for others of their launch: a counter for each tile, and tickets in the order of which they wait.
+"""Programs that wait for others of their launch: a counter for each tile, and tickets for the work that is waited for.
 
 Why they cannot wait for ever: CUDA does not promise to start programs in the order of their numbers, so that a number
-stands for no work here. A program takes a ticket when it starts, and has the work of that ticket. It waits for work of
-smaller tickets alone: a tile's shrink and gate_up have smaller ones than its down. Whoever has a smaller ticket took it
-before, so it has started, and CUDA lets threads that have started go on, whatever others do. Of the programs that have
-not ended, then, the one with the smallest ticket waits for nobody; it ends, and so do all.
+stands for none of the work that others wait for. Each piece of that has a ticket, and is done by the program that takes
+the ticket. A piece of work waits for work of smaller tickets alone: a tile's down-shrink has a larger one than its
+gate_up, and that a larger one than its shrink. Whoever has a smaller ticket took it before, so it has started, and CUDA
+lets threads that have started go on, whatever others do. Of the tickets that are taken and not done, then, the smallest
+is waited for and waits for nobody; its work ends, and so does that of all.
+
+Nobody waits for the rest, down: it is the work of the programs after the first `tickets`, by their numbers. Such a
+program waits for work of tickets, so it begins when all have been taken, which it sees by a look at their number; till
+then it takes tickets itself. The first programs take one each, and find none left if others were there before them.
+In the order in which GPUs do start programs, one of down's looks once, and takes none.
+
+A ticket costs a trip to L2 and back, which a number does not. So does the look, but it is shorter and has no barriers.
 
 Routing zeroes the counters and the tickets in each call, in a launch before.
 """
@@ -12,11 +20,34 @@ Routing zeroes the counters and the tickets in each call, in a launch before.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# One thread asks, and the others read its answer in shared memory. The instructions read %tid.x themselves and have
+# memory of their own: with gl.atomic_add LLVM and ptxas have the thread's number and Triton's shared memory from the
+# beginning on, compute what depends on them before the loops, and keep it in registers that the loops lack. The memory
+# is 1024 bytes since Triton's follows it, which wgmma takes in blocks of 1024. Threads may still read the last ticket
+# before the first barrier.
+_TAKE = gl.constexpr("""{ .reg .pred p; .reg .b32 t; .shared .align 1024 .b8 ticket[1024];
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+ @p atom.relaxed.gpu.global.add.u32 t, [$1], 1;
+ bar.sync 0; @p st.shared.b32 [ticket], t;
+ bar.sync 0; ld.shared.b32 $0, [ticket]; }""")
+
 
 @gluon.jit
-def take_ticket(ready_counters_ptr, max_tiles):
-    """The number of this program, in the order in which programs start; one thread asks, for all of them."""
-    return gl.atomic_add(ready_counters_ptr + max_tiles, 1, sem="relaxed", scope="gpu")
+def take_ticket(tickets_ptr):
+    """How many tickets had been taken before: the number of this one."""
+    return gl.inline_asm_elementwise(_TAKE, "=r,l", [tickets_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tickets_to_take(tickets_ptr, program, tickets):
+    """How often a program takes a ticket: one of the first `tickets` once, another while there are any, if there are.
+
+    There may be none left when it does.
+    """
+    times = 1
+    if program >= tickets:
+        times = tickets - gl.load(tickets_ptr, volatile=True)
+    return times
 
 
 @gluon.jit

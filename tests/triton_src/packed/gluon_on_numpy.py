@@ -65,6 +65,10 @@ class Pointer:
     def __getitem__(self, index: Any) -> "Pointer":
         return Pointer(self.array, self.at[index])
 
+    def to(self, dtype: Any) -> "Pointer":
+        """An address as an integer, which nothing but inline PTX is given."""
+        return self
+
     def places(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         """(addresses, mask) of one shape; raises IndexError of one outside the array."""
         at, ok = np.broadcast_arrays(self.at, True if mask is None else mask)
@@ -122,7 +126,7 @@ class Copies:
                 copy()
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = 0, eviction_policy: str = "") -> Any:
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, eviction_policy: str = "", volatile: bool = False) -> Any:
     at, ok = pointer.places(mask)
     return tensor(np.where(ok, pointer.array.reshape(-1)[at], np.asarray(other).astype(pointer.array.dtype)))
 
@@ -154,10 +158,12 @@ def multiply(a: Any, b: Any, acc: Any, is_async: bool = False) -> Any:
     return tensor(np.asarray(acc) + operands[0] @ operands[1])
 
 
-def inline_asm(text: str, constraints: str, args: list[Any], dtype: tuple[Any, ...], is_pure: bool, pack: int) -> Any:
-    done = run_ptx(text, constraints, [np.asarray(arg, np.int32) for arg in args])
-    kinds = [DTYPES[kind.name] for kind in dtype]
-    return tuple(tensor(array.view(kind)) for array, kind in zip(done, kinds, strict=True))
+def inline_asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    """A value of the dtype, or one of each of them."""
+    done = run_ptx(text, constraints, [arg if isinstance(arg, Pointer) else np.asarray(arg, np.int32) for arg in args])
+    kinds = [DTYPES[kind.name] for kind in (dtype if isinstance(dtype, tuple) else (dtype,))]
+    values = tuple(tensor(array.view(kind)) for array, kind in zip(done, kinds, strict=True))
+    return values if isinstance(dtype, tuple) else values[0]
 
 
 def clamp(x: Any, low: Any, high: Any, propagate_nan: Any = None) -> Any:

@@ -1,7 +1,11 @@
-"""The kernels' inline PTX on numpy: the instructions that they use, as the PTX ISA defines them, a lane an element."""
+"""The kernels' inline PTX on numpy: the instructions that they use, as the PTX ISA defines them, a lane an element.
+
+Memory is read and written as a program's first thread does: of scalars alone.
+"""
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -9,21 +13,34 @@ import numpy as np
 MASK = np.uint64(0xFFFFFFFF)
 
 
-def run_ptx(text: str, constraints: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+def run_ptx(text: str, constraints: str, inputs: Sequence[Any]) -> list[np.ndarray]:
     """The outputs of a block: uint32 for each constraint "=r", and uint16 for each "=h".
 
-    inputs: 32-bit integers of one shape, of which the last 32 elements' worth of axes are a warp's lanes.
+    inputs: 32-bit integers of one shape, of which the last 32 elements' worth of axes are a warp's lanes; or an
+    address, which has an `array` and is `at` one of its elements.
     """
     outputs = [constraint for constraint in constraints.split(",") if constraint.startswith("=")]
-    shape = inputs[0].shape
-    registers = {f"${len(outputs) + i}": array.view(np.uint32).astype(np.uint64) for i, array in enumerate(inputs)}
+    addresses = {f"[${len(outputs) + i}]": value for i, value in enumerate(inputs) if hasattr(value, "at")}
+    arrays = {f"${len(outputs) + i}": value for i, value in enumerate(inputs) if not hasattr(value, "at")}
+    shape = next(iter(arrays.values())).shape if arrays else ()
+    registers = {name: array.view(np.uint32).astype(np.uint64) for name, array in arrays.items()}
+    registers["%tid.x"] = np.zeros(shape, np.uint64)
     for statement in text.strip().removeprefix("{").removesuffix("}").split(";"):
-        words = statement.strip().split(None, 1)
-        if not words or words[0] == ".reg":
+        words = statement.strip().removeprefix("@p ").split(None, 1)
+        if not words or words[0] in (".reg", ".shared", "bar.sync"):
             continue
+        assert not statement.strip().startswith("@p ") or registers["p"].all()
         into, *operands = (part.strip() for part in re.findall(r"{[^}]*}|[^,]+", words[1]))
+        if words[0] == "st.shared.b32":
+            registers[into] = registers[operands[0]]
+            continue
         values = [
-            registers[name] if name in registers else np.full(shape, int(name, 0), np.uint64) for name in operands
+            addresses[name]
+            if name in addresses
+            else registers[name]
+            if name in registers
+            else np.full(shape, int(name, 0), np.uint64)
+            for name in operands
         ]
         result = INSTRUCTIONS[words[0]](*values) & MASK
         if into.startswith("{"):
@@ -77,8 +94,20 @@ def shuffle(value: np.ndarray, source: np.ndarray, clamp: np.ndarray, members: n
     return np.take_along_axis(value.reshape(-1, 32), wanted, axis=1).reshape(value.shape)
 
 
+def fetch_and_add(address: Any, value: np.ndarray) -> np.ndarray:
+    """atom.add of an int32: what was there before."""
+    memory = address.array.reshape(-1)
+    before = memory[address.at].astype(np.uint64)
+    memory[address.at] += int(value)
+    return before
+
+
 INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
+    "ld.shared.b32": lambda a: a,
+    "setp.eq.u32": lambda a, b: (a == b).astype(np.uint64),
+    "atom.relaxed.gpu.global.add.u32": fetch_and_add,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "shl.b32": lambda a, b: a << b,
