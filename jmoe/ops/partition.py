@@ -19,9 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmoe.ops.call import Call, Kept, buffers_of, lora_has_layers
+from jmoe.ops.fingerprint import fingerprint
 from jmoe.ops.mesh_axes import Names, names_of, uneven, wrong_axis
 
 TOKENS, EXPERTS = "tokens", "experts"
+
+FINGERPRINT = "fingerprint"
+"""The name of an operand that nothing reads: by it JAX's persistent cache tells programs from each other."""
 
 
 class Compute(Protocol):
@@ -76,8 +80,10 @@ def may_be_split(arrays: list[jax.Array]) -> bool:
     return jax.device_count() > 1 or any(jax.typeof(array).sharding.mesh.size > 1 for array in arrays)
 
 
-def partitioned(compute: Compute, results: Names, *operands: Any) -> list[jax.Array]:
+def partitioned(compute: Compute, content: str, results: Names, *operands: Any) -> list[jax.Array]:
     """compute(results, *operands), with a rule for XLA's partitioner.
+
+    content: all that compute depends on but for its arguments.
 
     operands: the call, what it kept or None, dy or None.
     results: y, the routing's experts and weights, pre_activations, and gradients, as x_grad. On several devices
@@ -88,10 +94,10 @@ def partitioned(compute: Compute, results: Names, *operands: Any) -> list[jax.Ar
     if not may_be_split(leaves):
         return compute(results, *operands)
     call: Call = operands[0]
-    names = _names_of_operands(tree)
+    names = (FINGERPRINT, *_names_of_operands(tree))
     splits = {name: what_splits(call, name) for name in (*names, *results)}
 
-    def function(*leaves: jax.Array) -> list[jax.Array]:
+    def function(_: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
         return compute(results, *jax.tree.unflatten(tree, leaves))
 
     def partition(mesh: Mesh, arguments: Any, shapes: Any) -> tuple[Any, ...]:
@@ -102,8 +108,8 @@ def partitioned(compute: Compute, results: Names, *operands: Any) -> list[jax.Ar
         axes = _split_axes(mesh, by_name, splits)
         wanted = tuple(name for name in results if name != "pre_activations")
 
-        def on_device(*leaves: jax.Array) -> list[jax.Array]:
-            whole = [_gathered(leaf, splits[name], axes) for name, leaf in zip(names, leaves, strict=True)]
+        def on_device(_: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+            whole = [_gathered(leaf, splits[name], axes) for name, leaf in zip(names[1:], leaves, strict=True)]
             call, kept, dy = jax.tree.unflatten(tree, whole)
             call = _from_its_first_expert(call, axes.experts)
             kept = kept and dataclasses.replace(kept, pre_activations=None)
@@ -136,7 +142,7 @@ def partitioned(compute: Compute, results: Names, *operands: Any) -> list[jax.Ar
         infer_sharding_from_operands=infer,
         sharding_rule=functools.partial(_rule, [splits[name] for name in names], [splits[name] for name in results]),
     )
-    return split(*leaves)
+    return split(jnp.asarray(fingerprint(content, repr((tree, results)))), *leaves)
 
 
 def _sharding_of_whole_weights(arguments: dict[str, Any], splits: dict[str, Split | None]) -> Any:

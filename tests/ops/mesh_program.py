@@ -2,8 +2,8 @@
 
     python -m tests.ops.mesh_program CASE ...    a case is kind/backend/axes of tokens/axes of experts/what
 
-The backend "triton" is here a stand-in for the launches, which computes the same by XLA; "opaque" is one that XLA can see
-into as little as into jax-triton's: a custom call of that name, which is compiled and never run.
+The backend "triton" is here a stand-in for the launches, which computes the same by XLA; "opaque" is one that XLA sees
+as little of as of jax-triton's: a custom call of that name, which is compiled and never run.
 """
 
 import ctypes

@@ -9,6 +9,7 @@ from jax.custom_batching import custom_vmap
 from jmoe.ops.batching import batch_launches
 from jmoe.ops.call import Call, Kept, Options
 from jmoe.ops.launch.layer import moe_p
+from jmoe.ops.launch.local_gpu import gpu_of, has_cuda
 from jmoe.ops.partition import partitioned
 
 
@@ -26,7 +27,9 @@ def bind_partitioned(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 def _bind(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
-    return partitioned(functools.partial(_one_device, options), results, *jax.tree.unflatten(tree, leaves))
+    gpu = gpu_of(options.target) if options.target is not None or has_cuda() else None
+    compute = functools.partial(_one_device, options)
+    return partitioned(compute, f"triton {options} {gpu}", results, *jax.tree.unflatten(tree, leaves))
 
 
 def _one_device(

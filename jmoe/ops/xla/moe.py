@@ -91,5 +91,5 @@ def _compute(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: O
         by_name = backward(options.activation, call, names, dy)
         return [by_name[name] for name in names]
 
-    arrays = partitioned(one_device, results, call, None, dy)
+    arrays = partitioned(one_device, f"xla {options}", results, call, None, dy)
     return [array.astype(like[name.removesuffix("_grad")].dtype) for name, array in zip(results, arrays, strict=True)]
