@@ -32,9 +32,8 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 QUICK = (
     "Auto/opaque/-/e/gradient",
     "Explicit/opaque/-/e/gradient",
-    "Auto/triton/d/e/gradient",
-    "Explicit/xla/e/e/gradient",
-    "named/triton/d/e/forward-packed",
+    "Auto/triton/d/e/forward",
+    "Explicit/xla/e/e/forward",
 )
 SPLITS = ("-/e", "d/e", "e/e", "de/e", "d/-", "d/de")
 ALL = (
@@ -208,7 +207,7 @@ def test_a_shard_map_of_the_user_with_wrong_out_specs_is_refused(kind: AxisType)
 
 def test_a_call_outside_jit_is_one_program() -> None:
     layer = small_layer(AxisType.Explicit, adapters=1, rank=3)
-    want = call(random_layer(LayerShape(4, 64, 64, 4, 2, adapters=1, rank=3)))
+    want = jax.jit(call)(random_layer(LayerShape(4, 64, 64, 4, 2, adapters=1, rank=3)))
     np.testing.assert_allclose(call(layer).astype(np.float32), want.astype(np.float32), rtol=1e-2)
 
 
@@ -282,7 +281,7 @@ def test_programs_that_differ_in_what_xla_asks_for_later_differ_in_their_text() 
 def test_packing_keeps_shardings_and_sends_nothing(kind: AxisType, jitted: bool) -> None:
     experts = random_layer(LayerShape(4, 64, 96, 4, 2)).experts
     split = jax.device_put(experts, NamedSharding(two_devices(kind), P("e")))
-    want = jmoe.pack(experts)
+    want = jax.jit(jmoe.pack)(experts)
     pack, unpack = (jax.jit(f) if jitted else f for f in (jmoe.pack, jmoe.unpack))
     packed = pack(split)
     back = unpack(packed)
