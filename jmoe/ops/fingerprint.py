@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-import jmoe
-
 SOURCES = ("ops", "triton_src")
 """Folders of jmoe that decide what a layer's program is."""
 
@@ -26,7 +24,7 @@ def fingerprint(*content: str) -> np.ndarray:
 @functools.cache
 def _of_sources() -> str:
     digest = hashlib.sha256()
-    root = Path(jmoe.__file__).parent
+    root = Path(__file__).parents[1]
     for folder in SOURCES:
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(str(file.relative_to(root)).encode() + file.read_bytes())

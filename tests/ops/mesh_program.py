@@ -137,6 +137,7 @@ def function_of(what: str, backend: str | None, mesh_axes: MeshAxes | None) -> C
 
 
 def place(layer: Layer, mesh: jax.sharding.Mesh, axes: MeshAxes, stacked: bool) -> Layer:
+    """The layer's arrays where these axes split them."""
     tokens = Tokens(layer.x, layer.router_logits, None, layer.adapter_ids)
     specs = specs_of(tokens, layer.experts, layer.lora, stacked, axes)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import jmoe
 from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
-from tests.ops.mesh_program import SHAPE, sent
+from tests.ops.mesh_program import SHAPE, errors, place, sent
 from tests.tolerances import BFLOAT16, GRADIENT
 
 ROOT = Path(__file__).parents[2]
@@ -36,21 +36,19 @@ QUICK = (
     "Explicit/xla/e/e/forward",
 )
 SPLITS = ("-/e", "d/e", "e/e", "de/e", "d/-", "d/de")
+FORMS = ("scan", "vmap", "gradient-vmap", "gradient-scan", "gradient-stack", "gradient-packed", "dense")
+
+
+def cases(*parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple("/".join(each) for each in itertools.product(*parts))
+
+
 ALL = (
-    *(
-        "/".join(each)
-        for each in itertools.product(("Auto", "Explicit", "named"), ("xla", "triton"), SPLITS, ("gradient",))
-    ),
-    *("/".join(each) for each in itertools.product(("Auto", "Explicit"), ("opaque",), SPLITS, ("gradient-packed",))),
-    *(
-        "/".join(each)
-        for each in itertools.product(
-            ("Auto", "Explicit"),
-            ("xla", "triton"),
-            ("d/e",),
-            ("scan", "vmap", "gradient-vmap", "gradient-scan", "stack", "gradient-stack", "gradient-packed", "dense"),
-        )
-    ),
+    *cases(("Auto", "Explicit"), ("xla",), SPLITS, ("gradient",)),
+    *cases(("Auto", "Explicit", "named"), ("triton",), ("d/e", "e/e", "de/e"), ("gradient",)),
+    *cases(("Auto", "Explicit"), ("opaque",), ("d/e", "e/e"), ("gradient-packed",)),
+    *cases(("Auto", "Explicit"), ("triton",), ("d/e",), FORMS),
+    *cases(("Auto",), ("xla",), ("d/e",), FORMS),
 )
 
 
@@ -203,6 +201,36 @@ def test_a_shard_map_of_the_user_with_wrong_out_specs_is_refused(kind: AxisType)
     split = jax.shard_map(call, mesh=two_devices(kind), in_specs=(specs,), out_specs=P())
     with pytest.raises(ValueError, match="out_specs"):
         jax.jit(split).trace(layer)
+
+
+@pytest.mark.parametrize(("kind", "axes"), [(AxisType.Explicit, None), (AxisType.Auto, jmoe.MeshAxes("e"))])
+def test_gradients_inside_a_shard_map_over_other_axes(kind: AxisType, axes: jmoe.MeshAxes | None) -> None:
+    mesh = jax.make_mesh((1, 2), ("d", "e"), devices=jax.devices("cpu")[:2], axis_types=(kind,) * 2)
+    alone = random_layer(LayerShape(4, 64, 64, 4, 2, adapters=1, rank=3))
+    layer = place(alone, mesh, jmoe.MeshAxes("e"), stacked=False)
+
+    def gradients(layer: Layer, **options: Any) -> Any:
+        def loss(x: jax.Array, lora: jmoe.Lora) -> jax.Array:
+            return jnp.sum(call(dataclasses.replace(layer, x=x, lora=lora), **options).astype(jnp.float32) ** 2)
+
+        return jax.grad(loss, (0, 1))(layer.x, layer.lora)
+
+    specs = dataclasses.replace(jax.tree.map(lambda _: P(), layer), x=P("d"), router_logits=P("d"))
+    inside = functools.partial(gradients, mesh_axes=axes)
+    split = jax.shard_map(inside, mesh=mesh, in_specs=(specs,), out_specs=(P("d"), P()), axis_names={"d"})
+    compiled = jax.jit(split).lower(layer).compile()
+    assert {one[0] for one in sent(compiled.as_text())} <= {"all-reduce"}
+    assert errors(compiled(layer), jax.jit(gradients)(alone)) <= GRADIENT.relative
+
+
+def test_weights_that_an_auto_axis_splits_inside_a_shard_map_over_others_are_refused() -> None:
+    mesh = jax.make_mesh((1, 2), ("d", "e"), devices=jax.devices("cpu")[:2], axis_types=(AxisType.Auto,) * 2)
+    layer = random_layer(LayerShape(4, 64, 64, 4, 2))
+    layer = dataclasses.replace(layer, experts=jax.device_put(layer.experts, NamedSharding(mesh, P("e"))))
+    inside = functools.partial(call, backend="xla")
+    split = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"d"}))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"is split over an Auto axis of the mesh inside a jax.shard_"):
+        split(layer)
 
 
 def test_a_call_outside_jit_is_one_program() -> None:

@@ -27,9 +27,19 @@ def bind_partitioned(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 def _bind(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
-    gpu = gpu_of(options.target) if options.target is not None or has_cuda() else None
     compute = functools.partial(_one_device, options)
-    return partitioned(compute, f"triton {options} {gpu}", results, *jax.tree.unflatten(tree, leaves))
+    content = f"triton {options} {_of_this_machine(options)}"
+    return partitioned(compute, content, results, *jax.tree.unflatten(tree, leaves))
+
+
+def _of_this_machine(options: Options) -> str:
+    """The GPU and the launch parameters that its user measured, which kernels are compiled by if no Target is named."""
+    if options.target is not None or not has_cuda():
+        return ""
+    try:
+        return str(gpu_of(None))
+    except (ImportError, NotImplementedError, ValueError):
+        return ""  # raised when it is lowered for CUDA, if it is
 
 
 def _one_device(
