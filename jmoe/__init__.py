@@ -3,6 +3,7 @@
     moe                 the layer: experts in MXFP4 or bfloat16, LoRA on them, differentiable
     Experts, Lora       its weights, and adapters for them
     SwiGLU, SiluAndMul  activations
+    MeshAxes            what splits them on a mesh with Auto axes
     route, Routing      a choice of experts, which moe can be given
     Mxfp4               weights in a checkpoint's four bits
     quantize, dequantize  to and from four bits
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jmoe.ops.experts import Experts as Experts
     from jmoe.ops.experts import Lora as Lora
     from jmoe.ops.export import allow_triton_call as allow_triton_call
+    from jmoe.ops.mesh_axes import MeshAxes as MeshAxes
     from jmoe.ops.moe import moe as moe
     from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
     from jmoe.ops.mxfp4 import PackedMxfp4 as PackedMxfp4
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Experts",
     "Lora",
+    "MeshAxes",
     "Mxfp4",
     "PackedMxfp4",
     "Routing",
@@ -59,6 +62,7 @@ HOME = {
     "Experts": "jmoe.ops.experts",
     "Lora": "jmoe.ops.experts",
     "allow_triton_call": "jmoe.ops.export",
+    "MeshAxes": "jmoe.ops.mesh_axes",
     "moe": "jmoe.ops.moe",
     "Mxfp4": "jmoe.ops.mxfp4",
     "PackedMxfp4": "jmoe.ops.mxfp4",

@@ -22,3 +22,6 @@ def keep_compiled_programs() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A model's start is many small programs too.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY" not in os.environ:
+        # Programs that a mesh's Auto axes split are found again: what they are made of stands in them, and no address.
+        jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

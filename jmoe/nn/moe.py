@@ -15,6 +15,7 @@ from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
 from jmoe.ops.check import as_count, check_array, check_experts, check_lora, check_options
 from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.mesh_axes import MeshAxes
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
 from jmoe.ops.routing import Routing, route
@@ -46,6 +47,7 @@ class MoE(nnx.Module):
         train_experts: bool = False,
         activation: SwiGLU = SwiGLU(),
         recompute: bool = False,
+        mesh_axes: MeshAxes | None = None,
         backend: Backend = None,
     ) -> None:
         """A layer with these weights, or with random ones.
@@ -65,6 +67,7 @@ class MoE(nnx.Module):
           train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
           activation: as in jmoe.moe.
           recompute: as in jmoe.moe.
+          mesh_axes: as in jmoe.moe.
           backend: as in jmoe.moe.
 
         Raises:
@@ -74,6 +77,7 @@ class MoE(nnx.Module):
         self.top_k = as_count("top_k", top_k, num_experts)
         self.activation = activation
         self.recompute = recompute
+        self.mesh_axes = mesh_axes
         self.backend = backend
         if experts is None:
             experts = random_experts(hidden, intermediate, num_experts, mxfp4, rngs)
@@ -234,6 +238,7 @@ class MoE(nnx.Module):
             routing=routing,
             activation=self.activation,
             recompute=self.recompute,
+            mesh_axes=self.mesh_axes,
             backend=self.backend,
         )
         if logits is None or not statistics:

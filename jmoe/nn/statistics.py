@@ -31,11 +31,12 @@ class RouterStatistics:
 def router_statistics(router_logits: Float[Array, "... E"], routing: Routing) -> RouterStatistics:
     """The statistics of a router's choice; of no tokens, NaN where there is a mean."""
     experts = router_logits.shape[-1]
-    chosen = routing.experts.reshape(-1)
-    counts = jnp.zeros(experts, jnp.float32).at[chosen].add(1)
+    chosen = routing.experts
+    # Sums over axes as they are, which a mesh may split.
+    counts = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.float32), axis=tuple(range(chosen.ndim)))
     shares = counts / chosen.size if chosen.size else counts * jnp.nan
-    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32).reshape(-1, experts), axis=-1)
-    mean = jnp.mean(probabilities, axis=0)
+    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    mean = jnp.mean(probabilities, axis=tuple(range(router_logits.ndim - 1)))
     return RouterStatistics(
         routing=routing,
         load_balancing_loss=experts * jnp.sum(jax.lax.stop_gradient(shares) * mean),

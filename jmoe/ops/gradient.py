@@ -18,6 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from jmoe.ops.call import Call, Kept, Options, buffers_of, like_call
 from jmoe.ops.launch.layer import NO_WEIGHT_GRADIENT, WEIGHT_GRADIENTS, moe_p
 from jmoe.ops.launch.local_gpu import has_cuda
+from jmoe.ops.launch.partition import bind_partitioned
+from jmoe.ops.partition import may_be_split
 from jmoe.ops.routing import Routing
 from jmoe.ops.xla.moe import Names, moe_xla, with_routing
 
@@ -43,7 +45,8 @@ def on_platform(
     operands: the call, what it kept and dy, the last two None in the forward pass.
     """
     leaves, tree = jax.tree.leaves(operands), cast(Any, jax.tree.structure(operands))
-    launches = functools.partial(moe_p.bind, tree=tree, results=results, options=options)
+    bind = bind_partitioned if may_be_split(leaves) else moe_p.bind
+    launches = functools.partial(bind, tree=tree, results=results, options=options)
     if options.forced:
         return launches(*leaves)
     return lax.platform_dependent(*leaves, cuda=launches, default=lambda *leaves: xla(*tree.unflatten(leaves)))

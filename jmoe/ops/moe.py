@@ -1,8 +1,8 @@
 """The mixture-of-experts layer."""
 
-import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
@@ -10,6 +10,7 @@ from jmoe.ops.check import check_experts, check_lora, check_options, check_token
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_triton_takes
+from jmoe.ops.mesh_axes import MeshAxes
 from jmoe.ops.routing import Routing
 from jmoe.ops.sharding import on_mesh
 from jmoe.ops.target import Target
@@ -32,6 +33,7 @@ def moe(
     layer: Int32[Array, ""] | int | None = None,
     activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
+    mesh_axes: MeshAxes | None = None,
     backend: Backend = None,
 ) -> Float[Array, "... H"]:
     """y = sum over a token's top_k experts of weight * (down @ activation(gate_up @ x + bias) + bias), LoRA included.
@@ -54,6 +56,7 @@ def moe(
       activation: what comes between the two products, gpt-oss's unless another is given; see jmoe.SwiGLU.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
+      mesh_axes: the axes of a mesh that split experts and tokens, where these are Auto; see docs/mesh.md.
       backend: "triton", "xla", Target("sm_90") for Triton on a GPU that is not here, or None: Triton where this is
         lowered for CUDA, XLA elsewhere.
 
@@ -73,10 +76,20 @@ def moe(
     adapters = check_lora(one_lora, count, hidden, intermediate)
     top_k = check_tokens(tokens, top_k, count, hidden, adapters)
     check_options(one, activation, backend, expert_offset)
-    call = Call.of_arguments(tokens, experts, lora if adapters else None, expert_offset, layer)
     target = backend if isinstance(backend, Target) else None
     options = Options(intermediate, top_k, activation, target, forced=backend is not None, recompute=recompute)
-    if options.forced and backend != "xla":
-        check_triton_takes(call)
-    run = moe_xla if backend == "xla" else moe_by_platform
-    return on_mesh(functools.partial(run, options), call).reshape(x.shape)
+    run = _Run(options, backend == "xla")
+    return on_mesh(run, tokens, experts, lora if adapters else None, expert_offset, layer, mesh_axes)
+
+
+class _Run(NamedTuple):
+    """y of arguments as they are on one device; equal if what is static about them is."""
+
+    options: Options
+    xla: bool
+
+    def __call__(self, tokens: Tokens, *others: Any) -> jax.Array:
+        call = Call.of_arguments(tokens, *others)
+        if self.options.forced and not self.xla:
+            check_triton_takes(call)
+        return (moe_xla if self.xla else moe_by_platform)(self.options, call).reshape(tokens.x.shape)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int32, UInt8
 from jmoe.ops.check import check_weight
 from jmoe.ops.experts import Experts
 from jmoe.ops.mxfp4 import BLOCK, TILE, Mxfp4, PackedMxfp4
+from jmoe.ops.weight_on_mesh import by_device
 
 UNIT_SCALE = 127
 """The scale byte of padding: 2**0."""
@@ -29,21 +30,23 @@ def pack(experts: Experts) -> Experts:
     On compute capability 9.0 jmoe.moe is fastest on packed experts, whatever the number of tokens and with or without
     LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
     checkpoint's layout there. One expert is packed at a time: numpy arrays or host-resident ones stay off the device
-    but for it and the result. A sharding is not kept: experts are sharded after they are packed.
+    but for it and the result. Experts that a mesh splits stay where they are, and each device packs its own.
 
     Raises:
-      ValueError: a weight's arrays do not fit together, or are of several layers.
+      ValueError: a weight's arrays do not fit together, are of several layers, or are split along rows or columns.
     """
-    return map_weights(experts, pack_weight, Mxfp4)
+    return map_weights(experts, lambda weight: by_device(pack_weight, _pack_each, _pack_all, weight), Mxfp4)
 
 
 def unpack(experts: Experts) -> Experts:
     """The inverse of pack.
 
     Raises:
-      ValueError: a weight's arrays do not fit together, or are of several layers.
+      ValueError: a weight's arrays do not fit together, are of several layers, or are split along rows or columns.
     """
-    return map_weights(experts, unpack_weight, PackedMxfp4)
+    return map_weights(
+        experts, lambda weight: by_device(unpack_weight, unpack_weight, _unpack_all, weight), PackedMxfp4
+    )
 
 
 def map_weights(experts: Experts, change: Callable[[Any], Any], kind: type[Any]) -> Experts:
@@ -61,6 +64,23 @@ def pack_weight(weight: Mxfp4) -> PackedMxfp4:
     """One projection's weights, packed."""
     experts, n, k = weight.shape
     return pack_into(empty_packed(experts, n=n, k=k), weight)
+
+
+def _pack_each(weight: Mxfp4) -> PackedMxfp4:
+    """As pack_weight, in a program that may be compiled with others: one loop over experts."""
+    _, n, k = weight.shape
+    return PackedMxfp4(*lax.map(lambda expert: _pack_expert(*expert), (weight.blocks, weight.scales)), n, k)
+
+
+def _pack_all(weight: Mxfp4) -> PackedMxfp4:
+    """As pack_weight, of all experts at once."""
+    _, n, k = weight.shape
+    return PackedMxfp4(*jax.vmap(_pack_expert)(weight.blocks, weight.scales), n, k)
+
+
+def _unpack_all(packed: PackedMxfp4) -> Mxfp4:
+    """As unpack_weight, of all experts at once."""
+    return Mxfp4(*jax.vmap(functools.partial(unpack_expert, n=packed.n, k=packed.k))(packed.words, packed.scales))
 
 
 def empty_packed(*leading: int, n: int, k: int, device: Sharding | None = None) -> PackedMxfp4:

@@ -1,34 +1,80 @@
-"""Calls inside jax.shard_map, and on meshes whose axes are explicit."""
+"""Calls inside jax.shard_map, and on meshes: each device computes the tokens of its group on its own experts."""
 
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
-from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from jmoe.ops.call import Call
+from jmoe.ops.by_device import Layer, alike, free_axes, specs_of_arguments, split_inside_shard_map, split_over_devices
+from jmoe.ops.call import Tokens
+from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.mesh_axes import MeshAxes, check_divides, explicit_axes, mesh_of
 
 
-def on_mesh(function: Callable[[Call], jax.Array], call: Call) -> jax.Array:
-    """function(call), whatever mesh its arrays are on.
+def on_mesh(
+    function: Layer,
+    tokens: Tokens,
+    experts: Experts,
+    lora: Lora | None,
+    expert_offset: Any,
+    layer: Any,
+    mesh_axes: MeshAxes | None,
+) -> jax.Array:
+    """function(...), whatever mesh its arrays are on.
 
-    Inside jax.shard_map a replicated x and sharded experts differ in the mesh axes that they vary over: each array is
-    marked as varying over every axis that one of them varies over, as results vary where any operand does. On explicit
-    axes, as jax.make_mesh makes them, XLA shards what is within, and y is sharded as x is: results of a scan over
-    experts, or of launches, have no sharding that JAX could tell by rules.
+    On explicit axes, whose splits are part of the arrays' types, and on those that mesh_axes names, each device
+    computes its own experts in a jax.shard_map; y is sharded as x is. On Auto axes the rule of jmoe.ops.partition does
+    so.
     """
-    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(call)]
-    varying = frozenset().union(*(kind.manual_axis_type.varying for kind in types))
-    if varying:
-        call = jax.tree.map(
-            lambda leaf: (
-                lax.pcast(leaf, tuple(sorted(missing, key=str)), to="varying")
-                if (missing := varying - jax.typeof(leaf).manual_axis_type.varying)
-                else leaf
-            ),
-            call,
+    arguments = tokens, experts, lora, expert_offset, layer
+    mesh, mesh_axes = mesh_of(arguments), mesh_axes or None
+    if mesh_axes is None and not mesh.explicit_axes:
+        return function(*alike(arguments))
+    axes = explicit_axes(tokens, experts, lora, layer is not None)
+    if mesh_axes is not None:
+        check_divides(mesh_axes, mesh, tokens.x.shape[:-1], experts.down.shape[-3])
+        if axes and axes != mesh_axes:
+            raise ValueError(f"mesh_axes must be what the arrays' types say on explicit axes, {axes}, got {mesh_axes}")
+        axes = mesh_axes
+    elif not axes or any(mesh.shape[name] > 1 for name in mesh.auto_axes) or _in_vmap_over_axes(mesh):
+        # What Auto axes split is not known here, nor what those do over which a jax.vmap around this maps.
+        sharding = jax.NamedSharding(mesh, jax.typeof(tokens.x).sharding.spec)
+        whole = jax.sharding.auto_axes(
+            lambda *arguments: function(*alike(arguments)), axes=mesh.explicit_axes, out_sharding=sharding
         )
-    mesh = next((kind.sharding.mesh for kind in types if kind.sharding.mesh.explicit_axes), None)
-    if mesh is None:
-        return function(call)
-    sharding = jax.NamedSharding(mesh, jax.typeof(call.tokens.x).sharding.spec)
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=sharding)(call)
+        return whole(*arguments)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        return _by_device(function, mesh, axes, *arguments)
+    return _compiled_by_device(function, mesh, axes, *arguments)
+
+
+def _by_device(function: Layer, mesh: AbstractMesh, axes: MeshAxes, *arguments: Any) -> jax.Array:
+    """function of each device's own experts, summed over the devices that hold them."""
+    tokens, experts, lora, offset, layer = arguments
+    given = tokens, experts, lora, jnp.asarray(offset, jnp.int32), None if layer is None else jnp.asarray(layer)
+    placed = jax.tree.map(functools.partial(_place, mesh), given, specs_of_arguments(axes, given))
+    split = split_inside_shard_map if mesh.manual_axes else split_over_devices
+    return split(function, mesh, axes, placed)
+
+
+_compiled_by_device = jax.jit(_by_device, static_argnums=(0, 1, 2))
+"""For calls outside jax.jit."""
+
+
+def _in_vmap_over_axes(mesh: AbstractMesh) -> bool:
+    """Whether a jax.vmap maps over an axis of arrays that explicit axes of the mesh split, which types do not tell."""
+    try:
+        jax.eval_shape(jax.shard_map(tuple, mesh=mesh, in_specs=(), out_specs=(), axis_names=free_axes(mesh)))
+    except ValueError:  # such axes cannot be named
+        return True
+    return False
+
+
+def _place(mesh: AbstractMesh, array: jax.Array, spec: P) -> jax.Array:
+    """The array split as shard_map wants it, whose rule on explicit axes is that it is so already."""
+    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+        return jax.sharding.reshard(array, jax.NamedSharding(mesh, spec))
+    return array

@@ -10,9 +10,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jmoe.ops.batching import batch_launches
 from jmoe.ops.call import Call, Options, buffers_of, like_call
+from jmoe.ops.partition import partitioned
 from jmoe.ops.routing import route
 from jmoe.ops.xla.layer import backward, forward
-from jmoe.ops.xla.partition import partitioned
 
 
 def moe_xla(options: Options, call: Call) -> jax.Array:
@@ -82,17 +82,14 @@ def _of_leaves(*leaves: jax.Array, **params: Any) -> list[jax.Array]:
 
 def _compute(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: Options) -> list[jax.Array]:
     call, dy = tree.unflatten(leaves)
-    if dy is None:
-        compute = lambda call, _: [forward(options.activation, call)]  # noqa: E731
-        (y,) = partitioned(compute, ("x",), call, None)
-        return [y.astype(call.tokens.x.dtype)]
-    wanted = tuple(name.removesuffix("_grad") for name in results)
+    like = buffers_of(call) | {"y": call.tokens.x}
 
-    def gradients(call: Call, dy: jax.Array | None) -> list[jax.Array]:
-        assert dy is not None
-        by_name = backward(options.activation, call, wanted, dy)
-        return [by_name[name] for name in wanted]
+    def one_device(results: tuple[str, ...], call: Call, _: None, dy: jax.Array | None) -> list[jax.Array]:
+        if dy is None:
+            return [forward(options.activation, call)]
+        names = tuple(name.removesuffix("_grad") for name in results)
+        by_name = backward(options.activation, call, names, dy)
+        return [by_name[name] for name in names]
 
-    buffers = buffers_of(call)
-    arrays = partitioned(gradients, wanted, call, dy)
-    return [array.astype(buffers[name].dtype) for name, array in zip(wanted, arrays, strict=True)]
+    arrays = partitioned(one_device, f"xla {options}", results, call, None, dy)
+    return [array.astype(like[name.removesuffix("_grad")].dtype) for name, array in zip(results, arrays, strict=True)]
