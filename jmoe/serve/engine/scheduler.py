@@ -40,6 +40,11 @@ class Chunk:
     pieces: tuple[Piece, ...]
     size: int
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """The pieces'."""
+        return tuple(piece.sequence for piece in self.pieces)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
