@@ -133,3 +133,15 @@ def prompts(count: int, seed: int = 0, longest: int = 150) -> list[list[int]]:
         rest = int(generator.integers(1, longest - shared))
         found.append(common[:shared] + generator.integers(0, 126, rest).tolist())
     return found
+
+
+PROMPTS = [prompt[:45] if number % 5 > 2 else prompt for number, prompt in enumerate(prompts(10))]
+ADAPTERS = [0 if number % 3 == 1 else -1 for number in range(10)]
+"""Of the prompts' requests; generate's ids."""
+
+NEW = 40
+
+
+def name_of(adapter: int) -> str | None:
+    """The name that the engine knows an id by."""
+    return None if adapter < 0 else "tiny"

@@ -1,7 +1,6 @@
 """The engine on the tiny checkpoint: each request's text is its own, whatever else runs."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,45 +24,7 @@ from jmoe.serve.engine import (
     UnknownAdapterError,
 )
 from jmoe.serve.engine.runner import Runner
-from tests.serve.engine.engines import SETTINGS, Answer, ask, prompts, running, tiny, tiny_adapter
-
-PROMPTS = [prompt[:45] if number % 5 > 2 else prompt for number, prompt in enumerate(prompts(10))]
-ADAPTERS = [0 if number % 3 == 1 else -1 for number in range(10)]
-NEW = 40
-
-
-@pytest.fixture(scope="module")
-def model() -> gpt_oss.GptOss:
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def adapter(model: gpt_oss.GptOss) -> gpt_oss.LoraWeights:
-    return tiny_adapter(model)
-
-
-@pytest.fixture(scope="module")
-def runner(model: gpt_oss.GptOss) -> Runner:
-    return Runner(model, SETTINGS)
-
-
-@pytest.fixture
-def engine(runner: Runner, model: gpt_oss.GptOss) -> Iterator[Engine]:
-    with running(runner, model) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def texts(model: gpt_oss.GptOss, adapter: gpt_oss.LoraWeights) -> list[list[int]]:
-    """generate's, of PROMPTS with ADAPTERS."""
-    adapted = model.with_adapters(adapter)
-    return gpt_oss.generate(
-        adapted, PROMPTS, max_new_tokens=NEW, stop_tokens=[], adapter_ids=ADAPTERS, chunk=NEW
-    ).tokens.tolist()
-
-
-def name_of(adapter: int) -> str | None:
-    return None if adapter < 0 else "tiny"
+from tests.serve.engine.engines import ADAPTERS, NEW, PROMPTS, SETTINGS, Answer, ask, name_of, running
 
 
 @pytest.mark.parametrize("caching", [True, False])
