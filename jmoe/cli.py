@@ -22,6 +22,7 @@ from jmoe.commands.generate import generate
 from jmoe.commands.merge import merge
 from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
+from jmoe.commands.serve import serve
 from jmoe.commands.tune import tune
 from jmoe.compilation_cache import keep_compiled_programs
 from jmoe.errors import first_line
@@ -58,6 +59,7 @@ def jmoe(
 app.command()(generate)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(serve)
 app.command()(merge)
 app.command()(convert_adapter)
 app.command()(doctor)
