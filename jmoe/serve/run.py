@@ -56,6 +56,7 @@ def serve(settings: Settings, load: Load, say: Callable[[str], None]) -> int:
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(format="jmoe: %(message)s", level=logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what clients do wrong is told to them
     state = State()
     listening = listen(settings.host, settings.port)
     server = Server(settings, state, load, say)
@@ -140,6 +141,12 @@ class Server(uvicorn.Server):
         elif now - self._signalled >= SAME_SECONDS:
             self.status = 128 + sig
             self.force_exit = self.should_exit = True
+            self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        """Ends all connections, which cancels what they wait for."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
 
     def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.ensure_future(work())

@@ -40,7 +40,7 @@ class FakeEngine:
         script: Callable[[Request], Sequence[int]],
         *,
         stop_tokens: Sequence[int] = (),
-        adapters: Sequence[str] = (),
+        adapters: Sequence[str] = ("tuned",),
         places: int = 2,
         max_sequences: int = 8,
         queue_limit: int = 8,
@@ -54,8 +54,8 @@ class FakeEngine:
         self.fails: str | None = None
         self._stop_tokens = set(stop_tokens)
         self._adapters = list(adapters)
-        self._places, self._max_sequences, self._queue_limit = places, max_sequences, queue_limit
-        self._max_model_len, self._step_seconds = max_model_len, step_seconds
+        self._places, self._max_sequences, self.queue_limit = places, max_sequences, queue_limit
+        self._max_model_len, self.step_seconds = max_model_len, step_seconds
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._cancelled: set[str] = set()
@@ -75,7 +75,7 @@ class FakeEngine:
                 raise UnknownAdapterError(request.adapter)
             if len(request.prompt) + request.sampling.max_tokens > self._max_model_len:
                 raise TooLongError("too long")
-            if len(self._waiting) >= self._queue_limit:
+            if len(self._waiting) >= self.queue_limit:
                 raise QueueFullError
             assert request.id not in {row.request.id for row in (*self._waiting, *self._running)}
             self.requests.append(request)
@@ -117,9 +117,18 @@ class FakeEngine:
             max_model_len=self._max_model_len,
         )
 
+    def reset(self, script: Callable[[Request], Sequence[int]]) -> None:
+        """As it was at first, with another script."""
+        self.script, self.fails, self._adapters = script, None, ["tuned"]
+        self.requests.clear()
+
     def drain(self, timeout: float | None = None) -> bool:
         self._draining = True
-        end = time.monotonic() + (timeout or 60)
+        return self.is_empty(timeout or 60)
+
+    def is_empty(self, seconds: float) -> bool:
+        """Whether all requests end within this time."""
+        end = time.monotonic() + seconds
         while self._waiting or self._running:
             if time.monotonic() > end:
                 return False
@@ -151,8 +160,8 @@ class FakeEngine:
             ended = [row for row in rows if self._step(row)]
             with self._lock:
                 self._running = [row for row in self._running if row not in ended]
-            if self._step_seconds:
-                time.sleep(self._step_seconds)
+            if self.step_seconds:
+                time.sleep(self.step_seconds)
 
     def _drop_cancelled(self) -> None:
         for rows in (self._waiting, self._running):

@@ -56,7 +56,7 @@ async function answerOn(side, question, signal) {
         model: side.model.value,
         messages: [{ role: "user", content: question }],
         temperature: Number(part("temperature").value),
-        max_tokens: Number(part("tokens").value),
+        max_tokens: Number(part("tokens").value) || null,
         stream: true,
       }),
     });
