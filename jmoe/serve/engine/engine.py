@@ -1,11 +1,45 @@
 """The engine: one thread that runs every request's tokens."""
 
+import functools
+import logging
+import secrets
+import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Literal
 
+import jax
+import numpy as np
+
+from jmoe.errors import first_line
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import LoraWeights
-from jmoe.serve.engine.request import Event, Request
+from jmoe.serve.engine.adapter_places import check_adapter, padded_layers
+from jmoe.serve.engine.page_names import PageNames
+from jmoe.serve.engine.pages import Pages
+from jmoe.serve.engine.request import (
+    Cancelled,
+    EngineStoppedError,
+    Event,
+    Failed,
+    NoPlaceError,
+    QueueFullError,
+    Request,
+    Token,
+    TooLongError,
+    UnknownAdapterError,
+)
+from jmoe.serve.engine.row_logprobs import RowLogprobs
+from jmoe.serve.engine.runner import InFlight, Runner
+from jmoe.serve.engine.running import Adapter, Running
+from jmoe.serve.engine.scheduler import Chunk, Scheduler, Step
+from jmoe.serve.engine.sequence import Sequence
 from jmoe.serve.engine.settings import EngineSettings, EngineStats
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the weights or the adapter hold NaN or infinity, or lead to it"
 
 
 class Engine:
@@ -17,8 +51,24 @@ class Engine:
         Raises:
           ValueError: the model has adapters of its own.
         """
+        if model.lora is not None:
+            raise ValueError("the engine's model must be without adapters, which load_adapter brings")
         self._model = model
         self._settings = settings
+        self._state: Literal["new", "running", "draining", "stopped"] = "new"
+        # Guards what follows, and says that a command or an end has come.
+        self._changed = threading.Condition()
+        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._requests: dict[str, Running] = {}
+        self._submitted = 0
+        self._adapters: dict[str, Adapter] = {}
+        self._free_places = list(reversed(range(settings.max_loras)))
+        self._serial = 0
+        # The engine's thread alone, once it runs.
+        self._running: dict[Sequence, Running] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="jmoe-engine", daemon=True)
 
     def start(self) -> None:
         """Compiles every program, or reads it from JAX's cache, and begins to run requests.
@@ -26,7 +76,11 @@ class Engine:
         Raises:
           ValueError: the memory does not hold one sequence of max_model_len.
         """
-        raise NotImplementedError
+        self._runner = Runner(self._model, self._settings)
+        pages = Pages(self._runner.geometry, caching=self._settings.prefix_caching)
+        self._scheduler = Scheduler(pages, self._runner.limits)
+        self._state = "running"
+        self._thread.start()
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
         """Puts a request at the queue's end.
@@ -35,17 +89,47 @@ class Engine:
           on_event: called on the engine's thread, which waits for it.
 
         Raises:
-          ValueError: the prompt is empty or has tokens that the vocabulary has not; the id is in use.
+          ValueError: the prompt is empty, or it or logit_bias has tokens that the vocabulary has not; the id is in use.
           TooLongError: the prompt with max_tokens is longer than max_model_len.
           UnknownAdapterError: the adapter is not loaded.
           QueueFullError: queue_limit requests wait.
           EngineStoppedError: the engine drains or has stopped.
         """
-        raise NotImplementedError
+        self._check_request(request)
+        params = request.sampling
+        with self._changed:
+            self._check_open()
+            if request.id in self._requests:
+                raise ValueError(f"id must be of no other request that runs, got {request.id!r}")
+            if self._submitted + len(self._scheduler.waiting) >= self._settings.queue_limit:
+                raise QueueFullError(f"{self._settings.queue_limit} requests wait already")
+            adapter = None
+            if request.adapter is not None:
+                adapter = self._adapters.get(request.adapter)
+                if adapter is None:
+                    raise UnknownAdapterError(f"no adapter {request.adapter!r} is loaded")
+                adapter.users += 1
+            identity = b"base" if adapter is None else b"adapter %d" % adapter.serial
+            sequence = Sequence(
+                list(map(int, request.prompt)),
+                len(request.prompt),
+                params.max_tokens,
+                PageNames(identity, self._runner.geometry.page_size),
+                shares=params.prompt_logprobs is None,
+            )
+            seed = secrets.randbits(64) if params.seed is None else params.seed
+            stop_tokens = self._model.config.stop_tokens
+            running = Running.create(request, sequence, on_event, adapter, seed=seed, stop_tokens=stop_tokens)
+            self._requests[request.id] = running
+            self._submitted += 1
+            self._command(functools.partial(self._add, running))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request within a step, with Cancelled; of one that has ended, nothing."""
-        raise NotImplementedError
+        with self._changed:
+            running = self._requests.get(request_id)
+            if running is not None:
+                self._command(functools.partial(self._end, running, Cancelled()))
 
     def load_adapter(self, name: str, weights: LoraWeights) -> None:
         """Puts one adapter into a free place, and returns once requests may name it.
@@ -54,8 +138,35 @@ class Engine:
           ValueError: the name is taken; the weights are of another model, of several adapters, on targets without room,
             or of a rank above max_lora_rank.
           NoPlaceError: all places are taken.
+          EngineStoppedError: the engine has not started, drains or has stopped.
         """
-        raise NotImplementedError
+        config, dtype, settings = self._model.config, self._model.dtype, self._settings
+        check_adapter(weights, config, settings.lora_targets, settings.max_lora_rank)
+        with self._changed:
+            self._check_open()
+            if name in self._adapters:
+                raise ValueError(f"an adapter {name!r} is loaded already")
+            if not self._free_places:
+                raise NoPlaceError(f"all {settings.max_loras} places for adapters are taken")
+            self._serial += 1
+            adapter = Adapter(name, self._free_places.pop(), self._serial)
+        try:
+            layers = padded_layers(weights, config, settings.lora_targets, settings.max_lora_rank, dtype)
+            for index, layer in enumerate(layers):
+                # One after another, so that no more than a layer is on the device twice, and steps go on between.
+                on_device = jax.device_put(layer)
+                with self._changed:
+                    self._check_open()
+                    done = self._command(functools.partial(self._runner.put_adapter, on_device, index, adapter.place))
+                done.result()
+            with self._changed:
+                if name in self._adapters:
+                    raise ValueError(f"an adapter {name!r} is loaded already")
+                self._adapters[name] = adapter
+        except BaseException:
+            with self._changed:
+                self._free_places.append(adapter.place)
+            raise
 
     def unload_adapter(self, name: str) -> None:
         """New requests cannot name the adapter from now on; its place is free once those that do have ended.
@@ -63,15 +174,34 @@ class Engine:
         Raises:
           UnknownAdapterError: it is not loaded.
         """
-        raise NotImplementedError
+        with self._changed:
+            adapter = self._adapters.pop(name, None)
+            if adapter is None:
+                raise UnknownAdapterError(f"no adapter {name!r} is loaded")
+            adapter.leaving = True
+            self._free_place(adapter)
 
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may use."""
-        raise NotImplementedError
+        with self._changed:
+            return tuple(self._adapters)
 
     def stats(self) -> EngineStats:
         """How busy the engine is."""
-        raise NotImplementedError
+        full = self._scheduler.pages.full
+        return EngineStats(
+            queued=self._submitted + len(self._scheduler.waiting),
+            running=len(self._scheduler.active),
+            pages_total=full.total,
+            pages_free=full.free,
+            cached_pages=full.cached,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            new_tokens=self._new_tokens,
+            preemptions=self._scheduler.preemptions,
+            compiled_programs=self._runner.programs.count,
+            max_model_len=self._runner.max_model_len,
+        )
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests, and waits until those it has have ended.
@@ -81,8 +211,194 @@ class Engine:
         Returns:
           whether all have ended.
         """
-        raise NotImplementedError
+        with self._changed:
+            if self._state == "running":
+                self._state = "draining"
+            return self._changed.wait_for(lambda: not self._requests or self._state == "stopped", timeout)
 
     def stop(self) -> None:
         """Ends the thread; what has not ended gets Failed."""
-        raise NotImplementedError
+        with self._changed:
+            self._state = "stopped"
+            self._changed.notify_all()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_request(self, request: Request) -> None:
+        """Raises as submit does of what a request says by itself."""
+        params, vocabulary = request.sampling, self._model.config.vocab_size
+        prompt = np.asarray(request.prompt)
+        if not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError("prompt must be token ids, one at least")
+        named = [*params.logit_bias, int(prompt.min()), int(prompt.max())]
+        if min(named) < 0 or max(named) >= vocabulary:
+            raise ValueError(f"token ids must be in [0, {vocabulary}), got {min(named)} to {max(named)}")
+        if self._state == "new":
+            raise EngineStoppedError("the engine has not started")
+        longest = self._runner.max_model_len
+        if len(prompt) + params.max_tokens > longest:
+            raise TooLongError(
+                f"prompt and new tokens must be at most {longest}, got {len(prompt)} and {params.max_tokens}"
+            )
+
+    def _check_open(self) -> None:
+        if self._state != "running":
+            raise EngineStoppedError(f"the engine takes nothing more: it is {self._state}")
+
+    def _command(self, work: Callable[[], None]) -> Future[None]:
+        """Has the engine's thread do this between two steps; the lock must be held."""
+        done: Future[None] = Future()
+        self._commands.append((work, done))
+        self._changed.notify_all()
+        return done
+
+    def _free_place(self, adapter: Adapter) -> None:
+        """Frees the place of an adapter that nobody can use any more; the lock must be held."""
+        if adapter.leaving and not adapter.users:
+            self._free_places.append(adapter.place)
+
+    # What follows is for the engine's thread.
+
+    def _run(self) -> None:
+        message = "the engine was stopped"
+        try:
+            while self._obey():
+                self._turn()
+        except BaseException as error:
+            message = f"the engine has failed: {said(error)}"
+            log.critical("the engine has failed", exc_info=True)
+        with self._changed:
+            self._state = "stopped"
+            for _, done in self._commands:
+                done.set_exception(EngineStoppedError(message))
+            self._commands.clear()
+            left = list(self._requests.values())
+        for running in left:
+            running.emit(Failed(message))
+        with self._changed:
+            self._requests.clear()
+            self._changed.notify_all()
+
+    def _obey(self) -> bool:
+        """Does what has been asked for; waits if there is nothing else to do. False: the engine shall stop."""
+        scheduler = self._scheduler
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._commands
+                    or self._state == "stopped"
+                    or self._in_flight
+                    or scheduler.active
+                    or scheduler.waiting
+                )
+            )
+            if self._state == "stopped":
+                return False
+            commands = list(self._commands)
+            self._commands.clear()
+        for work, done in commands:
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+        return True
+
+    def _turn(self) -> None:
+        """Hands the next step to the device, then reads the one before."""
+        plan = None
+        try:
+            plan = self._scheduler.plan()
+            if plan is not None:
+                self._in_flight.append(self._runner.dispatch(plan, self._scheduler.pages, self._running))
+            elif not self._in_flight and (self._scheduler.active or self._scheduler.waiting):
+                raise RuntimeError("the scheduler has no plan for what waits")
+            if self._in_flight and (plan is None or len(self._in_flight) > 1):
+                self._take_results(self._in_flight[0])
+                self._in_flight.popleft()
+        except Exception as error:
+            log.exception("a step has failed")
+            self._recover(error, plan)
+
+    def _recover(self, error: Exception, plan: Step | Chunk | None) -> None:
+        """Fails what a failed step may concern, and has everything else computed again."""
+        concerned = {sequence for step in self._in_flight for sequence in step.plan.sequences}
+        concerned |= set(plan.sequences if plan is not None else ())
+        self._in_flight.clear()
+        for sequence in concerned or set(self._running):
+            if sequence in self._running:
+                self._end(self._running[sequence], Failed(f"a step has failed: {said(error)}"))
+        self._scheduler.put_back_all()
+        self._scheduler.pages.forget_all()
+        self._runner.reset()
+
+    def _add(self, running: Running) -> None:
+        with self._changed:
+            self._submitted -= 1
+            self._scheduler.add(running.sequence)
+        self._running[running.sequence] = running
+
+    def _end(self, running: Running, event: Event) -> None:
+        """A request's last event, once all that it held is free."""
+        if running.sequence not in self._running:
+            return
+        self._scheduler.end(running.sequence)
+        del self._running[running.sequence]
+        self._cached_tokens += running.sequence.cached_tokens or 0
+        with self._changed:
+            if running.adapter is not None:
+                running.adapter.users -= 1
+                self._free_place(running.adapter)
+        running.emit(event)
+        with self._changed:
+            del self._requests[running.request.id]
+            self._changed.notify_all()
+
+    def _take_results(self, step: InFlight) -> None:
+        """Waits for a step's results, and tells them to those who asked."""
+        tokens, logprobs, prompt = step.read()
+        before = 0
+        for index, sequence in enumerate(step.plan.sequences):
+            piece = step.plan.pieces[index] if isinstance(step.plan, Chunk) else None
+            running = self._running.get(sequence)
+            if piece is not None:
+                self._prompt_tokens += piece.count
+                if running is not None and prompt is not None:
+                    event = running.prompt_logprobs(piece, prompt, before)
+                    if event is not None and tokens[index] >= 0:
+                        self._tell(running, event)
+                before += piece.count
+            if running is not None and (piece is None or piece.last):
+                self._take_token(running, int(tokens[index]), logprobs, index)
+
+    def _take_token(self, running: Running, token: int, logprobs: RowLogprobs | None, index: int) -> None:
+        """The next token of a request; negative: its logits were not finite."""
+        sequence, params = running.sequence, running.request.sampling
+        ends = token < 0 or token in running.stops or params.max_tokens == 0
+        self._scheduler.token_read(sequence, None if ends else token)
+        if token < 0:
+            self._scheduler.pages.forget(sequence.pages)
+            self._end(
+                running, Failed(f"the logits of new token {sequence.new_tokens + 1} are not finite: {NOT_FINITE}")
+            )
+        elif params.max_tokens == 0:
+            self._end(running, running.finished("length"))
+        elif ends:
+            self._end(running, running.finished("stop", token))
+        else:
+            self._new_tokens += 1
+            wanted = params.logprobs is not None and logprobs is not None
+            self._tell(running, Token(token, *logprobs.row(index, params.logprobs)) if wanted else Token(token))
+            if sequence.new_tokens == params.max_tokens:
+                self._end(running, running.finished("length"))
+
+    def _tell(self, running: Running, event: Event) -> None:
+        """Emits an event; a request whose receiver fails is cancelled."""
+        if not running.emit(event):
+            self._end(running, Cancelled())
+
+
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    return first_line(error) if isinstance(error, Exception) else type(error).__name__
