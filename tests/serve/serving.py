@@ -74,7 +74,11 @@ def service_of(
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[asyncio.AbstractEventLoop], Service], settings: Settings | None = None, *, wait: bool = True
+    load: Callable[[asyncio.AbstractEventLoop], Service],
+    settings: Settings | None = None,
+    *,
+    wait: bool = True,
+    seconds: float = SECONDS,
 ) -> Iterator[Serving]:
     """A server that is ready, unless `wait` is off; it must end by itself, with nothing left in the engine."""
     settings = settings or Settings()
@@ -86,7 +90,13 @@ def serving(
     )
     thread.start()
     try:
-        wait_until(lambda: server.started and (state.service is not None or not wait), "the server is ready")
+        wait_until(
+            lambda: server.error is not None or (server.started and (state.service is not None or not wait)),
+            "the server is ready",
+            seconds,
+        )
+        if server.error is not None:
+            raise server.error
         yield Serving(server, state, listening.getsockname()[1], settings)
         if state.service is not None:
             wait_until(lambda: not state.service.metrics.answers, "all answers have ended")
