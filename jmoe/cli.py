@@ -14,6 +14,7 @@ from jmoe import __version__
 from jmoe.__main__ import INTERRUPTED
 from jmoe.commands.bench import bench
 from jmoe.commands.bench_model import bench_model
+from jmoe.commands.bench_serve import bench_serve
 from jmoe.commands.convert_adapter import convert_adapter
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
@@ -66,6 +67,7 @@ app.command()(doctor)
 app.command()(parity)
 app.command()(bench)
 app.command()(bench_model)
+app.command()(bench_serve)
 app.command()(tune)
 app.command()(profile)
 

@@ -10,11 +10,13 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests import array_annotations, compiled_programs
+from tests import compiled_programs
 
 compiled_programs.spare_the_compiler()  # before JAX is imported, which reads the environment then
 
 import jax  # noqa: E402
+
+from tests import array_annotations  # noqa: E402
 
 array_annotations.install()  # before anything of jmoe is imported
 
