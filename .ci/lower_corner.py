@@ -17,6 +17,8 @@ from jmoe.ops.decode.cached_attention import cached_attention
 from jmoe.ops.decode.linear import Expand, decode_linear
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
 from jmoe.ops.launch.layer import route_and_sort
+from jmoe.ops.paged.decode_attention import paged_decode_attention
+from jmoe.ops.paged.prefill_attention import paged_prefill_attention
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 
 ROWS, HIDDEN, RANK, SLOTS = 16, 128, 16, 1088
@@ -84,6 +86,19 @@ def lower_decoding(architecture: str) -> None:
         functools.partial(cached_attention, **at),
         array(ROWS, 80, 64), factors, factors, array(2, ROWS, 8, SLOTS, 128), INDEX, array(ROWS, dtype=jnp.int32),
         array(2, 64), INDEX,
+    )  # fmt: skip
+    pages, rows = array(2, 9, 8, 64, 128), array(ROWS, dtype=jnp.int32)
+    lower(
+        "decoding's attention to pages",
+        functools.partial(paged_decode_attention, window=None, **at),
+        array(ROWS, 80, 64), factors, factors, pages, INDEX, rows, array(ROWS, 64, dtype=jnp.int32), array(2, 64),
+        INDEX,
+    )  # fmt: skip
+    lower(
+        "prompts' attention to pages",
+        functools.partial(paged_prefill_attention, window=128, **at),
+        array(ROWS, 80, 64), factors, factors, pages, INDEX, array(3, dtype=jnp.int32), array(2, dtype=jnp.int32),
+        array(2, 4, dtype=jnp.int32), array(2, 64), INDEX,
     )  # fmt: skip
 
 

@@ -63,10 +63,10 @@ def test_an_op_has_its_name_in_every_room(row: dict[str, str]) -> None:
             assert file.startswith(f"triton_src/{folder}/")
             assert folder == op or file == f"triton_src/{folder}/{op}.py"
     assert f"`tests/triton_src/{folder}/test_{op}.py`" in row["test"].split()
-    if folder == "decode":
-        assert row["launch"].startswith(f"`jmoe/ops/decode/{op}.py::")
-        assert f"`tests/ops/decode/test_{op}.py`" in row["test"].split()
-        assert row["test on a GPU"] == f"`tests/gpu/decode/test_{op}.py`"
+    if folder in ("decode", "paged"):
+        assert row["launch"].startswith(f"`jmoe/ops/{folder}/{op}.py::")
+        assert f"`tests/ops/{folder}/test_{op}.py`" in row["test"].split()
+        assert row["test on a GPU"] == f"`tests/gpu/{folder}/test_{op}.py`"
 
 
 @pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: row["op"])

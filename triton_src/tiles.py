@@ -265,6 +265,24 @@ class CachedAttentionTile(Bounded):
 
 
 @dataclasses.dataclass(frozen=True)
+class PagedDecodeAttentionTile(CachedAttentionTile):
+    """The same of paged_decode_attention_kernel and merge_paged_attention_kernel; block_s is a page's at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedPrefillAttentionTile(Bounded):
+    """write_pages_kernel's and paged_prefill_attention_kernel's parameters, for up to `rows` tokens."""
+
+    rows: float
+    block_m: Annotated[int, PowerOf2(16, 256)]  # queries of a program, times their heads that share a key head
+    block_s: Annotated[int, PowerOf2(16, 256)]  # keys that a program reads at once, a page's at most
+    num_warps: Warps
+    num_stages: Stages
+    block_t: Annotated[int, PowerOf2(1, 64)]  # tokens that a program writes
+    write_num_warps: Warps
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeLinearTile(Bounded):
     """decode_linear_kernel's parameters, for up to `rows` rows."""
 
@@ -314,6 +332,8 @@ class LaunchTable:
     cached_attention: tuple[CachedAttentionTile, ...]
     decode_linear: tuple[DecodeLinearTile, ...]
     norm_linear: tuple[NormLinearTile, ...]
+    paged_decode_attention: tuple[PagedDecodeAttentionTile, ...]
+    paged_prefill_attention: tuple[PagedPrefillAttentionTile, ...]
 
     def over(self, sections: dict[str, tuple[Any, ...]]) -> Self:
         """This table with these sections in place of its own."""

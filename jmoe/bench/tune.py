@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 4, 16, 64, 128, 256, 1024, 4096)
 
-PARTS = ("forward", "lora", "gradient", "decode")
+PARTS = ("forward", "lora", "gradient", "decode", "prefill")
 
 NOISE = 0.02
 """What two runs of the same tile differ by; the parameters at hand stay unless others are faster by more."""
@@ -70,7 +70,11 @@ STEPS = (
         Step("gradient", section, "gradient")
         for section in ("swiglu_backward", "route_backward", "count_pairs", "lora_grad", "bias_grad")
     ),
-    *(Step("decode", name, name) for name in ("decode_linear", "norm_linear", "cached_attention")),
+    *(
+        Step("decode", name, name)
+        for name in ("decode_linear", "norm_linear", "cached_attention", "paged_decode_attention")
+    ),
+    Step("prefill", "paged_prefill_attention", "paged_prefill_attention"),
 )
 
 PER_EXPERT = (

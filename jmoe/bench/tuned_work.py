@@ -11,13 +11,19 @@ import jax.numpy as jnp
 from jmoe.bench.case import Case, Size
 from jmoe.bench.jax_timing import unrolled
 from jmoe.bench.weights import Weights, random_input
+from jmoe.gpt_oss.paged import PAGE_SIZE
 from jmoe.ops.decode.cached_attention import cached_attention
 from jmoe.ops.decode.linear import decode_linear
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.moe import moe
 from jmoe.ops.mxfp4 import BLOCK
+from jmoe.ops.paged.decode_attention import paged_decode_attention
+from jmoe.ops.paged.prefill_attention import paged_prefill_attention
 from jmoe.ops.target import Target
+
+PROMPT = 256
+"""Tokens of a prompt in a chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +75,15 @@ class Works:
         self.weights = Weights(sizes.layer, sizes.experts)
 
     def of(self, name: str, tokens: int, *, packed: bool) -> Work:
-        """The work called "forward", "lora", "gradient", or by a decode operation's name, for so many tokens."""
+        """The work called "forward", "lora", "gradient", or by an operation's name, for so many tokens."""
         if name in ("forward", "lora", "gradient"):
             return self.layer(tokens, packed, lora=name != "forward", gradient=name == "gradient")
         return {
             "decode_linear": self.decode_linear,
             "norm_linear": self.norm_linear,
             "cached_attention": self.cached_attention,
+            "paged_decode_attention": self.paged_decode_attention,
+            "paged_prefill_attention": self.paged_prefill_attention,
         }[name](tokens)
 
     def layer(self, tokens: int, packed: bool, *, lora: bool, gradient: bool) -> Work:
@@ -151,6 +159,50 @@ class Works:
             return before[0].at[:, : s.heads].set(attended), cache
 
         return Work(call, carry, (heads, cache), layers, (angles, position, normal(3, 2, s.heads)))
+
+    def paged_decode_attention(self, tokens: int) -> Work:
+        """Attention of so many sequences to pages that are full."""
+        s = self.sizes
+        position = jnp.full(tokens, s.context - 1, jnp.int32)
+        return self.paged(functools.partial(paged_decode_attention, window=None), tokens, tokens, (position,))
+
+    def paged_prefill_attention(self, tokens: int) -> Work:
+        """Attention of a chunk of prompts, none before it, of PROMPT tokens each, or of one that is shorter."""
+        sequences = -(-tokens // PROMPT)
+        offsets = jnp.minimum(jnp.arange(sequences + 1, dtype=jnp.int32) * PROMPT, tokens)
+        by_sequence = offsets, jnp.zeros(sequences, jnp.int32)
+        return self.paged(functools.partial(paged_prefill_attention, window=None), tokens, sequences, by_sequence)
+
+    def paged(
+        self, attend: Callable[..., Any], tokens: int, sequences: int, by_sequence: tuple[jax.Array, ...]
+    ) -> Work:
+        """Attention to pages in any order, of which each sequence has as many as the context."""
+        s = self.sizes
+        layers = jnp.arange(unrolled(), dtype=jnp.int32) % 2
+        heads = normal(1, tokens, s.heads + 2 * s.key_heads, s.head_dim)
+        columns = -(-max(s.context, PROMPT) // PAGE_SIZE)
+        count = 1 + sequences * columns
+        cache = normal(2, 2, count, s.key_heads, PAGE_SIZE, 2 * s.head_dim)
+        pages = 1 + jax.random.permutation(jax.random.key(4), count - 1).astype(jnp.int32).reshape(sequences, columns)
+        angles = jnp.ones((tokens, s.head_dim // 2), jnp.float32)
+
+        def call(target: Target, carry: tuple[jax.Array, ...], layer: jax.Array, arrays: Any) -> Any:
+            heads, cache, _ = carry
+            angles, by_sequence, pages, sinks = arrays
+            return attend(heads, angles, angles, cache, layer, *by_sequence, pages, sinks, layer, target=target)
+
+        def carry(before: tuple[jax.Array, ...], results: tuple[jax.Array, jax.Array]) -> Any:
+            # The cache makes a call wait for the one before. A chunk's results are not copied, which would take time.
+            attended, cache = results
+            return before[0], cache, attended
+
+        return Work(
+            call,
+            carry,
+            (heads, cache, heads[:, : s.heads]),
+            layers,
+            (angles, by_sequence, pages, normal(3, 2, s.heads)),
+        )
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -28,7 +28,9 @@ def tune(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens to measure at, with commas between.")] = "",
     parts: Annotated[
         str,
-        typer.Option(help="Which of forward, lora, gradient and decode to tune, with commas between; all if empty."),
+        typer.Option(
+            help="Which of forward, lora, gradient, decode and prefill to tune, with commas between; all if empty."
+        ),
     ] = "",
     experts: Annotated[int, size("Experts of a layer.")] = 32,
     hidden: Annotated[int, size("Width of the model, a multiple of 32.")] = 2880,

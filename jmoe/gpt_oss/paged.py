@@ -53,8 +53,11 @@ class PagedDecodeAttention(LayerAttention[Array]):
 
     def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
         """(each query's values, the layer's pages with the token's)."""
+        qkv, cosine, sine = (array[:, 0] for array in (heads.qkv, heads.cosine, heads.sine))
         attended, state = paged_decode_attention(
-            *(array[:, 0] for array in (heads.qkv, heads.cosine, heads.sine)),
+            qkv,
+            cosine,
+            sine,
             state,
             place.group,
             self.position,
@@ -83,8 +86,11 @@ class PagedPrefillAttention(LayerAttention[Array]):
 
     def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
         """(each query's values, the layer's pages with the tokens')."""
+        qkv, cosine, sine = (array[0] for array in (heads.qkv, heads.cosine, heads.sine))
         attended, state = paged_prefill_attention(
-            *(array[0] for array in (heads.qkv, heads.cosine, heads.sine)),
+            qkv,
+            cosine,
+            sine,
             state,
             place.group,
             self.offsets,

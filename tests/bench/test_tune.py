@@ -22,6 +22,7 @@ from jmoe.triton_src.tiles import LaunchTable, bound_of, packed_tile_for, unboun
 TABLE = own_table(90)
 OWN, OTHER, THIRD = ((unbounded(tile),) for tile in TABLE.grouped_matmul[:3])
 STEP = tune.STEPS[0]
+DECODE = {step.section for step in tune.STEPS if step.part == "decode"}
 SMALL = Sizes(experts=4, hidden=64, intermediate=32, top_k=2, rank=4, heads=4, key_heads=2, head_dim=32, context=64)
 
 
@@ -179,13 +180,13 @@ def test_a_table_of_an_older_jmoe_is_replaced(gpu: str, stand_in: StandIn, monke
     run = CliRunner().invoke(app, ["tune", "--tokens", "1", "--parts", "decode"])
     assert run.exit_code == 0, run.output
     assert "run `jmoe tune` again: it will be replaced" in run.output
-    assert set(read_user_table(gpu) or {}) == {"decode_linear", "norm_linear", "cached_attention"}
+    assert set(read_user_table(gpu) or {}) == DECODE
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "forward,all"], "--parts takes forward, lora, gradient, decode, got 'all'"),
+        (["--parts", "forward,all"], "--parts takes forward, lora, gradient, decode, prefill,"),
         (["--hidden", "100"], "hidden must be a multiple of 32, MXFP4's block, got 100"),
         (["--top-k", "5", "--experts", "4"], "top_k must be at most the 4 experts, got 5"),
     ],
@@ -200,7 +201,7 @@ def test_invalid_options_are_named(options: list[str], message: str) -> None:
     ("name", "packed"),
     [
         *((name, packed) for name in ("forward", "lora", "gradient") for packed in (False, True)),
-        *((name, False) for name in ("decode_linear", "norm_linear", "cached_attention")),
+        *((name, False) for name in (*sorted(DECODE), "paged_prefill_attention")),
     ],
 )
 def test_work_is_traced_as_a_loop_for_a_table(name: str, packed: bool) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 from jmoe import gpt_oss
 from jmoe.gpt_oss.generate import check_finite, step_rate
 from jmoe.gpt_oss.sample import Sampling, choose, sample
+from tests.transformers_sampling import transformers_probabilities
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 
@@ -98,19 +98,6 @@ def test_more_likeliest_tokens_than_int32_counts_are_all() -> None:
     draw = jax.jit(lambda sampling, key: choose(logits, key, sampling, None))
     drawn = [draw(Sampling.create(1.0, 1.0, top_k, 0.0, 1.0), jax.random.key(3)) for top_k in (0, 4, 10**30)]
     assert len({int(token[0]) for token in drawn}) == 1
-
-
-def transformers_probabilities(logits: np.ndarray, seen: list[int], **options: float) -> np.ndarray:
-    """What transformers would sample from, by its own processors in its own order."""
-    import torch
-    from transformers import GenerationConfig, GenerationMixin
-
-    config = GenerationConfig(do_sample=True, **options)
-    mixin = GenerationMixin()
-    mixin.config = SimpleNamespace(is_encoder_decoder=False)
-    processors = mixin._get_logits_processor(config, input_ids_seq_length=len(seen), device="cpu")
-    scores = processors(torch.tensor([seen]), torch.tensor(logits)[None])
-    return torch.softmax(scores, dim=-1)[0].numpy()
 
 
 @pytest.mark.parametrize(

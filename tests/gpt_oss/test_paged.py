@@ -21,7 +21,7 @@ from jmoe.gpt_oss.paged import (
 )
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
-CAPACITY, CHUNK = 192, 48
+CAPACITY = 192
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def model() -> gpt_oss.GptOss:
     return gpt_oss.load(CASE / "model", adapter=CASE / "adapter", dtype=jnp.float32, progress=False)
 
 
-def tables(model: gpt_oss.GptOss, sequences: int) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
+def tables(model: gpt_oss.GptOss, sequences: int, chunk: int) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
     """(for each layer of a group each sequence's pages, backwards; how many pages there are)."""
     windows = model.config.windows[: model.period]
-    columns = [-(-((window or 0) + (CAPACITY if window is None else CHUNK)) // PAGE_SIZE) + 1 for window in windows]
+    columns = [-(-((window or 0) + (CAPACITY if window is None else chunk)) // PAGE_SIZE) + 1 for window in windows]
     pages = tuple(jnp.arange(sequences * c, 0, -1, dtype=jnp.int32).reshape(sequences, c) for c in columns)
     return pages, tuple(sequences * c + 1 for c in columns)
 
@@ -73,39 +73,52 @@ def run_step(
     return model.logits(hidden)[:, 0], cache
 
 
-def test_greedy_text_is_generates(model: gpt_oss.GptOss) -> None:
-    """Prompts that are cut by chunks, several in one, and then steps with a row that has no sequence."""
-    generator = np.random.default_rng(0)
-    prompts = [generator.integers(0, 128, length).tolist() for length in (100, 5, 31)]
-    adapters = [0, -1, 0]
-    ids = jnp.array(adapters, jnp.int32)
-    want = gpt_oss.generate(model, prompts, max_new_tokens=6, stop_tokens=[], adapter_ids=adapters).tokens
-    pages, counts = tables(model, 3)
+def greedy(model: gpt_oss.GptOss, prompts: list[list[int]], adapters: list[int], chunk: int, count: int) -> np.ndarray:
+    """So many likeliest tokens after each prompt, which come in chunks; then steps with a row without a sequence."""
+    ids, rows = jnp.array(adapters, jnp.int32), len(prompts)
+    pages, counts = tables(model, rows, chunk)
     cache = empty_paged_cache(model.config, counts, model.dtype)
-    done, latest = np.zeros(3, np.int32), np.zeros(3, np.int32)
+    done, latest = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     while any(left := [len(prompt) - n for prompt, n in zip(prompts, done, strict=True)]):
-        lengths, room = [], CHUNK
-        for count in left:
-            lengths.append(min(count, room))
+        lengths, room = [], chunk
+        for wanted in left:
+            lengths.append(min(wanted, room))
             room -= lengths[-1]
         parts = [prompt[n : n + length] for prompt, n, length in zip(prompts, done, lengths, strict=True)]
-        tokens = np.array([*itertools.chain(*parts), *[0] * room], np.int32)
+        tokens = jnp.array([*itertools.chain(*parts), *[0] * room], jnp.int32)
         offsets = np.cumsum([0, *lengths]).astype(np.int32)
-        logits, cache = run_chunk(
-            model, cache, jnp.asarray(tokens), ids, jnp.asarray(offsets), jnp.asarray(done), pages
-        )
+        logits, cache = run_chunk(model, cache, tokens, ids, jnp.asarray(offsets), jnp.asarray(done), pages)
         assert jnp.isfinite(logits).all()
         latest = np.where(lengths, np.asarray(logits.argmax(axis=-1))[offsets[1:] - 1], latest).astype(np.int32)
         done = done + np.array(lengths, np.int32)
-    got = [latest]
+    found = [latest]
     padded = tuple(jnp.pad(own, [(0, 1), (0, 0)]) for own in pages)
-    for step in range(5):
+    for step in range(count - 1):
         position = jnp.array([*(done + step), -1], jnp.int32)
-        tokens = jnp.array([*got[-1], 0], jnp.int32)
+        tokens = jnp.array([*found[-1], 0], jnp.int32)
         logits, cache = run_step(model, cache, tokens, jnp.array([*adapters, -1], jnp.int32), position, padded)
         assert jnp.isfinite(logits).all()
-        got.append(np.asarray(logits.argmax(axis=-1)[:3], np.int32))
-    assert np.array_equal(np.stack(got, axis=1), want)
+        found.append(np.asarray(logits.argmax(axis=-1)[:-1], np.int32))
+    return np.stack(found, axis=1)
+
+
+def test_greedy_text_is_that_of_transformers(model: gpt_oss.GptOss) -> None:
+    """With an adapter and without, prompts cut by a chunk's end, beyond the window of 8."""
+    with np.load(CASE / "expected.npz") as arrays:
+        prompt, *want = (arrays[name] for name in ("gen_prompt", "gen_tokens", "gen_tokens_adapter"))
+    prompts = [prompt.reshape(-1).tolist()] * 2
+    got = greedy(model, prompts, [-1, 0], chunk=8, count=len(want[0]))
+    assert got.tolist() == [tokens.tolist() for tokens in want]
+
+
+@pytest.mark.slow
+def test_greedy_text_is_generates(model: gpt_oss.GptOss) -> None:
+    """Over several pages, prompts of different lengths, several in a chunk."""
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, 128, length).tolist() for length in (100, 5, 31)]
+    adapters = [0, -1, 0]
+    want = gpt_oss.generate(model, prompts, max_new_tokens=6, stop_tokens=[], adapter_ids=adapters)
+    assert np.array_equal(greedy(model, prompts, adapters, chunk=48, count=6), want.tokens)
 
 
 def test_a_page_has_the_bytes_that_it_says(model: gpt_oss.GptOss) -> None:

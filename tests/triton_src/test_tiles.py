@@ -11,6 +11,7 @@ import pytest
 from jmoe.triton_src.decode.plans import plan_decode
 from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
+from jmoe.triton_src.paged.plans import plan_paged
 from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.tile_candidates import ALSO
@@ -27,6 +28,10 @@ DECODE = {
     "cached_attention": {"heads": 64, "key_heads": 8, "slots": 4096, "head_dim": 64},
     "decode_linear": {"n": 5120, "k": 2880},
     "norm_linear": {"n": 32, "k": 2880, "weight_rows": 32},
+}
+PAGED: dict[str, dict[str, Any]] = {
+    "paged_decode_attention": {},
+    "paged_prefill_attention": {"sequences": 16},
 }
 
 
@@ -49,7 +54,11 @@ def every_plan(table: LaunchTable) -> list[list[Plan]]:
     wide = dataclasses.replace(problems[1], experts=256, router_experts=256)
     plans = [layer_plans(table, problem, tokens) for problem in problems for tokens in TOKENS]
     plans += [layer_plans(table, wide, tokens) for tokens in (16, 300)]
-    return plans + [plan_decode(name, table, rows=rows, **DECODE[name]) for name in DECODE for rows in (1, 16, 64)]
+    plans += [plan_decode(name, table, rows=rows, **DECODE[name]) for name in DECODE for rows in (1, 16, 64)]
+    pages: dict[str, Any] = {"cache": (12, 1000, 8, 64, 128), "columns": 64, "heads": 64, "window": None}
+    return plans + [
+        plan_paged(name, table, rows=rows, **pages, **PAGED[name]) for name in PAGED for rows in (1, 16, 64, 4096)
+    ]
 
 
 TABLE = own_table(90)

@@ -1,11 +1,30 @@
-"""Attention of one query a sequence to pages that take its key and value in."""
+"""Attention of one query a sequence to pages that take its key and value in, by Triton on CUDA, else by XLA."""
 
+import functools
+from collections.abc import Sequence
+
+import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.paged import launch_paged
 from jmoe.ops.paged.by_xla import attend_to_pages, most_pages, pages_before, rotated_parts, write_tokens
 from jmoe.ops.target import Target
+
+paged_decode_attention_p = jex.core.Primitive("jmoe_paged_decode_attention")
+"""Operands as paged_decode_attention's, in the order of NAMES. Results: the attended values, and the cache."""
+
+NAMES = ("heads", "cosine", "sine", "cache", "layer", "position", "pages", "sinks", "sinks_layer")
+
+paged_decode_attention_p.multiple_results = True
+paged_decode_attention_p.def_abstract_eval(
+    lambda heads, cosine, sine, cache, layer, position, pages, sinks, *_, **__: [
+        heads.update(shape=(heads.shape[0], sinks.shape[1], heads.shape[2])),
+        cache,
+    ]
+)
 
 
 def paged_decode_attention(
@@ -38,11 +57,22 @@ def paged_decode_attention(
       sinks: of each layer a logit for each query head, of a key without value.
       window: keys that a query sees, its own among them; None: all.
       target: a GPU that may not be here, to lower for it; forces Triton.
+
+    Raises:
+      NotImplementedError: Triton is to run it, and pages are not a power of two of at least 16 tokens.
     """
     operands = (heads, cosine, sine, cache, layer.reshape(1), position, pages, sinks, sinks_layer.reshape(1))
+    by_xla = functools.partial(decode_by_xla, window=window)
+
+    def triton(*operands: Array) -> Sequence[Array]:
+        return paged_decode_attention_p.bind(*operands, window=window, target=target)
+
     if target is not None:
-        raise NotImplementedError("attention to pages has no Triton kernel yet")
-    attended, cache = decode_by_xla(*operands, window=window)
+        attended, cache = triton(*operands)
+    elif heads.dtype != jnp.bfloat16:
+        attended, cache = by_xla(*operands)
+    else:
+        attended, cache = lax.platform_dependent(*operands, cuda=triton, default=by_xla)
     return attended, cache
 
 
@@ -73,3 +103,10 @@ def decode_by_xla(
         seen &= positions > position[:, None] - window
     own = lax.dynamic_index_in_dim(sinks, sinks_layer[0], keepdims=False)
     return [attend_to_pages(q[:, None], cache, layer, found, seen[:, None], own)[:, 0], cache]
+
+
+def _launches(*operands: Array, window: int | None, target: Target | None) -> list[Array]:
+    return launch_paged("paged_decode_attention", dict(zip(NAMES, operands, strict=True)), target, window=window)
+
+
+register(paged_decode_attention_p, _launches)

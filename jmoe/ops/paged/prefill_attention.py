@@ -1,11 +1,32 @@
-"""Attention of a chunk of prompts to pages that take their keys and values in."""
+"""Attention of a chunk of prompts to pages that take their keys and values in, by Triton on CUDA, else by XLA."""
 
+import functools
+from collections.abc import Sequence
+
+import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.paged import launch_paged
 from jmoe.ops.paged.by_xla import attend_to_pages, most_pages, pages_before, rotated_parts, write_tokens
 from jmoe.ops.target import Target
+
+paged_prefill_attention_p = jex.core.Primitive("jmoe_paged_prefill_attention")
+"""Operands as paged_prefill_attention's, in the order of NAMES. Results: the attended values, and the cache."""
+
+NAMES = (
+    "heads", "cosine", "sine", "cache", "layer", "offsets", "first_positions", "pages", "sinks", "sinks_layer",
+)  # fmt: skip
+
+paged_prefill_attention_p.multiple_results = True
+paged_prefill_attention_p.def_abstract_eval(
+    lambda heads, cosine, sine, cache, layer, offsets, first_positions, pages, sinks, *_, **__: [
+        heads.update(shape=(heads.shape[0], sinks.shape[1], heads.shape[2])),
+        cache,
+    ]
+)
 
 BLOCK = 64
 """Queries whose scores plain operations hold at once."""
@@ -45,11 +66,23 @@ def paged_prefill_attention(
       sinks: of each layer a logit for each query head, of a key without value.
       window: keys that a query sees, its own among them; None: all.
       target: a GPU that may not be here, to lower for it; forces Triton.
+
+    Raises:
+      NotImplementedError: Triton is to run it, and pages are not a power of two of at least 16 tokens.
     """
-    operands = (heads, cosine, sine, cache, layer.reshape(1), offsets, first_positions, pages, sinks)
+    by_sequence = offsets, first_positions, pages
+    operands = (heads, cosine, sine, cache, layer.reshape(1), *by_sequence, sinks, sinks_layer.reshape(1))
+    by_xla = functools.partial(prefill_by_xla, window=window)
+
+    def triton(*operands: Array) -> Sequence[Array]:
+        return paged_prefill_attention_p.bind(*operands, window=window, target=target)
+
     if target is not None:
-        raise NotImplementedError("attention to pages has no Triton kernel yet")
-    attended, cache = prefill_by_xla(*operands, sinks_layer.reshape(1), window=window)
+        attended, cache = triton(*operands)
+    elif heads.dtype != jnp.bfloat16:
+        attended, cache = by_xla(*operands)
+    else:
+        attended, cache = lax.platform_dependent(*operands, cuda=triton, default=by_xla)
     return attended, cache
 
 
@@ -101,3 +134,12 @@ def prefill_by_xla(
     within = rows - offsets[own]
     attended = blocks[first_block[own] + within // block, within % block]
     return [jnp.where((owner < sequences)[:, None, None], attended, 0), cache]
+
+
+def _launches(*operands: Array, window: int | None, target: Target | None) -> list[Array]:
+    buffers = dict(zip(NAMES, operands, strict=True))
+    sizes = {"window": window, "sequences": buffers["pages"].shape[0]}
+    return launch_paged("paged_prefill_attention", buffers, target, **sizes)
+
+
+register(paged_prefill_attention_p, _launches)

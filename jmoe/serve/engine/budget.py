@@ -64,7 +64,7 @@ def plan_geometry(config: Config, dtype: DTypeLike, settings: EngineSettings, bu
         windowed = columns + settings.max_sequences * (span(window) + 1)
         if settings.prefix_caching:
             windowed = max(windowed, budget // (WINDOWED_SHARE * full_bytes + windowed_bytes))
-        windowed = max(least, min(windowed, budget // windowed_bytes // (2 if full_bytes else 1)))
+        windowed = max(least, min(windowed, (budget // windowed_bytes - 1) // (2 if full_bytes else 1)))
     needed = -(-longest // PAGE_SIZE)
     # Page 0 of each kind holds nothing.
     left = budget - (windowed + 1) * windowed_bytes - full_bytes
@@ -73,7 +73,7 @@ def plan_geometry(config: Config, dtype: DTypeLike, settings: EngineSettings, bu
         full = min(full, needed * settings.max_sequences)
     if settings.max_model_len is None:
         needed = max(1, min(needed, full))
-    if full < needed:
+    if full < needed or left < 0:
         wanted = (needed + 1) * full_bytes + (least + 1) * windowed_bytes
         raise ValueError(
             f"the cache must hold one sequence of {longest if settings.max_model_len else PAGE_SIZE} tokens, which "

@@ -57,9 +57,8 @@ class Adjustments:
     @classmethod
     def empty(cls, vocabulary: int, rows: int) -> "Adjustments":
         """Rows without any."""
-        nowhere = jnp.full((rows + 1, MOST_BIASES), vocabulary, jnp.int32)
-        counts = jnp.zeros((rows + 1, vocabulary), jnp.int32)
-        return cls(counts, nowhere, jnp.zeros(nowhere.shape, jnp.float32))
+        counts, tokens = (jnp.zeros((rows + 1, width), jnp.int32) for width in (vocabulary, MOST_BIASES))
+        return cls(counts, tokens, jnp.zeros(tokens.shape, jnp.float32))
 
 
 @dataclasses.dataclass

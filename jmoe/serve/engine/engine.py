@@ -76,11 +76,8 @@ class Engine:
         Raises:
           ValueError: the memory does not hold one sequence of max_model_len.
         """
-        self._runner = Runner(self._model, self._settings)
-        pages = Pages(self._runner.geometry, caching=self._settings.prefix_caching)
-        self._scheduler = Scheduler(pages, self._runner.limits)
-        self._state = "running"
-        self._thread.start()
+        runner = Runner(self._model, self._settings)
+        self._begin(runner, Pages(runner.geometry, caching=self._settings.prefix_caching))
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
         """Puts a request at the queue's end.
@@ -223,6 +220,13 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _begin(self, runner: Runner, pages: Pages) -> None:
+        """Runs requests with these."""
+        self._runner = runner
+        self._scheduler = Scheduler(pages, runner.limits)
+        self._state = "running"
+        self._thread.start()
 
     def _check_request(self, request: Request) -> None:
         """Raises as submit does of what a request says by itself."""

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int32, UInt32
 from jmoe.serve.engine.request import SamplingParams
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-WIDTH = len(FLOATS) + 4
-"""Integers of a row: those floats' bits, top_k, the adapter, the seed's halves."""
+WIDTH = len(FLOATS) + 5
+"""Integers of a row: those floats' bits, top_k, the adapter, the number of biases, the seed's halves."""
 
 LARGEST_TOP_K = 2**31 - 1
 
@@ -25,12 +25,15 @@ def pack_options(params: SamplingParams, seed: int, adapter: int) -> Int32[np.nd
     floats = np.array([getattr(params, name) for name in FLOATS], np.float32).view(np.int32)
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     halves = np.array([high, low], np.uint32).view(np.int32)
-    return np.concatenate([floats, np.array([min(params.top_k, LARGEST_TOP_K), adapter], np.int32), halves])
+    integers = [min(params.top_k, LARGEST_TOP_K), adapter, len(params.logit_bias)]
+    return np.concatenate([floats, np.array(integers, np.int32), halves])
 
 
 class RowOptions(NamedTuple):
     """The options of rows; fields as in SamplingParams.
 
+    adapter: its place, -1 for none.
+    biases: how many tokens logit_bias names.
     seed: the data of a key of jax.random.
     """
 
@@ -42,6 +45,7 @@ class RowOptions(NamedTuple):
     frequency_penalty: Float[Array, " B"]
     top_k: Int32[Array, " B"]
     adapter: Int32[Array, " B"]
+    biases: Int32[Array, " B"]
     seed: UInt32[Array, "B 2"]
 
     @classmethod
@@ -49,5 +53,5 @@ class RowOptions(NamedTuple):
         """What pack_options has packed."""
         count = len(FLOATS)
         floats = lax.bitcast_convert_type(rows[:, :count], jnp.float32)
-        seed = lax.bitcast_convert_type(rows[:, count + 2 :], jnp.uint32)
-        return cls(*floats.T, rows[:, count], rows[:, count + 1], seed)
+        seed = lax.bitcast_convert_type(rows[:, count + 3 :], jnp.uint32)
+        return cls(*floats.T, *rows[:, count : count + 3].T, seed)

@@ -26,10 +26,13 @@ def adjust(
 
     Args:
       counts: twice how often the new text has each token, and one more of tokens that the prompt has.
-      bias_tokens: each once in a row; those outside of the vocabulary are left out.
+      bias_tokens, biases: of which as many count as the options say, each token once; the others may be an earlier
+        sequence's.
     """
-    rows = jnp.arange(len(logits))[:, None]
-    logits = logits.at[rows, bias_tokens].add(biases, mode="drop")
+    rows, numbers = jnp.arange(len(logits))[:, None], jnp.arange(biases.shape[1])
+    nowhere = logits.shape[1] + numbers
+    bias_tokens = jnp.where(numbers < options.biases[:, None], bias_tokens, nowhere)
+    logits = logits.at[rows, bias_tokens].add(biases, mode="drop", unique_indices=True)
     penalty = options.repetition_penalty[:, None]
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(counts > 0, penalized, logits)

@@ -121,18 +121,14 @@ class Running:
         )
 
     def adjustments(self, vocabulary: int) -> tuple[Int32[np.ndarray, " V"], np.ndarray, Float[np.ndarray, " N"]]:
-        """What penalties and logit_bias of its tokens so far need: counts, bias_tokens, biases of row_sampling.adjust.
-
-        Places that it leaves free name tokens that there are not, each once.
-        """
+        """What penalties and logit_bias need after its tokens so far: counts, bias_tokens, biases of
+        row_sampling.adjust."""
         new = self.sequence.tokens[self.sequence.prompt_tokens :]
         counts = 2 * np.bincount(new, minlength=vocabulary).astype(np.int32)
         counts[self.sequence.tokens[: self.sequence.prompt_tokens]] += 1
         bias = self.request.sampling.logit_bias
-        tokens = np.arange(vocabulary, vocabulary + MOST_BIASES, dtype=np.int32)
-        biases = np.zeros(MOST_BIASES, np.float32)
-        tokens[: len(bias)] = list(bias.keys())
-        biases[: len(bias)] = list(bias.values())
+        tokens, biases = np.zeros(MOST_BIASES, np.int32), np.zeros(MOST_BIASES, np.float32)
+        tokens[: len(bias)], biases[: len(bias)] = list(bias.keys()), list(bias.values())
         return counts, tokens, biases
 
 

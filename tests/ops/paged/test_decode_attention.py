@@ -1,4 +1,4 @@
-"""Attention of one query a sequence to pages, by XLA where there is no GPU."""
+"""Attention of one query a sequence to pages: compiled for the architectures it declares, and by XLA without a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -9,91 +9,78 @@ from hypothesis import strategies as st
 
 from jmoe.ops.decode.cached_attention import cached_attention
 from jmoe.ops.paged.decode_attention import paged_decode_attention
-from tests.ops.paged.sequences import exact, put, random_pages, rotated
+from jmoe.ops.target import Target
+from tests.ops.decode.lowered import ARCHITECTURES, INDEX, bf16, lowered
+from tests.paged_cases import Sizes, decode_case
 from tests.tolerances import FLOAT32
 
-HEADS, KEY_HEADS, DIM = 4, 2, 8
+SIZES = Sizes()
 attend = jax.jit(paged_decode_attention, static_argnames="window")
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("batch", "window", "columns"), [(1, None, 2048), (16, 128, 5), (64, None, 64)])
+def test_it_compiles_and_writes_the_cache_in_place(
+    architecture: str, batch: int, window: int | None, columns: int
+) -> None:
+    factors = jax.ShapeDtypeStruct((batch, 32), jnp.float32)
+    call = lambda *arrays: paged_decode_attention(*arrays, window=window, target=Target(architecture))  # noqa: E731
+    cache = bf16(12, 1000, 8, 64, 128)
+    rest = ints(batch), ints(batch, columns), bf16(24, 64), INDEX
+    program = lowered(call, bf16(batch, 80, 64), factors, factors, cache, INDEX, *rest)
+    calls = [line for line in program.splitlines() if "@triton_kernel_call_ffi" in line]
+    # The parts of few sequences' keys are merged. The cache is the fourth operand, and the last result.
+    split = batch == 1
+    assert len(calls) == 1 + split
+    alias = f"output_operand_alias<output_tuple_indices = [{3 if split else 1}], operand_index = 3, "
+    assert [alias in line for line in calls] == [True, *[False] * split]
+
+
+def test_pages_must_be_what_a_product_takes() -> None:
+    factors, call = jax.ShapeDtypeStruct((2, 32), jnp.float32), paged_decode_attention
+    rest = ints(2), ints(2, 4), bf16(24, 64), INDEX
+    operands = bf16(2, 80, 64), factors, factors, bf16(12, 9, 8, 24, 128), INDEX, *rest
+    with pytest.raises(NotImplementedError, match="pages of a power of two of at least 16 tokens, got 24"):
+        lowered(lambda *arrays: call(*arrays, window=None, target=Target("sm_90")), *operands)
 
 
 @settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 2**16),
-    positions=st.lists(st.integers(-1, 30), min_size=4, max_size=4),
-    window=st.sampled_from([None, 1, 6]),
+    positions=st.lists(st.integers(-1, 60), min_size=4, max_size=4),
+    window=st.sampled_from([None, 1, 20]),
 )
-def test_a_sequence_sees_its_own_tokens_alone(seed: int, positions: list[int], window: int | None) -> None:
-    """Everything else is NaN: other pages, tokens behind the window, tokens to come, the latest token's place."""
-    generator = np.random.default_rng(seed)
-    batch, page = len(positions), 4
-    columns = -(-31 // page) if window is None else -(-window // page) + 1
-    pages, count = random_pages(generator, batch, columns)
-    heads = generator.normal(size=(batch, HEADS + 2 * KEY_HEADS, DIM)).astype(np.float32)
-    angles = 6 * generator.random((batch, DIM // 2))
-    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    sinks = generator.normal(size=(3, HEADS)).astype(np.float32)
-    cache = np.full((2, count, KEY_HEADS, page, 2 * DIM), np.nan, np.float32)
-    wanted, written = np.zeros((batch, HEADS, DIM)), cache.copy()
-    for b, position in enumerate(positions):
-        if position < 0:
-            pages[b] = 0
-            continue
-        before = generator.normal(size=(2, position, KEY_HEADS, DIM)).astype(np.float32)
-        held = np.arange(max(0, position - (window or position + 1) + 1), position)
-        put(cache, 1, pages[b], held, before[0, held], before[1, held])
-        turned = rotated(heads[b : b + 1, : HEADS + KEY_HEADS], cosine[b : b + 1], sine[b : b + 1])
-        value = heads[b : b + 1, HEADS + KEY_HEADS :]
-        keys, values = np.concatenate([before[0], turned[:, HEADS:]]), np.concatenate([before[1], value])
-        wanted[b] = exact(turned[:, :HEADS], keys, values, position, sinks[2], window)[0]
-        put(written, 1, pages[b], np.array([position]), turned[:, HEADS:], value)
-    written = np.where(np.isnan(written), cache, written)
-    rest = jnp.array(positions, jnp.int32), jnp.asarray(pages), jnp.asarray(sinks), jnp.int32(2)
-    got, kept = attend(
-        jnp.asarray(heads),
-        jnp.asarray(cosine),
-        jnp.asarray(sine),
-        jnp.asarray(cache),
-        jnp.int32(1),
-        *rest,
-        window=window,
-    )
-    np.testing.assert_allclose(got, wanted, rtol=FLOAT32.relative, atol=FLOAT32.relative)
-    np.testing.assert_allclose(kept[:, 1:], written[:, 1:], rtol=1e-6, atol=1e-6)
+def test_elsewhere_a_sequence_sees_its_own_tokens_alone(seed: int, positions: list[int], window: int | None) -> None:
+    columns = 4 if window is None else 3
+    case = decode_case(seed, positions, window, columns, SIZES)
+    got, kept = attend(**{name: jnp.asarray(array) for name, array in case.operands.items()}, window=window)
+    np.testing.assert_allclose(got, case.wanted, rtol=FLOAT32.relative, atol=FLOAT32.relative)
+    np.testing.assert_allclose(kept, case.written, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_pages_are_as_good_as_slots(window: int | None) -> None:
-    """The same sums in float32 as of a cache that is a sequence's own."""
-    generator = np.random.default_rng(3)
-    batch, page, slots, last = 3, 4, window or 32, np.array([3, 17, 30], np.int32)
-    heads = jnp.asarray(generator.normal(size=(batch, HEADS + 2 * KEY_HEADS, DIM)), jnp.float32)
-    ring = jnp.asarray(generator.normal(size=(1, batch, KEY_HEADS, slots, 2 * DIM)), jnp.float32)
-    angles = jnp.asarray(generator.random((batch, DIM // 2)), jnp.float32)
-    sinks = jnp.asarray(generator.normal(size=(1, HEADS)), jnp.float32)
-    zero = jnp.int32(0)
-    pages, count = random_pages(generator, batch, slots // page + (window is not None))
-    cache = np.zeros((1, count, KEY_HEADS, page, 2 * DIM), np.float32)
-    for b in range(batch):
-        held = np.arange(max(0, last[b] - slots + 1), last[b])
-        both = np.asarray(ring)[0, b, :, held % slots]
-        put(cache, 0, pages[b], held, both[..., :DIM], both[..., DIM:])
-    first = heads, jnp.cos(angles), jnp.sin(angles)
-    want, _ = cached_attention(*first, ring, zero, jnp.asarray(last), sinks, zero)
-    rest = jnp.asarray(last), jnp.asarray(pages), sinks, zero
-    got, _ = attend(*first, jnp.asarray(cache), zero, *rest, window=window)
+def test_elsewhere_pages_are_as_good_as_slots() -> None:
+    """The same terms in the same order as of a cache that is a sequence's own."""
+    case = decode_case(0, [3, 17, 63], None, 4, SIZES)
+    operands = {name: jnp.asarray(array) for name, array in case.operands.items()}
+    got, _ = attend(**operands, window=None)
+    pages = operands.pop("pages")
+    # [L, B, P, M, page, 2 D] -> [L, B, M, P * page, 2 D]; what is not held is not read there but multiplied by zero.
+    slots = jnp.nan_to_num(jnp.moveaxis(operands["cache"][:, pages], 3, 2))
+    operands["cache"] = slots.reshape(*slots.shape[:3], -1, slots.shape[-1])
+    want, _ = cached_attention(**operands)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-def test_other_rows_change_no_bit_of_a_row() -> None:
-    generator = np.random.default_rng(4)
-    pages, count = random_pages(generator, 4, 4)
-    heads = generator.normal(size=(4, HEADS + 2 * KEY_HEADS, DIM)).astype(np.float32)
-    cache = generator.normal(size=(1, count, KEY_HEADS, 4, 2 * DIM)).astype(np.float32)
-    ones = jnp.ones((4, DIM // 2))
-
-    def second(position: list[int], other: float) -> jnp.ndarray:
-        changed = np.where(np.arange(4)[:, None, None] == 1, heads, heads + other).astype(np.float32)
-        rest = jnp.array(position, jnp.int32), jnp.asarray(pages), jnp.zeros((1, HEADS)), jnp.int32(0)
-        return attend(jnp.asarray(changed), ones, ones, jnp.asarray(cache), jnp.int32(0), *rest, window=None)[0][1]
-
-    assert jnp.array_equal(second([3, 9, 15, 0], 0), second([-1, 9, 2, -1], np.nan))
+def test_elsewhere_other_rows_change_no_bit_of_a_row() -> None:
+    case = decode_case(4, [3, 39, 55, 0], None, 4, SIZES)
+    operands = {name: jnp.asarray(array) for name, array in case.operands.items()}
+    want, _ = attend(**operands, window=None)
+    others = jnp.array([True, False, True, True])
+    operands["heads"] = jnp.where(others[:, None, None], jnp.nan, operands["heads"])
+    operands["position"] = jnp.array([-1, 39, 2, -1], jnp.int32)
+    got, _ = attend(**operands, window=None)
+    assert jnp.array_equal(got[1], want[1])
