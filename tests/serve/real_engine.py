@@ -16,7 +16,7 @@ from tests.serve.serving import TINY, Serving, serving
 
 SMALL = EngineSettings(
     cache_bytes=2**22,
-    max_sequences=4,
+    max_sequences=2,
     prefill_tokens=64,
     max_model_len=512,
     max_loras=2,

@@ -171,7 +171,8 @@ def test_a_full_queue_says_when_to_come_again(text_tokens: list[int]) -> None:
         full = client.post("/v1/completions", json={"prompt": ["a", "b", "c", "d"]})
         assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert int(full.headers["retry-after"]) >= 1
-        engine.going.set()  # what of them had been taken is cancelled, and there is room again
+        engine.going.set()
+        assert engine.is_empty(5)  # what of them had been taken is cancelled, and there is room again
         assert client.post("/v1/completions", json={"prompt": ["a", "b"]}).status_code == 200
         assert engine.is_empty(5)
     engine.stop()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def test_scores_and_text_of_completions(real: Serving, folder: Path, name: str) 
     for task, metrics in expected.metrics.items():
         assert found.metrics[task] == pytest.approx(metrics, rel=1e-5), task
     assert found.answers["tiny_generation"] == expected.answers["tiny_generation"]
-    scored = [np.ravel(each.answers["tiny_choice"]).astype(float) for each in (found, expected)]
+    scored = [np.array(jax.tree.leaves(each.answers["tiny_choice"]), float) for each in (found, expected)]
     np.testing.assert_allclose(*scored, rtol=1e-5)  # (log-probability, whether greedy) of each choice
 
 
