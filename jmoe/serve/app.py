@@ -57,6 +57,8 @@ class State:
             raise ApiError.unavailable("the model is being loaded")
         if self.draining:
             raise ApiError.unavailable("the server is stopping")
+        if not self.service.engine.takes_requests:
+            raise ApiError.unavailable("the engine has failed: the server's standard error says why")
         return self.service
 
 

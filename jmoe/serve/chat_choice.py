@@ -116,17 +116,14 @@ class ChatChoice:
 
     def _new_of_calls(self) -> list[dict[str, Any]]:
         """What is new of the calls: of one that has begun its name too."""
-        new = []
+        new: list[dict[str, Any]] = []
         for i, call in enumerate(self._reply.calls):
             if i == len(self._calls):
                 name = (call.recipient or "").removeprefix(NAMESPACE)
-                begun = {
-                    "id": f"call_{uuid.uuid4().hex}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": call.text},
-                }
-                self._calls.append(begun)
-                new.append({"index": i, **begun, "function": dict(begun["function"])})
+                function = {"name": name, "arguments": call.text}
+                begun = {"id": f"call_{uuid.uuid4().hex}", "type": "function"}
+                self._calls.append({**begun, "function": function})
+                new.append({"index": i, **begun, "function": dict(function)})
                 continue
             function = self._calls[i]["function"]
             if added := call.text[len(function["arguments"]) :]:

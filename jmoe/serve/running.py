@@ -1,6 +1,7 @@
 """The engine's events, which come on its thread, in the event loop; what goes away is cancelled."""
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
@@ -61,7 +62,7 @@ class Running:
             for i, request in enumerate(requests):
                 self._open[i] = request.id
                 self._times[i] = self._metrics.begin()
-                self._engine.submit(request, lambda event, i=i: self._bridge.call(self._put, i, event))
+                self._engine.submit(request, functools.partial(self._bridge.call, self._put, i))
         except BaseException:
             del self._open[i]
             self.close()

@@ -122,6 +122,10 @@ class FakeEngine:
         self.script, self.fails, self._adapters = script, None, ["tuned"]
         self.requests.clear()
 
+    @property
+    def takes_requests(self) -> bool:
+        return not (self._stopped or self._draining)
+
     def drain(self, timeout: float | None = None) -> bool:
         self._draining = True
         return self.is_empty(timeout or 60)

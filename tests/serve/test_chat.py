@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from jmoe.text import encode
@@ -127,6 +128,22 @@ def test_a_streams_pieces_are_the_message(
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * len(tokens) + [finish]
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == len(tokens)
+
+
+def test_openais_client_reads_thinking_and_calls(harmony_server: Serving, writes: Any) -> None:
+    writes(THINKS + CALLS, "<|call|>")
+    ask: dict[str, Any] = {"model": "tuned", "messages": [{"role": "user", "content": "Weather?"}], "tools": [WEATHER]}
+    with openai.OpenAI(base_url=f"{harmony_server.url}/v1", api_key="none") as client:
+        message = client.chat.completions.create(**ask).choices[0].message
+        assert message.tool_calls is not None
+        assert message.tool_calls[0].function.arguments == '{"city": "Bern"}'
+        assert message.reasoning_content == "They greet."
+        with client.chat.completions.stream(**ask) as stream:  # which puts the pieces together itself
+            streamed = stream.get_final_completion().choices[0]
+    assert streamed.finish_reason == "tool_calls"
+    assert streamed.message.tool_calls is not None
+    assert streamed.message.tool_calls[0].function.name == "weather"
+    assert streamed.message.tool_calls[0].function.arguments == '{"city": "Bern"}'
 
 
 def test_the_answer_ends_with_its_final_message(harmony_server: Serving, writes: Any) -> None:

@@ -74,6 +74,16 @@ def test_a_client_that_goes_in_the_middle_ends_its_request(server: Serving, engi
     engine.step_seconds = 0
 
 
+def test_it_is_not_healthy_without_its_engine() -> None:
+    engine = FakeEngine(lambda request: [7])
+    engine.start()
+    with serving(service_of(engine, TINY, stop_tokens=STOPS, vocab_size=512)) as server, server.client() as client:
+        assert client.get("/health").status_code == 200
+        engine.stop()
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+
+
 def test_counts_of_a_scrape(server: Serving, engine: FakeEngine) -> None:
     with server.client() as client:
         before = client.get("/metrics").text

@@ -11,6 +11,7 @@ import pytest
 
 from jmoe import gpt_oss
 from jmoe.gpt_oss.generate import generate
+from jmoe.serve.settings import Settings
 from jmoe.text import encode, load_tokenizer
 from tests.serve.real_engine import real_server
 from tests.serve.serving import TINY, Serving
@@ -22,7 +23,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Serving]:
-    with real_server() as server:
+    with real_server(Settings(adapter_directories=(TINY,))) as server:
         yield server
 
 
@@ -132,6 +133,24 @@ def test_a_seed_draws_the_same_again_and_samples_differ(client: openai.OpenAI) -
     first = ask()
     assert ask() == first
     assert len(set(first)) == 3
+
+
+def test_an_adapter_comes_and_goes_while_requests_run(real: Serving, client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"prompt": TEXT, "max_tokens": 8, "temperature": 0}
+    body = {"lora_name": "again", "lora_path": str(TINY / "adapter")}
+    with (
+        real.client() as http,
+        client.completions.create(model="tuned", stream=True, prompt=TEXT, max_tokens=100) as other,
+    ):
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        again = client.completions.create(model="again", **ask)
+        assert http.post("/v1/load_lora_adapter", json={**body, "lora_name": "third"}).status_code == 409
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
+        assert list(other)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="again", **ask)
+    expected, base = (client.completions.create(model=name, **ask) for name in ("tuned", "tiny"))
+    assert again.choices[0].text == expected.choices[0].text != base.choices[0].text
 
 
 def test_200_requests_each_end_in_one_answer(real: Serving) -> None:
