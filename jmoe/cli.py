@@ -14,6 +14,7 @@ from jmoe import __version__
 from jmoe.__main__ import INTERRUPTED
 from jmoe.commands.bench import bench
 from jmoe.commands.bench_model import bench_model
+from jmoe.commands.bench_serve import bench_serve
 from jmoe.commands.convert_adapter import convert_adapter
 from jmoe.commands.doctor import doctor
 from jmoe.commands.evaluate import evaluate
@@ -22,6 +23,7 @@ from jmoe.commands.generate import generate
 from jmoe.commands.merge import merge
 from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
+from jmoe.commands.serve import serve
 from jmoe.commands.tune import tune
 from jmoe.compilation_cache import keep_compiled_programs
 from jmoe.errors import first_line
@@ -58,12 +60,14 @@ def jmoe(
 app.command()(generate)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(serve)
 app.command()(merge)
 app.command()(convert_adapter)
 app.command()(doctor)
 app.command()(parity)
 app.command()(bench)
 app.command()(bench_model)
+app.command()(bench_serve)
 app.command()(tune)
 app.command()(profile)
 
