@@ -1,5 +1,6 @@
 """Plans of packed kernels assembled for Hopper, for tests of what the assembler says."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
     command = [ptxas, "-v", "--gpu-name=sm_90a", "--regAllocOptLevel=2", text, "-o", tmp_path / "kernel.cubin"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr, compiled.metadata.shared
+    messages = done.stdout + done.stderr
+    # Inline PTX's shared memory. Triton's follows it, of which wgmma takes 1024 bytes at once.
+    own = re.search(r"(\d+) bytes smem", messages)
+    before = int(own[1]) if own else 0
+    assert before % 1024 == 0
+    return messages, before + compiled.metadata.shared
 
 
 def check_programs_fit(plan: Plan, programs: int, tmp_path: Path) -> None:
