@@ -94,9 +94,10 @@ def linear(
         return linear_and_expand(x, weights.weight, weights.bias, shrunk, lora.b[0])
     y = product("btk,nk->btn", x, weights.weight)
     if lora is not None and adapter_ids is not None and index is not None:
-        by_row = (array.reshape(-1, array.shape[-1]) for array in (x, y))
+        x_rows, y_rows = (array.reshape(-1, array.shape[-1]) for array in (x, y))
         factors = StackedFactors(lora.a, lora.scale, lora.b)
-        return lora_by_row(*by_row, weights.bias, adapter_ids.reshape(-1), index, factors).reshape(y.shape)
+        rows = lora_by_row(x_rows, y_rows, weights.bias, adapter_ids.reshape(-1), index, factors)
+        return rows.reshape(y.shape)
     y += weights.bias.astype(jnp.float32)
     if lora is not None:
         y += delta(x, lora, adapter_ids)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import launch, register
-from jmoe.ops.launch.local_gpu import gpu_of
+from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.lora import launch_lora_by_row
 from jmoe.ops.row_adapters import by_present_adapter
 from jmoe.ops.target import Target
 
@@ -85,14 +85,7 @@ def lora_by_row_by_xla(
 
 
 def _launches(*operands: Array, target: Target | None) -> Array:
-    gpu = gpu_of(target)
-    from jmoe.triton_src.lora.by_row import LoraByRowProblem, plan_lora_by_row
-
-    buffers: dict[str, jax.Array] = dict(zip(NAMES, operands, strict=True))
-    (rows, k), n = buffers["x"].shape, buffers["product"].shape[1]
-    _, adapters, rank, _ = buffers["a"].shape
-    problem = LoraByRowProblem(rows, n, k, rank, adapters)
-    return launch(plan_lora_by_row(problem), buffers, gpu.capability)["with_lora"]
+    return launch_lora_by_row(dict(zip(NAMES, operands, strict=True)), target)
 
 
 register(lora_by_row_p, _launches)
