@@ -91,8 +91,10 @@ class _Run(NamedTuple):
     options: Options
     xla: bool
 
-    def __call__(self, tokens: Tokens, *others: Any) -> jax.Array:
-        call = Call.of_arguments(tokens, *others)
+    def __call__(
+        self, tokens: Tokens, experts: Experts, lora: Lora | None, expert_offset: Any, layer: Any
+    ) -> jax.Array:
+        call = Call.of_arguments(tokens, experts, lora, expert_offset, layer)
         if self.options.forced and not self.xla:
             check_triton_takes(call)
         return (moe_xla if self.xla else moe_by_platform)(self.options, call).reshape(tokens.x.shape)
