@@ -1,6 +1,7 @@
 """The mixture-of-experts layer."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -85,7 +86,8 @@ def moe(
     return on_mesh(run, tokens, experts, lora, expert_offset, layer, mesh_axes)
 
 
-class _Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Run:
     """y of arguments as they are on one device; equal if what is static about them is."""
 
     options: Options
