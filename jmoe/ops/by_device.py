@@ -1,5 +1,6 @@
 """The layer as a jax.shard_map: each device computes its own experts, for the tokens of its group."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,9 @@ def _on_device(
     here = names_of((axes.experts,))
     both = [tuple(name for name in names_of((entry,)) if name in here) for entry in axes.tokens]
     elsewhere = tuple(name for name in here if name not in names_of(both))
+    if here and tokens.router_logits is not None:
+        # Their gradient is a sum over devices, and rounded once then.
+        tokens = dataclasses.replace(tokens, router_logits=lax.convert_element_type(tokens.router_logits, jnp.float32))
     for axis, names in enumerate(both):
         if names:
             tokens = jax.tree.map(functools.partial(lax.all_gather, axis_name=names, axis=axis, tiled=True), tokens)

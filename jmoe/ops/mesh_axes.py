@@ -65,7 +65,8 @@ def specs_of(tokens: Tokens, experts: Experts, lora: Lora | None, stacked: bool,
     if lora is not None:
         factor = _at(1 + lora_has_layers(lora), axes.experts)
         names = [field.name for field in dataclasses.fields(lora) if getattr(lora, field.name) is not None]
-        of_lora = dataclasses.replace(lora, **{name: P() if name.endswith("_scale") else factor for name in names})
+        specs: dict[str, Any] = {name: P() if name.endswith("_scale") else factor for name in names}
+        of_lora = dataclasses.replace(lora, **specs)
     return jax.tree.map(lambda _: axes.tokens, tokens), of_experts, of_lora
 
 

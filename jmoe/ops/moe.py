@@ -1,6 +1,7 @@
 """The mixture-of-experts layer."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -82,14 +83,17 @@ def moe(
     return on_mesh(run, tokens, experts, lora if adapters else None, expert_offset, layer, mesh_axes)
 
 
-class _Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Run:
     """y of arguments as they are on one device; equal if what is static about them is."""
 
     options: Options
     xla: bool
 
-    def __call__(self, tokens: Tokens, *others: Any) -> jax.Array:
-        call = Call.of_arguments(tokens, *others)
+    def __call__(
+        self, tokens: Tokens, experts: Experts, lora: Lora | None, expert_offset: Any, layer: Any
+    ) -> jax.Array:
+        call = Call.of_arguments(tokens, experts, lora, expert_offset, layer)
         if self.options.forced and not self.xla:
             check_triton_takes(call)
         return (moe_xla if self.xla else moe_by_platform)(self.options, call).reshape(tokens.x.shape)

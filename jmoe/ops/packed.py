@@ -68,14 +68,14 @@ def pack_weight(weight: Mxfp4) -> PackedMxfp4:
 
 def _pack_each(weight: Mxfp4) -> PackedMxfp4:
     """As pack_weight, in a program that may be compiled with others: one loop over experts."""
-    _, n, k = weight.shape
-    return PackedMxfp4(*lax.map(lambda expert: _pack_expert(*expert), (weight.blocks, weight.scales)), n, k)
+    words, scales = lax.map(lambda expert: _pack_expert(*expert), (weight.blocks, weight.scales))
+    return PackedMxfp4(words, scales, *weight.shape[1:])
 
 
 def _pack_all(weight: Mxfp4) -> PackedMxfp4:
     """As pack_weight, of all experts at once."""
-    _, n, k = weight.shape
-    return PackedMxfp4(*jax.vmap(_pack_expert)(weight.blocks, weight.scales), n, k)
+    words, scales = jax.vmap(_pack_expert)(weight.blocks, weight.scales)
+    return PackedMxfp4(words, scales, *weight.shape[1:])
 
 
 def _unpack_all(packed: PackedMxfp4) -> Mxfp4:

@@ -92,6 +92,8 @@ def check(case: str, found: dict[str, Any]) -> None:
         assert len(sums) == 1, sums
     limit = 2e-6 if backend == "xla" else (GRADIENT if "gradient" in what else BFLOAT16).relative
     assert found["error"] <= limit
+    if kind == "Auto" and "gradient" in what:
+        return  # XLA chooses where its gradients lie
     assert found["spec"].startswith({"-": "P(", "de": "P(('d', 'e')"}.get(tokens, f"P('{tokens}'"))
 
 

@@ -84,7 +84,7 @@ def _compute(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: O
     call, dy = tree.unflatten(leaves)
     like = buffers_of(call) | {"y": call.tokens.x}
 
-    def one_device(results: tuple[str, ...], call: Call, _: None, dy: jax.Array | None) -> list[jax.Array]:
+    def one_device(results: tuple[str, ...], call: Call, _: Any, dy: jax.Array | None) -> list[jax.Array]:
         if dy is None:
             return [forward(options.activation, call)]
         names = tuple(name.removesuffix("_grad") for name in results)
