@@ -181,6 +181,11 @@ class Engine:
             max_model_len=self._runner.max_model_len,
         )
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it has started and neither drains nor has stopped or failed."""
+        return self._state == "running"
+
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests, and waits until those it has have ended.
 
