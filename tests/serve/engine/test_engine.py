@@ -219,7 +219,7 @@ def test_an_adapter_that_does_not_fit_is_refused(engine: Engine, adapter: gpt_os
     with pytest.raises(ValueError, match="LoRA on q must be of one adapter"):
         engine.load_adapter("two", gpt_oss.stack_adapters([adapter, adapter]))
     assert engine.adapters() == ()
-    assert len(engine._free_places) == 2
+    assert len(engine._adapters.free) == 2
 
 
 def test_an_adapter_with_nan_fails_its_own_requests(
@@ -314,7 +314,9 @@ def test_what_cannot_run_is_refused(runner: Runner, model: gpt_oss.GptOss) -> No
 def test_drain_and_stop(runner: Runner, model: gpt_oss.GptOss, adapter: gpt_oss.LoraWeights) -> None:
     with running(runner, model) as engine:
         answers = [ask(engine, PROMPTS[number], max_tokens=NEW) for number in range(6)]
+        assert engine.takes_requests
         assert not engine.drain(timeout=0)
+        assert not engine.takes_requests
         with pytest.raises(EngineStoppedError, match="draining"):
             ask(engine, [1])
         assert engine.drain(timeout=120)
