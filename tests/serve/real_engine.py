@@ -15,15 +15,15 @@ from jmoe.serve.settings import Settings
 from tests.serve.serving import TINY, Serving, serving
 
 SMALL = EngineSettings(
-    cache_bytes=2**22,
-    max_sequences=2,
+    cache_bytes=3 * 2**18,
+    max_sequences=4,
     prefill_tokens=64,
     max_model_len=512,
     max_loras=2,
     chunk_sizes=(64,),
     queue_limit=256,
 )
-"""Few programs, which take most of the time, and few pages."""
+"""Few programs, which take most of the time, and 11 pages, of which the longest sequence takes 8."""
 
 SERVED = Served(
     directory=TINY,
