@@ -13,6 +13,10 @@ from jmoe.serve.engine.settings import EngineSettings
 DEFAULT_BYTES = 2**28
 """Where the device does not say how much memory it has, as a CPU does not."""
 
+ROUND = 2**28
+"""Of what a device has left, which differs a little each time: programs are compiled for a number of pages, and those
+for the same number are found in JAX's cache."""
+
 WINDOWED_SHARE = 4
 """With prefix caching one windowed page for so many full ones: prompts may go on from so much of what is kept."""
 
@@ -32,7 +36,7 @@ def cache_budget(settings: EngineSettings) -> int:
     if memory is None or "bytes_limit" not in memory:
         return DEFAULT_BYTES
     whole, used = memory["bytes_limit"], memory["bytes_in_use"]
-    left = int(settings.cache_fraction * whole) - used
+    left = (int(settings.cache_fraction * whole) - used) // ROUND * ROUND
     if left <= 0:
         raise ValueError(
             f"cache_fraction {settings.cache_fraction} of {byte_size(whole)} leaves nothing beside the "

@@ -16,6 +16,7 @@ from jmoe.errors import first_line
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import check_adapter, padded_layers
+from jmoe.serve.engine.loaded_adapters import LoadedAdapters
 from jmoe.serve.engine.page_names import PageNames
 from jmoe.serve.engine.pages import Pages
 from jmoe.serve.engine.request import (
@@ -23,16 +24,14 @@ from jmoe.serve.engine.request import (
     EngineStoppedError,
     Event,
     Failed,
-    NoPlaceError,
     QueueFullError,
     Request,
     Token,
     TooLongError,
-    UnknownAdapterError,
 )
 from jmoe.serve.engine.row_logprobs import RowLogprobs
 from jmoe.serve.engine.runner import InFlight, Runner
-from jmoe.serve.engine.running import Adapter, Running
+from jmoe.serve.engine.running import Running
 from jmoe.serve.engine.scheduler import Chunk, Scheduler, Step
 from jmoe.serve.engine.sequence import Sequence
 from jmoe.serve.engine.settings import EngineSettings, EngineStats
@@ -61,9 +60,7 @@ class Engine:
         self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._requests: dict[str, Running] = {}
         self._submitted = 0
-        self._adapters: dict[str, Adapter] = {}
-        self._free_places = list(reversed(range(settings.max_loras)))
-        self._serial = 0
+        self._adapters = LoadedAdapters(settings.max_loras)
         # The engine's thread alone, once it runs.
         self._running: dict[Sequence, Running] = {}
         self._in_flight: deque[InFlight] = deque()
@@ -100,12 +97,7 @@ class Engine:
                 raise ValueError(f"id must be of no other request that runs, got {request.id!r}")
             if self._submitted + len(self._scheduler.waiting) >= self._settings.queue_limit:
                 raise QueueFullError(f"{self._settings.queue_limit} requests wait already")
-            adapter = None
-            if request.adapter is not None:
-                adapter = self._adapters.get(request.adapter)
-                if adapter is None:
-                    raise UnknownAdapterError(f"no adapter {request.adapter!r} is loaded")
-                adapter.users += 1
+            adapter = self._adapters.use(request.adapter)
             identity = b"base" if adapter is None else b"adapter %d" % adapter.serial
             sequence = Sequence(
                 list(map(int, request.prompt)),
@@ -141,12 +133,7 @@ class Engine:
         check_adapter(weights, config, settings.lora_targets, settings.max_lora_rank)
         with self._changed:
             self._check_open()
-            if name in self._adapters:
-                raise ValueError(f"an adapter {name!r} is loaded already")
-            if not self._free_places:
-                raise NoPlaceError(f"all {settings.max_loras} places for adapters are taken")
-            self._serial += 1
-            adapter = Adapter(name, self._free_places.pop(), self._serial)
+            adapter = self._adapters.reserve(name)
         try:
             layers = padded_layers(weights, config, settings.lora_targets, settings.max_lora_rank, dtype)
             for index, layer in enumerate(layers):
@@ -157,12 +144,10 @@ class Engine:
                     done = self._command(functools.partial(self._runner.put_adapter, on_device, index, adapter.place))
                 done.result()
             with self._changed:
-                if name in self._adapters:
-                    raise ValueError(f"an adapter {name!r} is loaded already")
-                self._adapters[name] = adapter
+                self._adapters.loaded(adapter)
         except BaseException:
             with self._changed:
-                self._free_places.append(adapter.place)
+                self._adapters.failed(adapter)
             raise
 
     def unload_adapter(self, name: str) -> None:
@@ -172,16 +157,12 @@ class Engine:
           UnknownAdapterError: it is not loaded.
         """
         with self._changed:
-            adapter = self._adapters.pop(name, None)
-            if adapter is None:
-                raise UnknownAdapterError(f"no adapter {name!r} is loaded")
-            adapter.leaving = True
-            self._free_place(adapter)
+            self._adapters.unload(name)
 
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may use."""
         with self._changed:
-            return tuple(self._adapters)
+            return self._adapters.names()
 
     def stats(self) -> EngineStats:
         """How busy the engine is."""
@@ -260,11 +241,6 @@ class Engine:
         self._commands.append((work, done))
         self._changed.notify_all()
         return done
-
-    def _free_place(self, adapter: Adapter) -> None:
-        """Frees the place of an adapter that nobody can use any more; the lock must be held."""
-        if adapter.leaving and not adapter.users:
-            self._free_places.append(adapter.place)
 
     # What follows is for the engine's thread.
 
@@ -356,9 +332,7 @@ class Engine:
         del self._running[running.sequence]
         self._cached_tokens += running.sequence.cached_tokens or 0
         with self._changed:
-            if running.adapter is not None:
-                running.adapter.users -= 1
-                self._free_place(running.adapter)
+            self._adapters.release(running.adapter)
         running.emit(event)
         with self._changed:
             del self._requests[running.request.id]
@@ -397,8 +371,10 @@ class Engine:
             self._end(running, running.finished("stop", token))
         else:
             self._new_tokens += 1
-            wanted = params.logprobs is not None and logprobs is not None
-            self._tell(running, Token(token, *logprobs.row(index, params.logprobs)) if wanted else Token(token))
+            event = Token(token)
+            if params.logprobs is not None and logprobs is not None:
+                event = Token(token, *logprobs.row(index, params.logprobs))
+            self._tell(running, event)
             if sequence.new_tokens == params.max_tokens:
                 self._end(running, running.finished("length"))
 

@@ -54,4 +54,6 @@ class RowOptions(NamedTuple):
         count = len(FLOATS)
         floats = lax.bitcast_convert_type(rows[:, :count], jnp.float32)
         seed = lax.bitcast_convert_type(rows[:, count + 3 :], jnp.uint32)
-        return cls(*floats.T, *rows[:, count : count + 3].T, seed)
+        top_k, adapter, biases = rows[:, count : count + 3].T
+        named = dict(zip(FLOATS, floats.T, strict=True))
+        return cls(**named, top_k=top_k, adapter=adapter, biases=biases, seed=seed)

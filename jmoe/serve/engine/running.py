@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int32
 
+from jmoe.serve.engine.loaded_adapters import Adapter
 from jmoe.serve.engine.programs import Drawing
 from jmoe.serve.engine.request import (
     MOST_BIASES,
@@ -24,22 +25,6 @@ from jmoe.serve.engine.scheduler import Piece
 from jmoe.serve.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(eq=False)
-class Adapter:
-    """An adapter in its place.
-
-    serial: of all that were ever loaded, its number.
-    users: requests that name it and have not ended.
-    leaving: it has been unloaded, and its place will be free.
-    """
-
-    name: str
-    place: int
-    serial: int
-    users: int = 0
-    leaving: bool = False
 
 
 @dataclasses.dataclass(eq=False)

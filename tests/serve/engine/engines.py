@@ -108,7 +108,7 @@ def running(
         stats = engine.stats()
         assert (stats.queued, stats.running, stats.pages_free) == (0, 0, stats.pages_total)
         assert held.windowed.free == held.windowed.total
-        assert all(adapter.users == 0 for adapter in engine._adapters.values())
+        assert all(adapter.users == 0 for adapter in engine._adapters._named.values())
         assert engine._scheduler._rows != []
         assert sorted(engine._scheduler._rows) == list(range(settings.max_sequences))
     finally:

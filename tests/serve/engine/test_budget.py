@@ -1,6 +1,7 @@
 """The cache's pages by its memory."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -63,6 +64,18 @@ def test_a_model_without_a_kind_of_layers_needs_no_pages_of_it() -> None:
 
 def test_a_device_that_does_not_say_what_it_has_gives_little() -> None:
     assert cache_budget(settings(cache_bytes=None)) == DEFAULT_BYTES
+
+
+def test_a_part_of_the_devices_memory_is_a_round_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def budget(used: int) -> int:
+        memory = {"bytes_limit": 80 * 2**30, "bytes_in_use": used}
+        device = SimpleNamespace(memory_stats=lambda: memory)
+        monkeypatch.setattr("jax.devices", lambda: [device])
+        return cache_budget(settings(cache_bytes=None, cache_fraction=0.5))
+
+    assert budget(15 * 2**30 + 5) == budget(15 * 2**30 + 2**20) == 25 * 2**30 - 2**28
+    with pytest.raises(ValueError, match=r"cache_fraction 0.5 of 80.0 GiB leaves nothing beside the 40.0 GiB in use"):
+        budget(40 * 2**30)
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_an_adapter_that_does_not_fit_is_refused(engine: Engine, adapter: gpt_os
     with pytest.raises(ValueError, match="LoRA on q must be of one adapter"):
         engine.load_adapter("two", gpt_oss.stack_adapters([adapter, adapter]))
     assert engine.adapters() == ()
-    assert len(engine._free_places) == 2
+    assert len(engine._adapters.free) == 2
 
 
 def test_an_adapter_with_nan_fails_its_own_requests(

@@ -82,4 +82,4 @@ def test_each_request_ends_once(
 def wait_for_place(engine: Engine) -> bool:
     """Until a place for an adapter is free."""
     with engine._changed:
-        return engine._changed.wait_for(lambda: engine._free_places, timeout=120)
+        return engine._changed.wait_for(lambda: engine._adapters.free, timeout=120)
