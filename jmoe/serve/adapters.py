@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jmoe.errors import first_line, in_short
-from jmoe.serve.engine import NoPlaceError, UnknownAdapterError
+from jmoe.serve.engine import EngineStoppedError, NoPlaceError, UnknownAdapterError
 from jmoe.serve.errors import ApiError
 from jmoe.serve.protocol.others import LoadAdapterRequest, UnloadAdapterRequest
 from jmoe.serve.service import Service
@@ -15,13 +15,13 @@ async def load(asked: LoadAdapterRequest, service: Service, allowed: Sequence[Pa
     """Loads an adapter from below one of the directories that are allowed.
 
     Raises:
-      ApiError: 403, it lies elsewhere; 400, it cannot be loaded, or the name is taken; 409, all places are taken.
+      ApiError: 403, it lies elsewhere; 400, it cannot be loaded, or the name is taken; 409, all places are taken; 503,
+        the engine has stopped.
     """
     check_on(allowed)
     if asked.lora_name in service.model.names:
         raise ApiError.invalid("lora_name", f"lora_name: {in_short(asked.lora_name)} is the model's own name")
-    directory = allowed_directory(asked.lora_path, allowed)
-    await asyncio.to_thread(_load, service, asked.lora_name, directory)
+    await asyncio.to_thread(_load, service, asked, allowed)
 
 
 async def unload(asked: UnloadAdapterRequest, service: Service, allowed: Sequence[Path]) -> None:
@@ -51,26 +51,30 @@ def allowed_directory(path: str, allowed: Sequence[Path]) -> Path:
     """
     try:
         directory = Path(path).resolve(strict=True)
-        files = [file.resolve(strict=True) for file in directory.iterdir()]
+        if _is_below(directory, allowed) and all(
+            _is_below(file.resolve(strict=True), allowed) for file in directory.iterdir()
+        ):
+            return directory
     except (OSError, RuntimeError, ValueError):  # which of them is nothing to tell who may not read there
-        files, directory = [], None  # type: ignore[assignment]
-    if directory is None or not all(_is_below(file, allowed) for file in (directory, *files)):
-        raise ApiError(
-            403, f"lora_path: {in_short(path)} is not a directory below those that are allowed", param="lora_path"
-        )
-    return directory
+        pass
+    raise ApiError(
+        403, f"lora_path: {in_short(path)} is not a directory below those that are allowed", param="lora_path"
+    )
 
 
 def _is_below(path: Path, allowed: Sequence[Path]) -> bool:
     return any(path.is_relative_to(each.resolve()) for each in allowed)
 
 
-def _load(service: Service, name: str, directory: Path) -> None:
+def _load(service: Service, asked: LoadAdapterRequest, allowed: Sequence[Path]) -> None:
+    directory = allowed_directory(asked.lora_path, allowed)
     if service.read_adapter is None:
         raise ApiError(404, "this server has no room for adapters: --max-loras gives it some")
     try:
-        service.engine.load_adapter(name, service.read_adapter(str(directory)))
+        service.engine.load_adapter(asked.lora_name, service.read_adapter(str(directory)))
     except NoPlaceError as error:
         raise ApiError(409, first_line(error), param="lora_name") from None
+    except EngineStoppedError:
+        raise ApiError.unavailable("the server is stopping") from None
     except (OSError, ValueError) as error:
         raise ApiError.of_value("lora_path", error) from None

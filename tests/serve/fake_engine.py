@@ -120,6 +120,7 @@ class FakeEngine:
     def reset(self, script: Callable[[Request], Sequence[int]]) -> None:
         """As it was at first, with another script."""
         self.script, self.fails, self._adapters = script, None, ["tuned"]
+        self.step_seconds = 0.0
         self.requests.clear()
 
     @property

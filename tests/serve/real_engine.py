@@ -1,4 +1,4 @@
-"""Servers by jmoe's own engine, in float32, on the tiny checkpoint and its adapter."""
+"""Servers by jmoe's own engine on the tiny checkpoint and its adapter."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jmoe.serve.engine import EngineSettings
 from jmoe.serve.load import Served, load_service
@@ -15,15 +16,15 @@ from jmoe.serve.settings import Settings
 from tests.serve.serving import TINY, Serving, serving
 
 SMALL = EngineSettings(
-    cache_bytes=2**22,
-    max_sequences=2,
+    cache_bytes=3 * 2**18,
+    max_sequences=4,
     prefill_tokens=64,
     max_model_len=512,
     max_loras=2,
     chunk_sizes=(64,),
     queue_limit=256,
 )
-"""Few programs, which take most of the time, and few pages."""
+"""Few programs, which take most of the time, and 11 pages, of which the longest sequence takes 8."""
 
 SERVED = Served(
     directory=TINY,
@@ -31,14 +32,13 @@ SERVED = Served(
     names=("tiny",),
     adapters={"tuned": TINY / "adapter"},
     engine=SMALL,
-    dtype=jnp.float32,
 )
 
 
 @contextlib.contextmanager
-def real_server(settings: Settings | None = None, **engine: Any) -> Iterator[Serving]:
+def real_server(settings: Settings | None = None, dtype: DTypeLike = jnp.float32, **engine: Any) -> Iterator[Serving]:
     """A server that is ready, its engine's settings SMALL's but for these; in the end all its pages must be free."""
-    served = dataclasses.replace(SERVED, engine=dataclasses.replace(SMALL, **engine))
+    served = dataclasses.replace(SERVED, engine=dataclasses.replace(SMALL, **engine), dtype=dtype)
     services: list[Service] = []
 
     def load(loop: asyncio.AbstractEventLoop) -> Service:

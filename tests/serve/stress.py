@@ -64,8 +64,9 @@ class Stress:
         if kind == "refused":
             body, status = draw.choice(BAD)
             return kind, body, status
-        prompt = draw.randint(1, 20) if draw.random() < 0.8 else draw.randint(20, 300)
-        new = draw.randint(1, 12) if draw.random() < 0.9 else draw.randint(12, 60)
+        prompt, new = draw.randint(1, 20), draw.randint(1, 6)
+        if draw.random() < 0.1:  # so long that not all that run at once have pages to the end
+            prompt, new = draw.randint(100, 300), draw.randint(40, 80)
         first = draw.choice((7, 8, draw.randint(10, 500)))  # some prompts begin alike
         body = {
             "model": draw.choice(self._models),
@@ -80,7 +81,7 @@ class Stress:
             "stream": kind != "whole" and (kind == "streamed" or draw.random() < 0.5),
         }
         if kind == "left":
-            return kind, {**body, "max_tokens": 200, "ignore_eos": True}, draw.uniform(0, 0.3)
+            return kind, {**body, "max_tokens": 200, "ignore_eos": True}, draw.uniform(0, 0.1)
         if body["stream"]:
             body["stream_options"] = {"include_usage": True}
         return kind, body, None

@@ -71,7 +71,6 @@ def test_a_client_that_goes_in_the_middle_ends_its_request(server: Serving, engi
     with server.client() as client, client.stream("POST", "/v1/completions", json=STREAM) as answer:
         next(answer.iter_lines())
     assert engine.is_empty(1)  # all steps would be 1.5 seconds
-    engine.step_seconds = 0
 
 
 def test_it_is_not_healthy_without_its_engine() -> None:

@@ -19,7 +19,7 @@ ADAPTERS = {"tiny": None, "tuned": TINY / "adapter"}
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Serving]:
-    with real_server(max_sequences=16) as server:
+    with real_server(max_sequences=16, cache_bytes=2**23) as server:
         yield server
 
 

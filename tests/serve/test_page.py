@@ -84,6 +84,7 @@ def test_two_models_answer_side_by_side(page: Any, engine: FakeEngine) -> None:
     tokenizer = load_tokenizer(TINY)
     said = {None: "The License", "tuned": "You may reproduce it"}
     engine.script = lambda request: encode(tokenizer, said[request.adapter])
+    engine.step_seconds = 0.005
     lists = page.query_selector_all("select")
     wait_for(page, lambda: len(page.query_selector_all("option")) == 6)
     assert [each.input_value() for each in lists] == ["base", "base-too"]

@@ -171,3 +171,5 @@ def stress(server: Serving, requests: int) -> None:
     assert min(asked.ended[kind] for kind in ("whole", "streamed", "refused", "left")) >= requests // 20
     with server.client() as client:
         assert client.get("/health").status_code == 200
+    assert server.state.service is not None
+    assert server.state.service.engine.stats().preemptions > 0

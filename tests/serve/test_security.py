@@ -175,7 +175,7 @@ def test_who_does_not_read_the_answer_is_left(hasty: Serving, engine: FakeEngine
     body = (
         b'{"prompt": '
         + b"["
-        + b",".join([b"[7]"] * 200)
+        + b",".join([b"[7]"] * 60)
         + b'], "echo": true, "max_tokens": 199, "logprobs": 20, "stream": true}'
     )
     with connect(hasty) as connection:
