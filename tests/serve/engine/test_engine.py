@@ -314,7 +314,9 @@ def test_what_cannot_run_is_refused(runner: Runner, model: gpt_oss.GptOss) -> No
 def test_drain_and_stop(runner: Runner, model: gpt_oss.GptOss, adapter: gpt_oss.LoraWeights) -> None:
     with running(runner, model) as engine:
         answers = [ask(engine, PROMPTS[number], max_tokens=NEW) for number in range(6)]
+        assert engine.takes_requests
         assert not engine.drain(timeout=0)
+        assert not engine.takes_requests
         with pytest.raises(EngineStoppedError, match="draining"):
             ask(engine, [1])
         assert engine.drain(timeout=120)

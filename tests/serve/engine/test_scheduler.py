@@ -217,6 +217,17 @@ def test_what_fits_alone_is_computed_with_as_few_pages() -> None:
     assert nothing_is_held(run)
 
 
+def test_what_was_put_back_begins_again_once_its_tokens_are_read() -> None:
+    run = session()
+    sequence = add(run, [1, 2, 3], 4)
+    run.step()
+    run.scheduler.put_back_all()
+    assert sequence.pending == 1
+    assert run.scheduler.plan() is None
+    run.run()
+    assert sequence.tokens == alone([1, 2, 3], 4, b"base", None)
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_a_sequence_may_end_at_any_time(steps: int) -> None:
     run = session()
