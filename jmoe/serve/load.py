@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -55,15 +56,17 @@ def load_service(served: Served, loop: asyncio.AbstractEventLoop) -> Service:
     Raises:
       FileNotFoundError, ValueError: as jmoe.gpt_oss.load, jmoe.gpt_oss.load_adapter and the engine do.
     """
-    tokenizer, prompt_tokenizer = (load_tokenizer(served.directory) for _ in range(2))
     config = Config.load(served.directory)
 
     def read_adapter(path: str) -> LoraWeights:
         return load_adapter(path, config, lora_b_layout=served.lora_b_layout)
 
-    adapters = {name: read_adapter(str(path)) for name, path in served.adapters.items()}
-    rank = served.max_lora_rank or max([LEAST_RANK, *map(rank_of, adapters.values())])
-    model = gpt_oss.load(served.directory, dtype=served.dtype, quantize=served.quantize)
+    with ThreadPoolExecutor(1) as beside:  # seconds, in which the weights can be read
+        tokenizers = beside.submit(lambda: [load_tokenizer(served.directory) for _ in range(2)])
+        adapters = {name: read_adapter(str(path)) for name, path in served.adapters.items()}
+        rank = served.max_lora_rank or max([LEAST_RANK, *map(rank_of, adapters.values())])
+        model = gpt_oss.load(served.directory, dtype=served.dtype, quantize=served.quantize)
+        tokenizer, prompt_tokenizer = tokenizers.result()
     engine = Engine(model, dataclasses.replace(served.engine, max_lora_rank=rank))
     engine.start()
     for name, weights in adapters.items():

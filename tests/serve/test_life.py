@@ -1,14 +1,18 @@
 """A server's life: before it is ready, while clients come and go, and its end."""
 
 import asyncio
+import dataclasses
+import functools
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from jmoe.serve.run import Server, listen
+from jmoe.serve.load import load_service
+from jmoe.serve.run import Server, listen, serve
 from jmoe.serve.settings import Settings
 from tests.serve.conftest import STOPS, WORDS
 from tests.serve.fake_engine import FakeEngine
@@ -37,8 +41,6 @@ def test_it_is_not_healthy_before_it_is_ready(module_engine: FakeEngine) -> None
 def test_a_model_that_cannot_be_loaded_ends_it() -> None:
     def load(loop: asyncio.AbstractEventLoop) -> Any:
         raise ValueError("no such model")
-
-    from jmoe.serve.run import serve
 
     said: list[str] = []
     with pytest.raises(ValueError, match="no such model"):
@@ -166,3 +168,16 @@ def test_a_second_sigterm_ends_it_at_once(running: Running, engine: FakeEngine, 
     assert running.server.status == 128 + 15
     engine.going.set()
     assert engine.is_empty(5)  # cancelled
+
+
+def test_a_checkpoint_without_a_tokenizer_ends_it(tmp_path: Path) -> None:
+    from tests.serve.real_engine import SERVED
+
+    for file in TINY.glob("*.json"):
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file in TINY.glob("*.safetensors"):
+        (tmp_path / file.name).symlink_to(file)
+    served = dataclasses.replace(SERVED, directory=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        serve(Settings(port=0), functools.partial(load_service, served), lambda line: None)
