@@ -11,12 +11,13 @@ import pytest
 from jmoe.compilation_cache import keep_compiled_programs
 
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+WITHOUT_ADDRESSES = "jax_remove_custom_partitioning_ptr_from_cache_key"
 
 
 @pytest.fixture(autouse=True)
 def options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """JAX's options as they are, again after the test."""
-    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    before = {name: getattr(jax.config, name) for name in (*OPTIONS, WITHOUT_ADDRESSES)}
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -29,6 +30,7 @@ def test_commands_keep_every_program_in_the_users_cache(tmp_path: Path, monkeypa
     keep_compiled_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jmoe" / "programs")
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    assert getattr(jax.config, WITHOUT_ADDRESSES)
 
 
 def test_what_the_user_has_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:

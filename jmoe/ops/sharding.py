@@ -32,7 +32,8 @@ def on_mesh(
     arguments = tokens, experts, lora, expert_offset, layer
     mesh, mesh_axes = mesh_of(arguments), mesh_axes or None
     if mesh_axes is None and not mesh.explicit_axes:
-        return function(*alike(arguments))
+        compiled = mesh.size > 1 and not mesh.manual_axes
+        return (_compiled if compiled else _as_it_is)(function, *arguments)
     axes = explicit_axes(tokens, experts, lora, layer is not None)
     if mesh_axes is not None:
         check_divides(mesh_axes, mesh, tokens.x.shape[:-1], experts.down.shape[-3])
@@ -46,11 +47,18 @@ def on_mesh(
             lambda *arguments: function(*alike(arguments)), axes=mesh.explicit_axes, out_sharding=sharding
         )
         return whole(*arguments)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-        return _by_device(function, mesh, axes, *arguments)
-    return _compiled_by_device(function, mesh, axes, *arguments)
+    return _by_device(function, mesh, axes, *arguments)
 
 
+def _as_it_is(function: Layer, *arguments: Any) -> jax.Array:
+    return function(*alike(arguments))
+
+
+_compiled = jax.jit(_as_it_is, static_argnums=0)
+"""Also where nothing around is compiled: XLA asks for the rule of Auto axes when it compiles."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _by_device(function: Layer, mesh: AbstractMesh, axes: MeshAxes, *arguments: Any) -> jax.Array:
     """function of each device's own experts, summed over the devices that hold them."""
     tokens, experts, lora, offset, layer = arguments
@@ -58,10 +66,6 @@ def _by_device(function: Layer, mesh: AbstractMesh, axes: MeshAxes, *arguments: 
     placed = jax.tree.map(functools.partial(_place, mesh), given, specs_of_arguments(axes, given))
     split = split_inside_shard_map if mesh.manual_axes else split_over_devices
     return split(function, mesh, axes, placed)
-
-
-_compiled_by_device = jax.jit(_by_device, static_argnums=(0, 1, 2))
-"""For calls outside jax.jit."""
 
 
 def _in_vmap_over_axes(mesh: AbstractMesh) -> bool:

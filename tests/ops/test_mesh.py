@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jmoe
+from jmoe.ops import partition
 from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from tests.ops.mesh_program import SHAPE, errors, place, sent
@@ -235,10 +236,19 @@ def test_weights_that_an_auto_axis_splits_inside_a_shard_map_over_others_are_ref
         split(layer)
 
 
-def test_a_call_outside_jit_is_one_program() -> None:
-    layer = small_layer(AxisType.Explicit, adapters=1, rank=3)
-    want = jax.jit(call)(random_layer(LayerShape(4, 64, 64, 4, 2, adapters=1, rank=3)))
-    np.testing.assert_allclose(call(layer).astype(np.float32), want.astype(np.float32), rtol=1e-2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_outside_jit_gather_nothing_either(kind: AxisType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    rule = partition._split_axes
+    monkeypatch.setattr(partition, "_split_axes", lambda *arguments: asked.append("rule") or rule(*arguments))
+    layer, alone = small_layer(kind), random_layer(LayerShape(4, 64, 64, 4, 2))
+    run = lambda layer, x: call(dataclasses.replace(layer, x=x))  # noqa: E731
+    y, pullback = jax.vjp(functools.partial(run, layer), layer.x)
+    want, x_grad = jax.jit(lambda layer: (call(layer), jax.vjp(functools.partial(run, layer), layer.x)[1](layer.x)[0]))(
+        alone
+    )
+    assert errors((y, call(layer), pullback(layer.x)[0]), (want, want, x_grad)) <= GRADIENT.relative
+    assert len(asked) == (3 if kind == AxisType.Auto else 0)  # else a jax.shard_map has been compiled
 
 
 @pytest.mark.parametrize(("kind", "axes"), [(AxisType.Explicit, None), (AxisType.Auto, jmoe.MeshAxes("e"))])
