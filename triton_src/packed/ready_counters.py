@@ -12,7 +12,9 @@ program waits for work of tickets, so it begins when all have been taken, which 
 then it takes tickets itself. The first programs take one each, and find none left if others were there before them.
 In the order in which GPUs do start programs, one of down's looks once, and takes none.
 
-A ticket costs a trip to L2 and back, which a number does not. So does the look, but it is shorter and has no barriers.
+A ticket costs a trip to L2 and back, which a number does not. So does the look, but it is shorter and has one barrier.
+One thread looks for all: others take tickets meanwhile, and threads that had seen different numbers would go different
+ways and meet at different barriers.
 
 Routing zeroes the counters and the tickets in each call, in a launch before.
 """
@@ -31,11 +33,24 @@ _TAKE = gl.constexpr("""{ .reg .pred p; .reg .b32 t; .shared .align 1024 .b8 tic
  bar.sync 0; @p st.shared.b32 [ticket], t;
  bar.sync 0; ld.shared.b32 $0, [ticket]; }""")
 
+# Once in a program, before it takes a ticket: nobody reads this memory before.
+_LOOK = gl.constexpr("""{ .reg .pred p; .reg .b32 t; .shared .align 1024 .b8 taken[1024];
+ mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+ @p ld.relaxed.gpu.global.b32 t, [$1];
+ @p st.shared.b32 [taken], t;
+ bar.sync 0; ld.shared.b32 $0, [taken]; }""")
+
 
 @gluon.jit
 def take_ticket(tickets_ptr):
     """How many tickets had been taken before: the number of this one."""
     return gl.inline_asm_elementwise(_TAKE, "=r,l", [tickets_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tickets_taken(tickets_ptr):
+    """How many tickets have been taken, the same for all threads."""
+    return gl.inline_asm_elementwise(_LOOK, "=r,l", [tickets_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -46,7 +61,7 @@ def tickets_to_take(tickets_ptr, program, tickets):
     """
     times = 1
     if program >= tickets:
-        times = tickets - gl.load(tickets_ptr, volatile=True)
+        times = tickets - tickets_taken(tickets_ptr)
     return times
 
 

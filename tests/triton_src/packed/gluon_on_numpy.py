@@ -127,6 +127,8 @@ class Copies:
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0, eviction_policy: str = "", volatile: bool = False) -> Any:
+    # Each thread would read for itself what other programs change meanwhile, and threads would go different ways.
+    assert not volatile
     at, ok = pointer.places(mask)
     return tensor(np.where(ok, pointer.array.reshape(-1)[at], np.asarray(other).astype(pointer.array.dtype)))
 

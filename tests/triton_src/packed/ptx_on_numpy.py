@@ -108,6 +108,7 @@ INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "ld.shared.b32": lambda a: a,
     "setp.eq.u32": lambda a, b: (a == b).astype(np.uint64),
     "atom.relaxed.gpu.global.add.u32": fetch_and_add,
+    "ld.relaxed.gpu.global.b32": lambda address: address.array.reshape(-1)[address.at].astype(np.uint64),
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "shl.b32": lambda a, b: a << b,
