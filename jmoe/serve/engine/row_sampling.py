@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 from jmoe.gpt_oss.sample import LEAST_TEMPERATURE, greedy
 from jmoe.serve.engine.row_options import RowOptions
 
+LEAST_WEIGHT = float(jnp.finfo(jnp.float32).tiny)
+"""Of the tokens that are kept: at a top_p that float32 rounds to 0 the likeliest stay."""
+
 
 def adjust(
     logits: Float[Array, "B V"],
@@ -77,7 +80,7 @@ def kept(scaled: Float[Array, "B V"], options: RowOptions) -> Bool[Array, "B V"]
     most = jnp.where(options.top_k == 0, vocabulary, jnp.minimum(options.top_k, vocabulary))
     among = ordered >= largest_with(lambda least: jnp.sum(ordered >= least, axis=1, dtype=jnp.int32) >= most, ordered)
     weights = jnp.where(among, jnp.exp(scaled), 0)
-    wanted = options.top_p * jnp.sum(weights, axis=1)
+    wanted = jnp.maximum(options.top_p * jnp.sum(weights, axis=1), LEAST_WEIGHT)
     least = largest_with(lambda least: jnp.sum(jnp.where(ordered >= least, weights, 0), axis=1) >= wanted, ordered)
     among &= (options.top_p >= 1)[:, None] | (ordered >= least)
     return among & (scaled >= jnp.log(options.min_p)[:, None])

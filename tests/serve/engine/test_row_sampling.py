@@ -24,6 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.6, "top_k": 7, "top_p": 0.8, "min_p": 0.15},
     {"temperature": 0.5, "top_k": 1},
     {"top_p": 1e-6},
+    {"top_p": 1e-300},
     {"top_k": 10**12, "min_p": 1.0},
 ]
 VOCABULARY = 24
