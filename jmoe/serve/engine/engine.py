@@ -72,6 +72,7 @@ class Engine:
 
         Raises:
           ValueError: the memory does not hold one sequence of max_model_len.
+          EngineStoppedError: it has been started or stopped before.
         """
         runner = Runner(self._model, self._settings)
         self._begin(runner, Pages(runner.geometry, caching=self._settings.prefix_caching))
@@ -89,7 +90,7 @@ class Engine:
           QueueFullError: queue_limit requests wait.
           EngineStoppedError: the engine drains or has stopped.
         """
-        self._check_request(request)
+        tokens = self._checked_prompt(request)
         params = request.sampling
         with self._changed:
             self._check_open()
@@ -100,8 +101,8 @@ class Engine:
             adapter = self._adapters.use(request.adapter)
             identity = b"base" if adapter is None else b"adapter %d" % adapter.serial
             sequence = Sequence(
-                list(map(int, request.prompt)),
-                len(request.prompt),
+                tokens,
+                len(tokens),
                 params.max_tokens,
                 PageNames(identity, self._runner.geometry.page_size),
                 shares=params.prompt_logprobs is None,
@@ -209,13 +210,16 @@ class Engine:
 
     def _begin(self, runner: Runner, pages: Pages) -> None:
         """Runs requests with these."""
-        self._runner = runner
-        self._scheduler = Scheduler(pages, runner.limits)
-        self._state = "running"
-        self._thread.start()
+        with self._changed:
+            if self._state != "new":
+                raise EngineStoppedError(f"an engine starts once, and this one is {self._state}")
+            self._runner = runner
+            self._scheduler = Scheduler(pages, runner.limits)
+            self._state = "running"
+            self._thread.start()
 
-    def _check_request(self, request: Request) -> None:
-        """Raises as submit does of what a request says by itself."""
+    def _checked_prompt(self, request: Request) -> list[int]:
+        """The prompt's tokens; raises as submit does of what a request says by itself."""
         params, vocabulary = request.sampling, self._model.config.vocab_size
         prompt = np.asarray(request.prompt)
         if not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
@@ -230,6 +234,7 @@ class Engine:
             raise TooLongError(
                 f"prompt and new tokens must be at most {longest}, got {len(prompt)} and {params.max_tokens}"
             )
+        return prompt.tolist()
 
     def _check_open(self) -> None:
         if self._state != "running":
@@ -279,9 +284,10 @@ class Engine:
             )
             if self._state == "stopped":
                 return False
-            commands = list(self._commands)
-            self._commands.clear()
-        for work, done in commands:
+            asked = len(self._commands)
+        for _ in range(asked):
+            with self._changed:
+                work, done = self._commands.popleft()  # one at a time: after an error those left are still there
             try:
                 work()
             except BaseException as error:
@@ -351,6 +357,7 @@ class Engine:
                     event = running.prompt_logprobs(piece, prompt, before)
                     if event is not None and tokens[index] >= 0:
                         self._tell(running, event)
+                        running = self._running.get(sequence)  # not if its receiver has failed
                 before += piece.count
             if running is not None and (piece is None or piece.last):
                 self._take_token(running, int(tokens[index]), logprobs, index)

@@ -17,12 +17,14 @@ from jmoe.serve.engine import (
     Failed,
     Finished,
     NoPlaceError,
+    PromptLogprobs,
     QueueFullError,
     Request,
     SamplingParams,
     TooLongError,
     UnknownAdapterError,
 )
+from jmoe.serve.engine.pages import Pages
 from jmoe.serve.engine.runner import Runner
 from tests.serve.engine.engines import ADAPTERS, NEW, PROMPTS, SETTINGS, Answer, ask, name_of, running
 
@@ -267,12 +269,16 @@ def test_an_error_within_a_step_fails_its_requests_alone(
 
 
 def test_a_receiver_that_fails_ends_its_request_alone(engine: Engine, texts: list[list[int]]) -> None:
+    got: list[type] = []
+
     def fails(event: Any) -> None:
+        got.append(type(event))
         raise ValueError("a receiver")
 
-    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
     engine.submit(Request(id="bad", prompt=[1, 2], adapter=None, sampling=params), fails)
     assert ask(engine, PROMPTS[0]).tokens == texts[0][:12]
+    assert got == [PromptLogprobs, Cancelled]
 
 
 def test_a_cancelled_request_ends_once_and_frees_what_it_held(engine: Engine) -> None:
@@ -328,6 +334,23 @@ def test_drain_and_stop(runner: Runner, model: gpt_oss.GptOss, adapter: gpt_oss.
     engine = Engine(model, SETTINGS)
     with pytest.raises(EngineStoppedError, match="not started"):
         ask(engine, [1])
+    engine.stop()
+    with pytest.raises(EngineStoppedError, match="starts once, and this one is stopped"):
+        engine._begin(runner, Pages(runner.geometry, caching=False))
+
+
+def test_what_is_asked_of_an_engine_that_fails_ends(runner: Runner, model: gpt_oss.GptOss) -> None:
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    runner.reset()
+    engine = Engine(model, SETTINGS)
+    engine._begin(runner, Pages(runner.geometry, caching=False))
+    with engine._changed:
+        first, second = engine._command(fail), engine._command(lambda: None)
+    assert isinstance(first.exception(timeout=60), RuntimeError)
+    assert isinstance(second.exception(timeout=60), EngineStoppedError)
+    engine.stop()
 
 
 def test_stop_fails_what_has_not_ended(runner: Runner, model: gpt_oss.GptOss) -> None:
