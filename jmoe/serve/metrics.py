@@ -98,8 +98,12 @@ class _EngineCollector(Collector):
             ("jmoe_requests_waiting", "Requests in the queue.", found.queued),
             ("jmoe_requests_running", "Requests in the running batch.", found.running),
             ("jmoe_pages", "Pages of the KV cache.", found.pages_total),
-            ("jmoe_pages_free", "Pages that hold nothing.", found.pages_free),
-            ("jmoe_pages_cached", "Pages that hold prefixes of ended requests.", found.cached_pages),
+            ("jmoe_pages_free", "Pages that no request holds, those cached among them.", found.pages_free),
+            (
+                "jmoe_pages_cached",
+                "Of the free pages, those whose content a prompt may still share.",
+                found.cached_pages,
+            ),
             ("jmoe_compiled_programs", "Programs compiled.", found.compiled_programs),
         ):
             yield GaugeMetricFamily(name, says, value=value)
