@@ -148,8 +148,8 @@ def packed_decode_kernel(
     down_begin = down_shrink_begin + first_wave_tiles * DOWN_SHRINK
     tail_begin = down_begin + (first_wave_tiles - tail_tiles) * DOWN
     tickets_ptr = ready_counters_ptr + max_tiles
-    for _ in tl.range(0, tickets_to_take(tickets_ptr, program, down_begin), disable_licm=True):
-        ticket = take_ticket(tickets_ptr)
+    for _ in tl.range(0, tickets_to_take(tickets_ptr, program, down_begin, True), disable_licm=True):
+        ticket = take_ticket(tickets_ptr, True)
         if GATE_UP_SHRINK > 0 and ticket < gate_up_begin:
             shrink_tiles(gate_up, rows, ticket, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
         elif ticket < down_shrink_begin:

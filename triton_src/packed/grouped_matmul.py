@@ -110,8 +110,9 @@ def packed_grouped_matmul_kernel(
             tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
         else:
             tickets = max_tiles * GATE_UP
-            for _ in tl.range(0, tickets_to_take(ready_counters_ptr + max_tiles, program, tickets), disable_licm=True):
-                ticket = take_ticket(ready_counters_ptr + max_tiles)
+            tickets_ptr = ready_counters_ptr + max_tiles
+            for _ in tl.range(0, tickets_to_take(tickets_ptr, program, tickets, False), disable_licm=True):
+                ticket = take_ticket(tickets_ptr, False)
                 if ticket < tickets:
                     tile_of_rows(gate_up, rows, pre_activations_ptr, ticket, SMALLEST_M, GATE_UP)
             program -= tickets

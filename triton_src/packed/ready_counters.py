@@ -42,26 +42,34 @@ _LOOK = gl.constexpr("""{ .reg .pred p; .reg .b32 t; .shared .align 1024 .b8 tak
 
 
 @gluon.jit
-def take_ticket(tickets_ptr):
-    """How many tickets had been taken before: the number of this one."""
+def take_ticket(tickets_ptr, OWN_MEMORY: gl.constexpr):
+    """How many tickets had been taken before: the number of this one.
+
+    OWN_MEMORY: by the instructions above, for kernels with less than 46 KiB of Triton's shared memory. For more than 48
+    KiB in all CUDA must be asked, and launchers ask where Triton's alone is more.
+    """
+    if not OWN_MEMORY:
+        return gl.atomic_add(tickets_ptr, 1, sem="relaxed", scope="gpu")
     return gl.inline_asm_elementwise(_TAKE, "=r,l", [tickets_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def tickets_taken(tickets_ptr):
-    """How many tickets have been taken, the same for all threads."""
+def tickets_taken(tickets_ptr, OWN_MEMORY: gl.constexpr):
+    """How many tickets have been taken, the same for all threads; OWN_MEMORY as in take_ticket."""
+    if not OWN_MEMORY:
+        return gl.atomic_add(tickets_ptr, 0, sem="relaxed", scope="gpu")
     return gl.inline_asm_elementwise(_LOOK, "=r,l", [tickets_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def tickets_to_take(tickets_ptr, program, tickets):
+def tickets_to_take(tickets_ptr, program, tickets, OWN_MEMORY: gl.constexpr):
     """How often a program takes a ticket: one of the first `tickets` once, another while there are any, if there are.
 
     There may be none left when it does.
     """
     times = 1
     if program >= tickets:
-        times = tickets - tickets_taken(tickets_ptr)
+        times = tickets - tickets_taken(tickets_ptr, OWN_MEMORY)
     return times
 
 

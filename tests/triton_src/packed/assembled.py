@@ -45,6 +45,8 @@ def assemble(plan: Plan, tmp_path: Path) -> tuple[str, int]:
     own = re.search(r"(\d+) bytes smem", messages)
     before = int(own[1]) if own else 0
     assert before % 1024 == 0
+    # For more than 48 KiB in all CUDA must be asked, and launchers ask where Triton's alone is more.
+    assert compiled.metadata.shared > 48 * 1024 or before + compiled.metadata.shared <= 48 * 1024
     return messages, before + compiled.metadata.shared
 
 
