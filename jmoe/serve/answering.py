@@ -48,12 +48,13 @@ class Answer(abc.ABC):
 
     kinds: tuple[str, str]
 
-    def __init__(self, prefix: str, model: str, prompt_tokens: int, include_usage: bool) -> None:
-        """An answer to prompts of so many tokens."""
+    def __init__(self, prefix: str, model: str, prompt_tokens: int, n: int, include_usage: bool) -> None:
+        """An answer to prompts of so many tokens in all, with n choices for each."""
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
         self.prompt_tokens = prompt_tokens
+        self.n = n
         self.include_usage = include_usage
         self.requests: list[Request] = []
 
@@ -86,13 +87,15 @@ class Answer(abc.ABC):
         return event_bytes({**self._head(self.kinds[1]), "choices": [], "usage": self.usage()}) + DONE
 
     def usage(self) -> dict[str, Any]:
-        """The numbers of tokens so far."""
+        """The numbers of tokens so far; cached are those of prompts that none of their choices had to compute."""
         new = sum(choice.new_tokens for choice in self.choices)
+        cached = [choice.cached_tokens for choice in self.choices]
+        of_prompts = sum(min(cached[first : first + self.n]) for first in range(0, len(cached), self.n))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self.prompt_tokens + new,
-            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in self.choices)},
+            "prompt_tokens_details": {"cached_tokens": of_prompts},
         }
 
     def _head(self, kind: str) -> dict[str, Any]:

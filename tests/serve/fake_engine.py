@@ -214,12 +214,14 @@ class _Row:
         self.on_event = on_event
         self.script = script
         self.given = 0
+        # As prefix caching has it: the first of several that begin alike computes what the others find.
+        self.cached = 0 if request.id.endswith("-0") else len(request.prompt) - 1
 
     def finished(self, reason: Any, stop_token: int | None) -> Finished:
         return Finished(
             reason=reason,
             stop_token=stop_token,
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=0,
+            cached_tokens=self.cached,
             new_tokens=self.given,
         )

@@ -56,6 +56,16 @@ def test_a_stream_has_a_chunk_a_token_and_usage_in_the_last(server: Serving, tex
     assert {chunk["id"] for chunk in [*chunks, last]} == {last["id"]}
 
 
+def test_cached_tokens_are_of_prompts_and_not_of_answers(server: Serving) -> None:
+    with server.client() as client:
+        one, two = (
+            client.post(PATH, json={"prompt": prompts, "max_tokens": 2, "n": 3}).json()["usage"]
+            for prompts in (["You may"], ["You may", "You may"])
+        )
+    assert one["prompt_tokens_details"]["cached_tokens"] == 0
+    assert two["prompt_tokens_details"]["cached_tokens"] == two["prompt_tokens"] // 2 - 1
+
+
 def test_a_stream_without_usage_has_none(server: Serving) -> None:
     with server.client() as client:
         chunks = chunks_of(client, PATH, {"prompt": "You may"})
