@@ -30,8 +30,9 @@ def split_over_devices(function: Layer, mesh: AbstractMesh, axes: MeshAxes, argu
 
 def specs_of_arguments(axes: MeshAxes, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The PartitionSpec of each array."""
-    tokens, experts, lora, _, layer = arguments
-    return *specs_of(tokens, experts, lora, layer is not None, axes), P(), None if layer is None else P()
+    tokens, experts, lora, *numbers = arguments
+    scalars = (None if number is None else P() for number in numbers)
+    return *specs_of(tokens, experts, lora, numbers[1] is not None, axes), *scalars
 
 
 def free_axes(mesh: AbstractMesh) -> set[Any]:
@@ -69,6 +70,7 @@ def _on_device(
     for axis, names in enumerate(both):
         if names:
             tokens = jax.tree.map(functools.partial(lax.all_gather, axis_name=names, axis=axis, tiled=True), tokens)
+    offset = 0 if offset is None else offset
     if here:
         offset = offset + lax.axis_index(here).astype(jnp.int32) * experts.down.shape[-3]
     y = function(*alike((tokens, experts, lora, offset, layer)))

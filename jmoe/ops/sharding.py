@@ -40,7 +40,7 @@ def on_mesh(
         if axes and axes != mesh_axes:
             raise ValueError(f"mesh_axes must be what the arrays' types say on explicit axes, {axes}, got {mesh_axes}")
         axes = mesh_axes
-    elif not axes or any(mesh.shape[name] > 1 for name in mesh.auto_axes) or _in_vmap_over_axes(mesh):
+    elif not axes or mesh.size == 1 or any(mesh.shape[name] > 1 for name in mesh.auto_axes) or _in_vmap_over_axes(mesh):
         # What Auto axes split is not known here, nor what those do over which a jax.vmap around this maps.
         sharding = jax.NamedSharding(mesh, jax.typeof(tokens.x).sharding.spec)
         whole = jax.sharding.auto_axes(
@@ -62,7 +62,8 @@ _compiled = jax.jit(_as_it_is, static_argnums=0)
 def _by_device(function: Layer, mesh: AbstractMesh, axes: MeshAxes, *arguments: Any) -> jax.Array:
     """function of each device's own experts, summed over the devices that hold them."""
     tokens, experts, lora, offset, layer = arguments
-    given = tokens, experts, lora, jnp.asarray(offset, jnp.int32), None if layer is None else jnp.asarray(layer)
+    offset = None if isinstance(offset, int) and offset == 0 else jnp.asarray(offset, jnp.int32)
+    given = tokens, experts, lora, offset, None if layer is None else jnp.asarray(layer)
     placed = jax.tree.map(functools.partial(_place, mesh), given, specs_of_arguments(axes, given))
     split = split_inside_shard_map if mesh.manual_axes else split_over_devices
     return split(function, mesh, axes, placed)

@@ -28,7 +28,8 @@ def by_device[Weight, Changed](
     leaves = jax.tree.leaves(weight)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     shardings = [jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None) for leaf in leaves]
-    meshes = [each.mesh for each in shardings if isinstance(each, jax.NamedSharding) and each.mesh.size > 1]
+    meshes = [each.mesh for each in shardings if isinstance(each, jax.NamedSharding)]
+    meshes = [mesh for mesh in meshes if mesh.size > 1 or mesh.explicit_axes]
     if not meshes or jax.sharding.get_abstract_mesh().manual_axes:
         return change(weight)
     if traced and not meshes[0].explicit_axes:

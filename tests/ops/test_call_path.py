@@ -20,7 +20,7 @@ from jmoe.triton_src.routing.few import plan_route_few
 ROOT = Path(__file__).parents[2]
 ROOMS = (ROOT / "jmoe", ROOT / "triton_src")
 MOST_PASSED, MOST_PASSED_FILES = 12, 8
-MOST_CALLED, MOST_CALLED_FILES = 34, 17
+MOST_CALLED, MOST_CALLED_FILES = 35, 17
 FIRST = "jmoe/ops/moe.py: moe"
 
 

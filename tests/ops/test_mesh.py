@@ -333,6 +333,17 @@ def test_packing_keeps_shardings_and_sends_nothing(kind: AxisType, jitted: bool)
     assert not [one for program in programs for one in sent(program.compile().as_text())]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_of_one_device_is_one_device(kind: AxisType) -> None:
+    layer = random_layer(LayerShape(4, 64, 64, 4, 2))
+    mesh = jax.make_mesh((1,), ("e",), devices=jax.devices("cpu")[:1], axis_types=(kind,))
+    split = dataclasses.replace(layer, experts=jax.device_put(layer.experts, NamedSharding(mesh, P("e"))))
+    run = jax.jit(lambda layer: call(dataclasses.replace(layer, experts=jmoe.pack(layer.experts))))
+    want = run(layer)
+    assert jnp.array_equal(run(split), want)
+    assert jnp.array_equal(call(dataclasses.replace(split, experts=jmoe.pack(split.experts))), want)
+
+
 def test_packing_weights_that_are_split_along_rows_is_refused() -> None:
     weight = random_layer(LayerShape(4, 64, 64, 4, 2)).experts.gate_up
     assert isinstance(weight, Mxfp4)
