@@ -43,17 +43,19 @@ class Answer(abc.ABC):
 
     Attributes:
       requests: what the engine is asked for, one for each choice.
+      n: choices of each prompt, which stand side by side.
       kinds: what `object` says of a whole answer, and of a chunk.
     """
 
     kinds: tuple[str, str]
 
-    def __init__(self, prefix: str, model: str, prompt_tokens: int, include_usage: bool) -> None:
-        """An answer to prompts of so many tokens."""
+    def __init__(self, prefix: str, model: str, prompt_tokens: int, n: int, include_usage: bool) -> None:
+        """n choices for each prompt, which are of so many tokens together."""
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
         self.prompt_tokens = prompt_tokens
+        self.n = n
         self.include_usage = include_usage
         self.requests: list[Request] = []
 
@@ -92,8 +94,13 @@ class Answer(abc.ABC):
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self.prompt_tokens + new,
-            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in self.choices)},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }
+
+    def _cached_tokens(self) -> int:
+        """Of the prompts' tokens, those computed before: choices of a prompt share what the first of them computes."""
+        each = [choice.cached_tokens for choice in self.choices]
+        return sum(min(each[i : i + self.n]) for i in range(0, len(each), self.n))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

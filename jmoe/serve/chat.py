@@ -47,7 +47,7 @@ class ChatAnswer(Answer):
     ) -> None:
         """As asked, of a prompt that is tokens already."""
         model = service.model
-        super().__init__("chatcmpl", asked.model or model.names[0], len(prompt), asked.include_usage)
+        super().__init__("chatcmpl", asked.model or model.names[0], len(prompt), n, asked.include_usage)
         most = room(model, prompt, asked.most_tokens, "messages")
         self._choices: list[ChatChoice] = []
         self._held: dict[int, tuple[Delta, Any]] = {}

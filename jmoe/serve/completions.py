@@ -73,7 +73,7 @@ class CompletionAnswer(Answer):
         """As asked, of prompts that are tokens already."""
         model = service.model
         super().__init__(
-            "cmpl", asked.model or model.names[0], sum(len(each.tokens) for each in prompts), asked.include_usage
+            "cmpl", asked.model or model.names[0], sum(len(each.tokens) for each in prompts), n, asked.include_usage
         )
         most = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
         # One token's log-probability is wanted whatever the token is, as clients that score texts ask for one.

@@ -5,6 +5,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""Numbers beyond it may have thousands of digits, which Python refuses to write into an error."""
+
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -25,7 +29,7 @@ class GenerationFields(Body):
     """What an answer is asked for; null is as if the field were not there."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
