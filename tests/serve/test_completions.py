@@ -96,6 +96,14 @@ def test_n_answers_have_seeds_of_their_own(server: Serving, engine: FakeEngine) 
     assert answer["usage"]["prompt_tokens"] == 2
 
 
+def test_a_prompts_cached_tokens_count_once_whatever_its_answers_share(server: Serving, engine: FakeEngine) -> None:
+    cached = {"0": 0, "1": 4, "2": 3, "3": 4}  # of the first prompt's answers, then of the second's
+    engine.cached = lambda request: cached[request.id.rpartition("-")[2]]
+    usage = ask(server, prompt=[[7] * 5, [8] * 5], n=2)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0 + 3
+    assert usage["prompt_tokens"] == 10
+
+
 def test_echo_with_logprobs_is_what_scores_texts(server: Serving, engine: FakeEngine) -> None:
     # As lm-eval asks: the prompt's tokens and one more, whatever it is, the end of the text too.
     engine.script = lambda request: []
