@@ -43,13 +43,14 @@ class Answer(abc.ABC):
 
     Attributes:
       requests: what the engine is asked for, one for each choice.
+      n: choices of each prompt, which stand side by side.
       kinds: what `object` says of a whole answer, and of a chunk.
     """
 
     kinds: tuple[str, str]
 
     def __init__(self, prefix: str, model: str, prompt_tokens: int, n: int, include_usage: bool) -> None:
-        """An answer to prompts of so many tokens in all, with n choices for each."""
+        """n choices for each prompt, which are of so many tokens together."""
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
@@ -87,16 +88,19 @@ class Answer(abc.ABC):
         return event_bytes({**self._head(self.kinds[1]), "choices": [], "usage": self.usage()}) + DONE
 
     def usage(self) -> dict[str, Any]:
-        """The numbers of tokens so far; cached are those of prompts that none of their choices had to compute."""
+        """The numbers of tokens so far."""
         new = sum(choice.new_tokens for choice in self.choices)
-        cached = [choice.cached_tokens for choice in self.choices]
-        of_prompts = sum(min(cached[first : first + self.n]) for first in range(0, len(cached), self.n))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self.prompt_tokens + new,
-            "prompt_tokens_details": {"cached_tokens": of_prompts},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }
+
+    def _cached_tokens(self) -> int:
+        """Of the prompts' tokens, those computed before: choices of a prompt share what the first of them computes."""
+        each = [choice.cached_tokens for choice in self.choices]
+        return sum(min(each[i : i + self.n]) for i in range(0, len(each), self.n))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

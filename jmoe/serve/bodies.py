@@ -24,7 +24,7 @@ async def read_body[B: Body](http: Request, form: type[B], settings: Settings) -
             408, f"the body must come within {settings.timeouts.body:g} seconds", headers={"Connection": "close"}
         ) from None
     try:
-        return form.model_validate_json(content)
+        return form.read(content)
     except ValidationError as error:
         raise ApiError.of_validation(error) from None
 

@@ -32,7 +32,7 @@ async def chat_completion(asked: ChatRequest, service: Service, limits: Limits) 
     n = check_choices(asked, 1, limits)
     tools = tools_to_render(asked.tools, asked.tool_choice)
     prompt = await service.with_tokenizer(
-        lambda tokenizer: conversation_tokens(tokenizer, asked.messages, tools, asked.reasoning_effort)
+        asked, lambda tokenizer: conversation_tokens(tokenizer, asked.messages, tools, asked.reasoning_effort)
     )
     return ChatAnswer(asked, prompt, n, adapter, service)
 

@@ -30,7 +30,7 @@ async def completion(asked: CompletionRequest, service: Service, limits: Limits)
     adapter = service.adapter(asked.model)
     _check(asked, limits, service.model)
     n = check_choices(asked, len(asked.prompts), limits)
-    prompts = await service.with_tokenizer(lambda tokenizer: _tokens(asked.prompts, tokenizer, service.model))
+    prompts = await service.with_tokenizer(asked, lambda tokenizer: _tokens(asked.prompts, tokenizer, service.model))
     return CompletionAnswer(asked, prompts, n, adapter, service)
 
 

@@ -14,6 +14,9 @@ INVALID = "invalid_request_error"
 TYPE_NAMES = ("str", "int", "float", "bool", "json_schema")
 """What pydantic adds to a field's place to say which type of several it tried."""
 
+PARAM_CHARACTERS = 200
+"""Of a field's name in an error, at most."""
+
 RETRY_SECONDS = 1
 """What Retry-After says: a place in the queue is free once a running request ends."""
 
@@ -62,7 +65,7 @@ class ApiError(Exception):
         if first["type"] == "json_invalid":
             return cls(400, f"the body must be JSON: {first['msg']}")
         place = [part for part in first["loc"] if isinstance(part, int) or _is_field(part)]
-        param = ".".join(map(str, place)) or None
+        param = ".".join(map(str, place))[:PARAM_CHARACTERS] or None  # a key of an object, which may be anything
         return cls(400, f"{param or 'the body'}: {first['msg']}", param=param)
 
     @classmethod

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jmoe.errors import in_short
 from jmoe.generation.batches import own_seed
 from jmoe.serve.engine import SamplingParams
 from jmoe.serve.errors import ApiError
@@ -125,6 +126,8 @@ def _bias(entries: dict[str, float], vocab_size: int) -> dict[int, float]:
     found = {}
     for text, bias in entries.items():
         if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < vocab_size):
-            raise ApiError.invalid("logit_bias", f"logit_bias: keys must be token ids below {vocab_size}, got {text!r}")
+            raise ApiError.invalid(
+                "logit_bias", f"logit_bias: keys must be token ids below {vocab_size}, got {in_short(text)}"
+            )
         found[int(text)] = bias
     return found

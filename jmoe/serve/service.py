@@ -1,6 +1,7 @@
 """The model that is served: what requests need of it beside the engine."""
 
 import asyncio
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from jmoe.serve.engine import Engine
 from jmoe.serve.errors import ApiError
 from jmoe.serve.metrics import Metrics
+from jmoe.serve.protocol.common import Body
 from jmoe.serve.running import Bridge, Running
 from jmoe.serve.token_texts import TokenTexts
 
@@ -65,9 +67,12 @@ class Service:
         self.metrics = metrics
         self.token_texts = TokenTexts(tokenizer)
         self.read_adapter = read_adapter
-        self._prompt_tokenizer = prompt_tokenizer
         self._bridge = Bridge(loop)
-        self._prompts = ThreadPoolExecutor(1, "prompts")
+        # A thread with a tokenizer of its own for short requests, and one for long ones, which they need not wait for.
+        self._prompts = [
+            (ThreadPoolExecutor(1, "prompts"), prompt_tokenizer),
+            (ThreadPoolExecutor(1, "long prompts"), copy.deepcopy(prompt_tokenizer)),
+        ]
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a request's `model` names; None: the base model.
@@ -81,14 +86,16 @@ class Service:
             raise ApiError.unknown_model(name)
         return name
 
-    async def with_tokenizer[T](self, work: Callable[[Any], T]) -> T:
-        """What the function makes of the tokenizer for prompts, in a thread of its own: long prompts take long."""
-        return await asyncio.get_running_loop().run_in_executor(self._prompts, work, self._prompt_tokenizer)
+    async def with_tokenizer[T](self, asked: Body, work: Callable[[Any], T]) -> T:
+        """What the function makes of a tokenizer for prompts, in a thread of its own: long prompts take long."""
+        thread, tokenizer = self._prompts[asked.is_long]
+        return await asyncio.get_running_loop().run_in_executor(thread, work, tokenizer)
 
     def running(self) -> Running:
         """For one request of HTTP."""
         return Running(self.engine, self._bridge, self.metrics)
 
     def close(self) -> None:
-        """Ends the thread of the prompts."""
-        self._prompts.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads of the prompts."""
+        for thread, _ in self._prompts:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -27,7 +27,7 @@ async def tokenize(asked: TokenizeRequest, service: Service) -> dict[str, Any]:
         except ValueError as error:
             raise ApiError.of_value("prompt", error) from None
 
-    tokens = await service.with_tokenizer(work)
+    tokens = await service.with_tokenizer(asked, work)
     return {"count": len(tokens), "max_model_len": service.model.max_model_len, "tokens": tokens}
 
 
@@ -41,6 +41,7 @@ async def detokenize(asked: DetokenizeRequest, service: Service) -> dict[str, An
     if max(asked.tokens, default=0) >= service.model.vocab_size:
         raise ApiError.invalid("tokens", f"tokens: ids must be below {service.model.vocab_size}")
     text = await service.with_tokenizer(
-        lambda tokenizer: tokenizer.decode(asked.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        asked,
+        lambda tokenizer: tokenizer.decode(asked.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
     return {"prompt": text}

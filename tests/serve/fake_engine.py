@@ -52,6 +52,7 @@ class FakeEngine:
         self.going.set()
         self.requests: list[Request] = []
         self.fails: str | None = None
+        self.cached: Callable[[Request], int] = lambda request: 0
         self._stop_tokens = set(stop_tokens)
         self._adapters = list(adapters)
         self._places, self._max_sequences, self.queue_limit = places, max_sequences, queue_limit
@@ -120,6 +121,7 @@ class FakeEngine:
     def reset(self, script: Callable[[Request], Sequence[int]]) -> None:
         """As it was at first, with another script."""
         self.script, self.fails, self._adapters = script, None, ["tuned"]
+        self.cached = lambda request: 0
         self.step_seconds = 0.0
         self.requests.clear()
 
@@ -185,19 +187,19 @@ class FakeEngine:
             entries = [PromptToken(LOGPROB, self._top(token, sampling.prompt_logprobs)) for token in row.request.prompt]
             row.on_event(PromptLogprobs((None, *entries[1:])))
         if sampling.max_tokens == 0:
-            row.on_event(row.finished("length", None))
+            row.on_event(row.finished("length", None, self.cached(row.request)))
             return True
         token = row.script.popleft() if row.script else min(self._stop_tokens, default=0)
         ends = set(sampling.stop_tokens) | (set() if sampling.ignore_eos else self._stop_tokens)
         if token in ends:
-            row.on_event(row.finished("stop", token))
+            row.on_event(row.finished("stop", token, self.cached(row.request)))
             return True
         row.given += 1
         self._new_tokens += 1
         given = (LOGPROB, self._top(token, sampling.logprobs)) if sampling.logprobs is not None else (None, ())
         row.on_event(Token(token, *given))
         if row.given == sampling.max_tokens:
-            row.on_event(row.finished("length", None))
+            row.on_event(row.finished("length", None, self.cached(row.request)))
             return True
         return False
 
@@ -214,14 +216,12 @@ class _Row:
         self.on_event = on_event
         self.script = script
         self.given = 0
-        # As prefix caching has it: the first of several that begin alike computes what the others find.
-        self.cached = 0 if request.id.endswith("-0") else len(request.prompt) - 1
 
-    def finished(self, reason: Any, stop_token: int | None) -> Finished:
+    def finished(self, reason: Any, stop_token: int | None, cached: int) -> Finished:
         return Finished(
             reason=reason,
             stop_token=stop_token,
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.cached,
+            cached_tokens=cached,
             new_tokens=self.given,
         )

@@ -56,16 +56,6 @@ def test_a_stream_has_a_chunk_a_token_and_usage_in_the_last(server: Serving, tex
     assert {chunk["id"] for chunk in [*chunks, last]} == {last["id"]}
 
 
-def test_cached_tokens_are_of_prompts_and_not_of_answers(server: Serving) -> None:
-    with server.client() as client:
-        one, two = (
-            client.post(PATH, json={"prompt": prompts, "max_tokens": 2, "n": 3}).json()["usage"]
-            for prompts in (["You may"], ["You may", "You may"])
-        )
-    assert one["prompt_tokens_details"]["cached_tokens"] == 0
-    assert two["prompt_tokens_details"]["cached_tokens"] == two["prompt_tokens"] // 2 - 1
-
-
 def test_a_stream_without_usage_has_none(server: Serving) -> None:
     with server.client() as client:
         chunks = chunks_of(client, PATH, {"prompt": "You may"})
@@ -104,6 +94,14 @@ def test_n_answers_have_seeds_of_their_own(server: Serving, engine: FakeEngine) 
     assert seeds[0] == 7
     assert seeds[1] not in (7, None)
     assert answer["usage"]["prompt_tokens"] == 2
+
+
+def test_a_prompts_cached_tokens_count_once_whatever_its_answers_share(server: Serving, engine: FakeEngine) -> None:
+    cached = {"0": 0, "1": 4, "2": 3, "3": 4}  # of the first prompt's answers, then of the second's
+    engine.cached = lambda request: cached[request.id.rpartition("-")[2]]
+    usage = ask(server, prompt=[[7] * 5, [8] * 5], n=2)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0 + 3
+    assert usage["prompt_tokens"] == 10
 
 
 def test_echo_with_logprobs_is_what_scores_texts(server: Serving, engine: FakeEngine) -> None:

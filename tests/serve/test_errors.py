@@ -57,10 +57,14 @@ def refused(server: Serving, path: str, body: Any) -> tuple[int, dict[str, Any]]
         (TEXT | {"max_tokens": "5"}, "max_tokens"),
         (TEXT | {"max_tokens": 1.5}, "max_tokens"),
         (TEXT | {"temperature": -0.1}, "temperature"),
+        (TEXT | {"max_tokens": int("9" * 4300)}, "max_tokens"),
+        (TEXT | {"temperature": 1e39}, "temperature"),
         (TEXT | {"temperature": "hot"}, "temperature"),
         (TEXT | {"top_p": 0}, "top_p"),
         (TEXT | {"top_k": -2}, "top_k"),
         (TEXT | {"min_p": 2}, "min_p"),
+        (TEXT | {"repetition_penalty": 1e39}, "repetition_penalty"),
+        (TEXT | {"repetition_penalty": 1e-39}, "repetition_penalty"),
         (TEXT | {"repetition_penalty": 0}, "repetition_penalty"),
         (TEXT | {"presence_penalty": 3}, "presence_penalty"),
         (TEXT | {"logit_bias": {"a": 1}}, "logit_bias"),
@@ -102,12 +106,22 @@ def test_a_field_that_is_wrong_is_named(small: Serving, body: dict[str, Any], pa
         (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHAT | {"reasoning_effort": "endless"}, "reasoning_effort"),
         (CHAT | {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT | {"max_completion_tokens": int("9" * 4300)}, "max_completion_tokens"),
         (CHAT | {"n": 5}, "n"),
     ],
 )
 def test_a_field_of_a_chat_that_is_wrong_is_named(small: Serving, body: dict[str, Any], param: str) -> None:
     status, error = refused(small, "/v1/chat/completions", body)
     assert (status, error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "body", [{"logit_bias": {"9" * 4000: 1}}, {"logit_bias": {"x" * 4000: "much"}}, {"n": 9**4000}]
+)
+def test_an_error_is_short_whatever_it_is_about(small: Serving, body: dict[str, Any]) -> None:
+    status, error = refused(small, "/v1/completions", TEXT | body)
+    assert status == 400
+    assert len(json.dumps(error)) < 1000
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"prompt": "x", "temperature": NaN}'])

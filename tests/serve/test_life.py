@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import functools
+import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -73,6 +75,21 @@ def test_a_client_that_goes_in_the_middle_ends_its_request(server: Serving, engi
     with server.client() as client, client.stream("POST", "/v1/completions", json=STREAM) as answer:
         next(answer.iter_lines())
     assert engine.is_empty(1)  # all steps would be 1.5 seconds
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_has_sent_more_ahead_and_goes_ends_its_request(
+    server: Serving, engine: FakeEngine, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    engine.script = lambda request: [7] * 200
+    engine.step_seconds = 0.01
+    body = json.dumps({**STREAM, "stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(head + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+        wait_until(lambda: engine.stats().running, "it runs")
+    assert engine.is_empty(1)  # all steps would be 1.5 seconds
+    assert not [record for record in caplog.records if record.name.startswith("jmoe")]
 
 
 def test_it_is_not_healthy_without_its_engine() -> None:

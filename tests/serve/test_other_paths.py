@@ -1,6 +1,9 @@
 """Paths that generate nothing: models, tokens, adapters, the page's files."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,22 @@ def test_tokens_there_and_back(server: Serving) -> None:
         assert back.json() == {"prompt": text}
         assert client.post("/detokenize", json={"tokens": [512]}).status_code == 400
         assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+def test_short_texts_do_not_wait_for_long_ones(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*given: Any) -> list[int]:
+        if len(given[1]) > 1000:
+            assert short_is_done.wait(30)
+        return [7]
+
+    short_is_done = threading.Event()
+    monkeypatch.setattr("jmoe.serve.tokenization.encode", slow)
+    with server.client() as client, ThreadPoolExecutor(1) as beside:
+        long = beside.submit(client.post, "/tokenize", json={"prompt": "x" * 2**18})
+        time.sleep(0.1)
+        assert client.post("/tokenize", json={"prompt": "x"}, timeout=10).json()["count"] == 1
+        short_is_done.set()
+        assert long.result().status_code == 200
 
 
 def test_tokens_of_a_conversation(server: Serving, engine: FakeEngine) -> None:

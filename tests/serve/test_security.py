@@ -158,6 +158,28 @@ def test_a_later_head_is_not_waited_for_either(hasty: Serving) -> None:
         assert read_all(connection) == b""
 
 
+@pytest.mark.parametrize("split", [0, 30, 170])
+def test_a_client_that_offers_http2_is_answered_by_http1(server: Serving, split: int) -> None:
+    """As Java's client does."""
+    body = b'{"prompt": "x"}'
+    sent = (
+        b"POST /tokenize HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: %d\r\nHost: localhost\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n\r\n%s" % (len(body), body)
+    )
+    with connect(server) as connection:
+        for _ in range(2):
+            connection.sendall(sent[:split])
+            time.sleep(0.05)
+            connection.sendall(sent[split:])
+            answer = connection.recv(2**16)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b'"count":1' in answer
+        connection.sendall(sent * 2 + b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answers = read_all(connection)
+    assert answers.count(b"HTTP/1.1 200") <= 2
+    assert b"HTTP/1.1 400" in answers
+
+
 def test_a_head_that_does_not_end_is_refused(server: Serving) -> None:
     with connect(server) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**17)

@@ -6,11 +6,17 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 MOST_LOGPROBS = 20
 """Likeliest tokens that may be asked for beside the chosen one."""
 
 MOST_BIASES = 300
 """Tokens that one request's logit_bias may name, as OpenAI has it."""
+
+
+MOST_FLOAT, LEAST_FLOAT = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+"""What the device computes with is neither infinite nor 0 between them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +67,15 @@ class SamplingParams:
         wanted = f"a whole number, {least} or more"
         checks = [
             ("max_tokens", is_whole(self.max_tokens) and self.max_tokens >= least, wanted),
-            ("temperature", 0 <= self.temperature < math.inf, "finite, 0 or more"),
+            ("temperature", 0 <= self.temperature <= MOST_FLOAT, "finite in float32, 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 for all or more"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive and finite"),
+            (
+                "repetition_penalty",
+                LEAST_FLOAT <= self.repetition_penalty <= MOST_FLOAT,
+                "positive and finite in float32",
+            ),
             ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
             ("seed", self.seed is None or is_whole(self.seed), "a whole number"),

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jmoe.serve.protocol.common import Body, GenerationFields
+from jmoe.serve.protocol.common import Body, Count, GenerationFields, PositiveCount
 from jmoe.text import ReasoningEffort
 
 
@@ -18,10 +18,10 @@ class ChatRequest(GenerationFields):
     """A conversation to be answered."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: PositiveCount | None = None
+    max_completion_tokens: PositiveCount | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None

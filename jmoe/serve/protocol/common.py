@@ -1,18 +1,43 @@
 """Fields that completions and chat completions share."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""Numbers beyond it may have thousands of digits, which Python refuses to write into an error."""
+
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+LONG_BYTES = 2**17
+"""Tokenizers read some MB a second."""
 
 
 class Body(BaseModel):
     """A request's JSON: unknown fields are ignored, values are not converted."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+    _bytes: int = PrivateAttr(0)
+
+    @classmethod
+    def read(cls, content: bytes) -> Self:
+        """Of JSON.
+
+        Raises:
+          ValidationError: it is not of this form.
+        """
+        body = cls.model_validate_json(content)
+        body._bytes = len(content)
+        return body
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its text may take long to cut into tokens."""
+        return self._bytes > LONG_BYTES
 
 
 class StreamOptions(Body):
@@ -25,7 +50,7 @@ class GenerationFields(Body):
     """What an answer is asked for; null is as if the field were not there."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: PositiveCount | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None

@@ -1,10 +1,6 @@
 """The body of POST /v1/completions."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from jmoe.serve.protocol.common import GenerationFields, Token
+from jmoe.serve.protocol.common import Count, GenerationFields, PositiveCount, Token
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -14,11 +10,11 @@ class CompletionRequest(GenerationFields):
     """A text to be continued, or several."""
 
     prompt: str | list[str] | list[Token] | list[list[Token]]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
+    logprobs: Count | None = None
     echo: bool | None = None
     suffix: str | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: PositiveCount | None = None
     skip_special_tokens: bool | None = None
 
     @property
