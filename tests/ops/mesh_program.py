@@ -47,7 +47,7 @@ def computed(*leaves: jax.Array, tree: Any, results: tuple[str, ...], options: A
             "y": forward(options.activation, routed).astype(call.tokens.x.dtype),
             "experts": routed.tokens.routing.experts,
             "weights": routed.tokens.routing.weights,
-            "pre_activations": jnp.zeros_like(routed.tokens.x, shape=(rows, 2 * call.intermediate)),
+            "pre_activations": jnp.zeros_like(routed.tokens.x, shape=(rows, 2 * options.intermediate)),
         }
         return [by_name[name] for name in results]
     names = [name.removesuffix("_grad") for name in results]

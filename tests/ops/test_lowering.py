@@ -285,6 +285,7 @@ def test_routing_alone_is_what_precedes_a_layers_products(tokens: int, experts: 
 def test_the_users_tiles_are_for_the_gpu_at_hand_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = types.SimpleNamespace(device_kind="Some GPU", compute_capability="9.0")
     monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # programs for more name what they are made for
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     layer = jax.eval_shape(functools.partial(random_layer, LayerShape(16, 64, 64, 4, 2)))
 

@@ -211,6 +211,10 @@ def test_gradients_inside_a_shard_map_over_other_axes(kind: AxisType, axes: jmoe
     mesh = jax.make_mesh((1, 2), ("d", "e"), devices=jax.devices("cpu")[:2], axis_types=(kind,) * 2)
     alone = random_layer(LayerShape(4, 64, 64, 4, 2, adapters=1, rank=3))
     layer = place(alone, mesh, jmoe.MeshAxes("e"), stacked=False)
+    of_tokens = NamedSharding(mesh, P("d"))
+    layer = dataclasses.replace(
+        layer, **{name: jax.device_put(getattr(layer, name), of_tokens) for name in ("x", "router_logits")}
+    )
 
     def gradients(layer: Layer, **options: Any) -> Any:
         def loss(x: jax.Array, lora: jmoe.Lora) -> jax.Array:

@@ -21,6 +21,10 @@ MOST_SPLITS, MOST_LANES = 4, 4
 PROGRAMS = 256
 """Wanted of a shrink: about two for each of a GPU's multiprocessors."""
 
+WARPS, SHRINK_STAGES, EXPAND_STAGES = 4, 3, 1
+"""Of both kernels; the loads of a step along K that are on their way at once. Not yet in the tables of GPUs: no GPU has
+been measured."""
+
 
 @triton.jit(do_not_specialize=["rows"])
 def shrink_by_row_kernel(
@@ -157,8 +161,8 @@ def plan_lora_by_row(problem: LoraByRowProblem) -> list[Plan]:
             scalars={"rows": p.rows},
             outputs={"shrunk_ptr": shrunk},
             constexprs={**sizes, "K": p.k, "LANES": lanes, "BLOCK_K": BLOCK_K, "BLOCK_R": block_r},
-            num_warps=4,
-            num_stages=3,
+            num_warps=WARPS,
+            num_stages=SHRINK_STAGES,
             flops=2 * p.rows * p.k * p.rank,
             bytes_accessed=2 * p.k * (p.rows + p.rank) + 4 * splits * p.rows * p.rank,
         ),
@@ -174,8 +178,8 @@ def plan_lora_by_row(problem: LoraByRowProblem) -> list[Plan]:
                 "BLOCK_N": BLOCK_N,
                 "BLOCK_R": min(64, max(16, next_power_of_2(p.rank))),
             },
-            num_warps=4,
-            num_stages=1,
+            num_warps=WARPS,
+            num_stages=EXPAND_STAGES,
             flops=2 * p.rows * p.n * p.rank,
             bytes_accessed=6 * p.rows * p.n + 2 * p.n * p.rank + 4 * splits * p.rows * p.rank,
         ),
