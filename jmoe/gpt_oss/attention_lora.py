@@ -46,7 +46,7 @@ class AttentionLora:
     @property
     def of_all_layers(self) -> bool:
         """Whether it has the leading axis for layers."""
-        return jax.tree.leaves(self)[0].ndim == 4
+        return any(leaf.ndim == 4 for leaf in jax.tree.leaves(self.qkv or self.o))
 
     def layer(self, index: Int32[Array, ""] | int) -> Self:
         """One layer's."""
