@@ -1,10 +1,14 @@
 """Spares XLA's compiler, which is most of the tests' time: they compile many programs and run each for milliseconds."""
 
+import gc
 import os
 from pathlib import Path
 
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 DIRECTORY = Path(__file__).parent.parent / "build" / "tests"
+
+MOST_MAPPINGS = 20_000
+"""Of memory, after which programs are forgotten: each is mapped, and Linux lets a process have 65,530 mappings."""
 
 
 def spare_the_compiler() -> None:
@@ -27,3 +31,14 @@ def spare_the_compiler() -> None:
 def optimised() -> dict[str, str]:
     """The environment for a process whose programs run for longer than they are compiled."""
     return os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace(UNOPTIMISED, "").strip()}
+
+
+def forget_if_many() -> None:
+    """Lets go of all compiled programs where they are so many that the process would soon not get memory for more."""
+    mappings = Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") < MOST_MAPPINGS:
+        return
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

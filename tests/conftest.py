@@ -36,6 +36,11 @@ hypothesis.settings.register_profile("jmoe", deadline=None, derandomize=True, pr
 hypothesis.settings.load_profile("jmoe")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> None:
+    compiled_programs.forget_if_many()
+
+
 @pytest.fixture(autouse=True)
 def _gpu_looked_up_anew() -> None:
     """Each test may pretend another GPU, table or version to be there: what the process found before is forgotten."""

@@ -12,7 +12,7 @@ import pytest
 import jmoe
 from jmoe.ops.mxfp4 import dequantize
 from jmoe.ops.random_layer import Layer, LayerShape, random_layer
-from jmoe.ops.xla.columns import decode_columns, of_first_rows
+from jmoe.ops.xla.columns import decode_columns
 
 RELATIVE = 1e-6
 """float32 sums of at most 96 terms, in another order."""
@@ -91,11 +91,3 @@ def test_decoded_columns_are_dequantized_weights(dtype: jnp.dtype) -> None:
     want = dequantize(jax.tree.map(lambda leaf: leaf[None], weight), dtype)[0]
     assert even.dtype == odd.dtype == dtype
     np.testing.assert_array_equal(np.float32(jnp.stack([even, odd], axis=-1).reshape(6, 32)), np.float32(want))
-
-
-@pytest.mark.parametrize(("rows", "computed"), [(0, 24), (24, 24), (25, 32), (33, 40), (41, 48), (48, 48)])
-def test_few_of_a_tiles_rows_are_computed_beyond_those_that_count(rows: int, computed: int) -> None:
-    x = jnp.arange(1, 2 * 48 + 1, dtype=jnp.float32).reshape(48, 2)
-    y = of_first_rows(lambda x: 2 * x, x, jnp.int32(rows))
-    np.testing.assert_array_equal(y[:computed], 2 * x[:computed])
-    assert not y[computed:].any()

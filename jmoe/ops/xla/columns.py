@@ -4,13 +4,10 @@ MXFP4 bytes hold an even column in the low nibble and the odd one after it in th
 costs a CPU ten times what decoding does, so that either half stays an array of its own, and x is split alike.
 """
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, e2m1_values, scale_values
 from jmoe.ops.packed import unpack_expert
@@ -29,23 +26,6 @@ def unpacked(weight: Mxfp4 | PackedMxfp4 | Float[Array, "N K"]) -> ExpertWeight:
         return weight
     # Without a barrier either half of the columns would unpack the words for itself.
     return Mxfp4(*lax.optimization_barrier(unpack_expert(weight.words, weight.scales, n=weight.n, k=weight.k)))
-
-
-def of_first_rows(
-    product: Callable[[Float[Array, "m K"]], Float[Array, "m N"]], x: Float[Array, "M K"], rows: Int32[Array, ""]
-) -> Float[Array, "M N"]:
-    """product(x) of at least the first `rows` rows, and 0 in the others.
-
-    It is computed of half of the rows, of all, or of a number between them: each such product is a branch.
-    """
-    most = x.shape[0]
-    sizes = sorted({-(-most * eighths // 64) * 8 for eighths in range(4, 8)} | {most})
-
-    def of_size(size: int, x: Float[Array, "M K"]) -> Float[Array, "M N"]:
-        return jnp.pad(product(x[:size]), ((0, most - size), (0, 0)))
-
-    index = sum(jnp.int32(rows > size) for size in sizes[:-1])
-    return lax.switch(index, [functools.partial(of_size, size) for size in sizes], x)
 
 
 def times_transposed(x: Float[Array, "M K"], weight: ExpertWeight) -> Float[Array, "M N"]:

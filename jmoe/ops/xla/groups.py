@@ -43,25 +43,20 @@ class Groups:
     rows: int
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("first", "pairs", "tokens", "count"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("first", "pairs", "tokens", "is_own"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Consecutive places, the first of which belong to one expert; a pytree.
 
     first: the first place.
     pairs, tokens: the pair at each, and its token.
-    count: how many of them belong to the expert, the first ones.
+    is_own: whether the place is the expert's; from the first that is not on none is.
     """
 
     first: Int32[Array, ""]
     pairs: Int32[Array, " rows"]
     tokens: Int32[Array, " rows"]
-    count: Int32[Array, ""]
-
-    @property
-    def is_own(self) -> Bool[Array, " rows"]:
-        """Whether each place is the expert's."""
-        return jnp.arange(self.pairs.shape[0]) < self.count
+    is_own: Bool[Array, " rows"]
 
 
 def group_pairs(
@@ -110,7 +105,7 @@ def for_each_tile[C](groups: Groups, expert: Int32[Array, ""], body: Callable[[T
     def one_tile(i: Int32[Array, ""], carry: C) -> C:
         first = start + i * groups.rows
         pairs = lax.dynamic_slice_in_dim(groups.pairs, first, groups.rows)
-        return body(Tile(first, pairs, pairs // top_k, jnp.minimum(stop - first, groups.rows)), carry)
+        return body(Tile(first, pairs, pairs // top_k, first + jnp.arange(groups.rows) < stop), carry)
 
     return lax.fori_loop(0, -(-(stop - start) // groups.rows), one_tile, carry)
 

@@ -49,8 +49,8 @@ def forward(activation: SwiGLU, call: Call) -> Float[Array, "T H"]:
 
         def one_tile(tile: Tile, outputs: Float[Array, "P H"]) -> Float[Array, "P H"]:
             x, gate, ids = _rows(call, tile)
-            h = swiglu(gate_up(x, tile.count, ids), activation).astype(x.dtype)
-            return store_tile(outputs, tile, gate * down(h, tile.count, ids))
+            h = swiglu(gate_up(x, ids), activation).astype(x.dtype)
+            return store_tile(outputs, tile, gate * down(h, ids))
 
         return for_each_tile(groups, expert, one_tile, outputs)
 
@@ -89,12 +89,12 @@ def backward(activation: SwiGLU, call: Call, wanted: Collection[str], dy: Float[
         ) -> tuple[dict, ProjectionGradient, ProjectionGradient]:
             stored, of_gate_up, of_down = carry
             x, gate, ids = _rows(call, tile)
-            h, pull_back = jax.vjp(lambda z: swiglu(z, activation), gate_up(x, tile.count, ids))
+            h, pull_back = jax.vjp(lambda z: swiglu(z, activation), gate_up(x, ids))
             dy_rows = dy[tile.tokens]
             # Before the gate's weight multiplies it, dh also tells the weight's gradient, without down's results.
-            dh, of_down = add_gradient(down, of_down, h.astype(x.dtype), dy_rows, gate, ids, tile.count)
+            dh, of_down = add_gradient(down, of_down, h.astype(x.dtype), dy_rows, gate, ids, tile.is_own)
             (dz,) = pull_back(gate * dh)
-            dx, of_gate_up = add_gradient(gate_up, of_gate_up, x, dz, 1.0, ids, tile.count)
+            dx, of_gate_up = add_gradient(gate_up, of_gate_up, x, dz, 1.0, ids, tile.is_own)
             d_gate = jnp.sum(dh * h, axis=1, keepdims=True)
             if down.bias is not None:
                 d_gate += jnp.sum(dy_rows.astype(jnp.float32) * down.bias.astype(jnp.float32), axis=1, keepdims=True)

@@ -5,10 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jmoe.ops.xla.adapters import FactorGradients, Factors, add_adapter_gradients, add_adapters
-from jmoe.ops.xla.columns import ExpertWeight, matmul, of_first_rows, times, times_transposed
+from jmoe.ops.xla.columns import ExpertWeight, matmul, times, times_transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +19,9 @@ class Projection:
     bias: Float[Array, " N"] | None
     factors: Factors | None
 
-    def __call__(
-        self, x: Float[Array, "M K"], rows: Int32[Array, ""], ids: Int32[Array, " M"] | None
-    ) -> Float[Array, "M N"]:
-        """The first rows' results in float32; what is in the others means nothing.
-
-        ids: the adapter of each row, -1 for none.
-        """
-        z = of_first_rows(functools.partial(times_transposed, weight=self.weight), x, rows)
-        z = add_adapters(z, x, self.factors, ids)
+    def __call__(self, x: Float[Array, "M K"], ids: Int32[Array, " M"] | None) -> Float[Array, "M N"]:
+        """The rows' results in float32. ids: the adapter of each row, -1 for none."""
+        z = add_adapters(times_transposed(x, self.weight), x, self.factors, ids)
         return z if self.bias is None else z + self.bias.astype(jnp.float32)
 
 
@@ -48,18 +42,18 @@ def add_gradient(
     dz: Float[Array, "M N"],
     dz_scale: Float[Array, "M 1"] | float,
     ids: Int32[Array, " M"] | None,
-    rows: Int32[Array, ""],
+    is_own: Bool[Array, " M"],
 ) -> tuple[Float[Array, "M K"], ProjectionGradient]:
     """(dx in float32, the gradient with these rows' part added).
 
     Args:
       dz_scale: multiplies dz in the gradient, not in dx.
-      rows: the first that count; dx of others means nothing, and their NaN reaches nothing.
+      is_own: rows that count; dx of others is arbitrary, and their NaN reaches nothing.
     """
-    dx = of_first_rows(functools.partial(times, weight=projection.weight), dz.astype(x.dtype), rows)
-    dx, factors = add_adapter_gradients(dx, gradient.factors, x, dz, dz_scale, projection.factors, ids)
-    is_own = (jnp.arange(x.shape[0]) < rows)[:, None]
-    own = lambda array: jnp.where(is_own, array, 0)  # noqa: E731
+    dx, factors = add_adapter_gradients(
+        times(dz.astype(x.dtype), projection.weight), gradient.factors, x, dz, dz_scale, projection.factors, ids
+    )
+    own = lambda rows: jnp.where(is_own[:, None], rows, 0)  # noqa: E731
     scaled = own(dz_scale * dz.astype(jnp.float32))
     weight, bias = gradient.weight, gradient.bias
     if weight is not None:
