@@ -310,6 +310,22 @@ class NormLinearTile(Bounded):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraByRowTile(Bounded):
+    """shrink_by_row_kernel's and expand_by_row_kernel's parameters, for up to `rows` rows."""
+
+    rows: float
+    block_m: Annotated[int, PowerOf2(16, 256)]  # rows of a program
+    block_n: Annotated[int, PowerOf2(16, 256)]  # columns that a program expands
+    block_k: Annotated[int, PowerOf2(16, 256)]
+    programs: Count  # wanted of a shrink
+    most_splits: Count  # programs that share K
+    most_lanes: Count  # programs that share the adapters of a program's rows
+    num_warps: Warps
+    shrink_num_stages: Stages
+    expand_num_stages: Stages
+
+
+@dataclasses.dataclass(frozen=True)
 class LaunchTable:
     """The launch parameters of one GPU: of each operation its tiles, by increasing bounds.
 
@@ -339,6 +355,7 @@ class LaunchTable:
     norm_linear: tuple[NormLinearTile, ...]
     paged_decode_attention: tuple[PagedDecodeAttentionTile, ...]
     paged_prefill_attention: tuple[PagedPrefillAttentionTile, ...]
+    lora_by_row: tuple[LoraByRowTile, ...]
 
     def over(self, sections: dict[str, tuple[Any, ...]]) -> Self:
         """This table with these sections in place of its own."""

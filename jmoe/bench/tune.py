@@ -74,7 +74,7 @@ STEPS = (
         Step("decode", name, name)
         for name in ("decode_linear", "norm_linear", "cached_attention", "paged_decode_attention")
     ),
-    Step("prefill", "paged_prefill_attention", "paged_prefill_attention"),
+    *(Step("prefill", name, name) for name in ("paged_prefill_attention", "lora_by_row")),
 )
 
 PER_EXPERT = (

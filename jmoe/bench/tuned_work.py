@@ -16,6 +16,7 @@ from jmoe.ops.decode.cached_attention import cached_attention
 from jmoe.ops.decode.linear import decode_linear
 from jmoe.ops.decode.norm_linear import Narrow, norm_linear
 from jmoe.ops.experts import Experts, Lora
+from jmoe.ops.lora.by_row import StackedFactors, lora_by_row
 from jmoe.ops.moe import moe
 from jmoe.ops.mxfp4 import BLOCK
 from jmoe.ops.paged.decode_attention import paged_decode_attention
@@ -24,6 +25,9 @@ from jmoe.ops.target import Target
 
 PROMPT = 256
 """Tokens of a prompt in a chunk."""
+
+ADAPTERS = 8
+"""Loaded beside each other; each prompt of a chunk has the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Works:
             "cached_attention": self.cached_attention,
             "paged_decode_attention": self.paged_decode_attention,
             "paged_prefill_attention": self.paged_prefill_attention,
+            "lora_by_row": self.lora_by_row,
         }[name](tokens)
 
     def layer(self, tokens: int, packed: bool, *, lora: bool, gradient: bool) -> Work:
@@ -139,6 +144,23 @@ class Works:
             return norm_linear(x, layer, addend=x, norm=norm, eps=1e-5, narrow=narrow, target=target)
 
         return Work(call, lambda x, results: results.normal, normal(4, tokens, s.hidden), layers, arrays)
+
+    def lora_by_row(self, tokens: int) -> Work:
+        """LoRA on the product of q, k and v, of prompts of PROMPT tokens each with an adapter."""
+        s = self.sizes
+        columns, rank = (s.heads + 2 * s.key_heads) * s.head_dim, 3 * s.rank
+        layers = jnp.arange(unrolled(), dtype=jnp.int32)
+        scale = jnp.ones((len(layers), ADAPTERS, rank), jnp.float32)
+        a, b = normal(1, *scale.shape, s.hidden), normal(2, *scale.shape[:2], columns, rank)
+        product, bias = jnp.zeros((tokens, columns), jnp.float32), normal(3, columns)
+        ids = jnp.arange(tokens, dtype=jnp.int32) // PROMPT % ADAPTERS
+
+        def call(target: Target, x: jax.Array, layer: jax.Array, arrays: Any) -> jax.Array:
+            product, bias, ids, factors = arrays
+            return lora_by_row(x, product, bias, ids, layer, factors, target=target)
+
+        arrays = product, bias, ids, StackedFactors(a, scale, b)
+        return Work(call, lambda x, y: x.at[:, 0].set(y[:, 0]), normal(4, tokens, s.hidden), layers, arrays)
 
     def cached_attention(self, tokens: int) -> Work:
         """Attention of so many sequences to a cache that is full."""

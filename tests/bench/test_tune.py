@@ -201,7 +201,7 @@ def test_invalid_options_are_named(options: list[str], message: str) -> None:
     ("name", "packed"),
     [
         *((name, packed) for name in ("forward", "lora", "gradient") for packed in (False, True)),
-        *((name, False) for name in (*sorted(DECODE), "paged_prefill_attention")),
+        *((name, False) for name in (*sorted(DECODE), "paged_prefill_attention", "lora_by_row")),
     ],
 )
 def test_work_is_traced_as_a_loop_for_a_table(name: str, packed: bool) -> None:

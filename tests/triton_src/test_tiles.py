@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jmoe.triton_src.decode.plans import plan_decode
+from jmoe.triton_src.lora.by_row import LoraByRowProblem, plan_lora_by_row
 from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.paged.plans import plan_paged
@@ -16,7 +17,7 @@ from jmoe.triton_src.plan import Plan
 from jmoe.triton_src.problem import Layout, MoeProblem
 from jmoe.triton_src.tile_candidates import ALSO
 from jmoe.triton_src.tile_tables import KINDS, allowed_by, own_table
-from jmoe.triton_src.tiles import LaunchTable
+from jmoe.triton_src.tiles import LaunchTable, tile_for
 from tests.triton_src.problems import moe_problem
 from tests.triton_src.test_moe_backward import everything
 from tests.triton_src.test_plan import PROBLEM
@@ -56,6 +57,10 @@ def every_plan(table: LaunchTable) -> list[list[Plan]]:
     plans += [layer_plans(table, wide, tokens) for tokens in (16, 300)]
     plans += [plan_decode(name, table, rows=rows, **DECODE[name]) for name in DECODE for rows in (1, 16, 64)]
     pages: dict[str, Any] = {"cache": (12, 1000, 8, 64, 128), "columns": 64, "heads": 64, "window": None}
+    plans += [
+        plan_lora_by_row(LoraByRowProblem(rows, 5120, 2880, 48, 8), tile_for(table.lora_by_row, rows))
+        for rows in (128, 4096)
+    ]
     return plans + [
         plan_paged(name, table, rows=rows, **pages, **PAGED[name]) for name in PAGED for rows in (1, 16, 64, 4096)
     ]

@@ -11,19 +11,7 @@ import triton.language as tl
 
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.row_adapters import known_adapters, next_adapter
-
-BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 64
-"""Rows, columns and the step along K of a program."""
-
-MOST_SPLITS, MOST_LANES = 4, 4
-"""Programs that share K, and those that share a tile's adapters, at most."""
-
-PROGRAMS = 256
-"""Wanted of a shrink: about two for each of a GPU's multiprocessors."""
-
-WARPS, SHRINK_STAGES, EXPAND_STAGES = 4, 3, 1
-"""Of both kernels; the loads of a step along K that are on their way at once. Not yet in the tables of GPUs: no GPU has
-been measured."""
+from jmoe.triton_src.tiles import LoraByRowTile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -141,18 +129,18 @@ class LoraByRowProblem:
     adapters: int
 
 
-def plan_lora_by_row(problem: LoraByRowProblem) -> list[Plan]:
+def plan_lora_by_row(problem: LoraByRowProblem, tile: LoraByRowTile) -> list[Plan]:
     """with_lora [T, N] from x, product [T, N] in float32, bias [N], a, scale, b, adapter_ids and layer [1]."""
     p = problem
-    tiles = cdiv(p.rows, BLOCK_M)
-    lanes = min(p.adapters, MOST_LANES)
+    tiles = cdiv(p.rows, tile.block_m)
+    lanes = min(p.adapters, tile.most_lanes)
     # Few rows are few tiles: then programs have few ranks each.
-    block_r = max(16, min(64 if tiles * lanes >= PROGRAMS // 8 else 16, next_power_of_2(p.rank)))
+    block_r = max(16, min(64 if tiles * lanes >= tile.programs // 8 else 16, next_power_of_2(p.rank)))
     rank_blocks = cdiv(p.rank, block_r)
-    splits = max(1, min(MOST_SPLITS, PROGRAMS // (tiles * lanes * rank_blocks)))
+    splits = max(1, min(tile.most_splits, tile.programs // (tiles * lanes * rank_blocks)))
     shrunk = Buffer("shrunk", (splits, p.rows, p.rank), "float32")
     common = {"adapter_ids_ptr": "adapter_ids", "layer_ptr": "layer"}
-    sizes = {"RANK": p.rank, "ADAPTERS": p.adapters, "SPLITS": splits, "BLOCK_M": BLOCK_M}
+    sizes = {"RANK": p.rank, "ADAPTERS": p.adapters, "SPLITS": splits, "BLOCK_M": tile.block_m}
     return [
         Plan(
             kernel=shrink_by_row_kernel,
@@ -160,26 +148,26 @@ def plan_lora_by_row(problem: LoraByRowProblem) -> list[Plan]:
             operands={"x_ptr": "x", "a_ptr": "a", "scale_ptr": "scale", **common},
             scalars={"rows": p.rows},
             outputs={"shrunk_ptr": shrunk},
-            constexprs={**sizes, "K": p.k, "LANES": lanes, "BLOCK_K": BLOCK_K, "BLOCK_R": block_r},
-            num_warps=WARPS,
-            num_stages=SHRINK_STAGES,
+            constexprs={**sizes, "K": p.k, "LANES": lanes, "BLOCK_K": tile.block_k, "BLOCK_R": block_r},
+            num_warps=tile.num_warps,
+            num_stages=tile.shrink_num_stages,
             flops=2 * p.rows * p.k * p.rank,
             bytes_accessed=2 * p.k * (p.rows + p.rank) + 4 * splits * p.rows * p.rank,
         ),
         Plan(
             kernel=expand_by_row_kernel,
-            grid=(cdiv(p.n, BLOCK_N), tiles),
+            grid=(cdiv(p.n, tile.block_n), tiles),
             operands={"y_ptr": "product", "bias_ptr": "bias", "shrunk_ptr": "shrunk", "b_ptr": "b", **common},
             scalars={"rows": p.rows},
             outputs={"out_ptr": Buffer("with_lora", (p.rows, p.n), "bfloat16")},
             constexprs={
                 **sizes,
                 "N": p.n,
-                "BLOCK_N": BLOCK_N,
+                "BLOCK_N": tile.block_n,
                 "BLOCK_R": min(64, max(16, next_power_of_2(p.rank))),
             },
-            num_warps=WARPS,
-            num_stages=EXPAND_STAGES,
+            num_warps=tile.num_warps,
+            num_stages=tile.expand_num_stages,
             flops=2 * p.rows * p.n * p.rank,
             bytes_accessed=6 * p.rows * p.n + 2 * p.n * p.rank + 4 * splits * p.rows * p.rank,
         ),

@@ -15,8 +15,9 @@ def launch_lora_by_row(buffers: dict[str, jax.Array], target: Target | None) -> 
     """
     gpu = gpu_of(target)
     from jmoe.triton_src.lora.by_row import LoraByRowProblem, plan_lora_by_row
+    from jmoe.triton_src.tiles import tile_for
 
     (rows, k), n = buffers["x"].shape, buffers["product"].shape[1]
     _, adapters, rank, _ = buffers["a"].shape
-    plans = plan_lora_by_row(LoraByRowProblem(rows, n, k, rank, adapters))
+    plans = plan_lora_by_row(LoraByRowProblem(rows, n, k, rank, adapters), tile_for(gpu.table.lora_by_row, rows))
     return launch(plans, buffers, gpu.capability)["with_lora"]

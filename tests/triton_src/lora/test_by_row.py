@@ -6,10 +6,12 @@ import torch
 from jmoe.interop.interpreter import bfloat16_arithmetic
 from jmoe.interop.launch import launch
 from jmoe.triton_src.lora.by_row import LoraByRowProblem, plan_lora_by_row
+from jmoe.triton_src.tile_tables import own_table
 
 pytestmark = pytest.mark.interpret
 
 ADAPTERS, BROKEN = 6, 2
+(TILE,) = own_table(90).lora_by_row
 
 
 def inputs(ids: torch.Tensor, n: int, k: int, rank: int) -> dict[str, torch.Tensor]:
@@ -46,7 +48,7 @@ def inputs(ids: torch.Tensor, n: int, k: int, rank: int) -> dict[str, torch.Tens
 )
 def test_each_row_has_lora_of_its_own_adapter(ids: torch.Tensor, n: int, k: int, rank: int) -> None:
     buffers = inputs(ids, n, k, rank)
-    plans = plan_lora_by_row(LoraByRowProblem(len(ids), n, k, rank, ADAPTERS))
+    plans = plan_lora_by_row(LoraByRowProblem(len(ids), n, k, rank, ADAPTERS), TILE)
     for plan in plans:
         plan.check_names()
     with bfloat16_arithmetic():
@@ -63,5 +65,5 @@ def test_each_row_has_lora_of_its_own_adapter(ids: torch.Tensor, n: int, k: int,
 
 
 def test_the_launches_do_not_grow_with_the_adapters_that_are_loaded() -> None:
-    few, many = (plan_lora_by_row(LoraByRowProblem(4096, 5120, 2880, 48, adapters)) for adapters in (8, 32))
+    few, many = (plan_lora_by_row(LoraByRowProblem(4096, 5120, 2880, 48, adapters), TILE) for adapters in (8, 32))
     assert [plan.grid for plan in few] == [plan.grid for plan in many]
