@@ -271,7 +271,7 @@ class CachedAttentionTile(Bounded):
 
 @dataclasses.dataclass(frozen=True)
 class PagedDecodeAttentionTile(CachedAttentionTile):
-    """The same of paged_decode_attention_kernel and merge_paged_attention_kernel; block_s is a page's at most."""
+    """The same of paged_decode_attention_kernel; block_s is a page's at most."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Attention of one query a sequence to a cache of keys and values, which is read and written in place."""
 
 import dataclasses
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -114,6 +115,7 @@ def merge_attention_kernel(
     partial_ptr,  # (B, N, SPLITS, D) float32
     largest_ptr,  # (B, N, SPLITS) float32
     total_ptr,  # (B, N, SPLITS) float32
+    position_ptr,  # (B,) int32, negative of rows without a sequence; None: all have one, and no part is empty
     sinks_ptr,  # (layers, N) bf16 or float32
     sinks_layer_ptr,  # (1,) int32
     out_ptr,  # (B, N, D) bf16
@@ -121,7 +123,10 @@ def merge_attention_kernel(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The parts' mean, with exp(sink) in its denominator. Grid: (B * N,)."""
+    """The parts' mean, with exp(sink) in its denominator; zeros without a sequence. Grid: (B * N,).
+
+    Of an empty part, whose largest score is -inf, nothing else is there.
+    """
     row = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, D)
@@ -129,9 +134,16 @@ def merge_attention_kernel(
     largest = tl.load(largest_ptr + row * SPLITS + splits)
     whole = tl.maximum(tl.max(largest, axis=0), sink)
     weight = tl.exp(largest - whole)
-    total = tl.sum(weight * tl.load(total_ptr + row * SPLITS + splits), axis=0) + tl.exp(sink - whole)
-    parts = tl.load(partial_ptr + (row * SPLITS + splits)[:, None] * D + dims[None, :])
-    out = tl.sum(parts * weight[:, None], axis=0) / total
+    totals = total_ptr + row * SPLITS + splits
+    parts = partial_ptr + (row * SPLITS + splits)[:, None] * D + dims[None, :]
+    if position_ptr is None:
+        total = tl.sum(weight * tl.load(totals), axis=0) + tl.exp(sink - whole)
+        out = tl.sum(tl.load(parts) * weight[:, None], axis=0) / total
+    else:
+        there = largest != float("-inf")
+        total = tl.sum(weight * tl.load(totals, mask=there, other=0.0), axis=0) + tl.exp(sink - whole)
+        out = tl.sum(tl.load(parts, mask=there[:, None], other=0.0) * weight[:, None], axis=0) / total
+        out = tl.where(tl.load(position_ptr + row // N) < 0, 0.0, out)
     tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty))
 
 
@@ -152,51 +164,79 @@ def plan_cached_attention(problem: CachedAttentionProblem, tile: CachedAttention
     """
     p = problem
     wanted = min(cdiv(tile.programs, p.rows * p.key_heads), cdiv(p.slots, 2 * tile.block_s))
+    return in_parts(
+        Plan(
+            kernel=cached_attention_kernel,
+            grid=(p.rows * p.key_heads,),
+            operands={f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
+            outputs={},
+            updates=("cache_ptr",),
+            constexprs={
+                "N": p.heads,
+                "D": p.head_dim,
+                "BATCH": p.rows,
+                "M": p.key_heads,
+                "S": p.slots,
+                "SCALE": p.head_dim**-0.5,
+                "BLOCK_S": tile.block_s,
+                "BLOCK_G": max(16, next_power_of_2(p.heads // p.key_heads)),
+            },
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            flops=4 * p.rows * p.heads * p.slots * p.head_dim,
+            bytes_accessed=4 * p.rows * p.key_heads * p.slots * p.head_dim,
+        ),
+        AttendedShape(p.rows, p.heads, p.head_dim),
+        wanted,
+        tile,
+    )
+
+
+class AttendedShape(NamedTuple):
+    """Of one query's result for each sequence."""
+
+    rows: int
+    heads: int
+    head_dim: int
+
+
+def in_parts(
+    attention: Plan, shape: AttendedShape, wanted: int, tile: CachedAttentionTile, *, empty: str | None = None
+) -> list[Plan]:
+    """The launches of attention by at least `wanted` parts, a power of two: its own, and with several parts their mean.
+
+    Args:
+      attention: without SPLITS, the grid's last axis, sinks and outputs.
+      empty: the buffer whose negative rows are without a sequence; None: there are none, and no empty parts.
+    """
     splits = next_power_of_2(max(wanted, 1))
-    sizes = {"N": p.heads, "D": p.head_dim, "SPLITS": splits}
-    attended = {"out_ptr": Buffer("attended", (p.rows, p.heads, p.head_dim), "bfloat16")}
+    attended = {"out_ptr": Buffer("attended", tuple(shape), "bfloat16")}
     sinks = {"sinks_ptr": "sinks", "sinks_layer_ptr": "sinks_layer"}
+    by_head = (shape.rows, shape.heads, splits)
     parts = {
-        "partial_ptr": Buffer("attention_partial", (p.rows, p.heads, splits, p.head_dim), "float32"),
-        "largest_ptr": Buffer("attention_largest", (p.rows, p.heads, splits), "float32"),
-        "total_ptr": Buffer("attention_total", (p.rows, p.heads, splits), "float32"),
+        "partial_ptr": Buffer("attention_partial", (*by_head, shape.head_dim), "float32"),
+        "largest_ptr": Buffer("attention_largest", by_head, "float32"),
+        "total_ptr": Buffer("attention_total", by_head, "float32"),
     }
     outputs, absent = (attended, parts) if splits == 1 else (parts, {**attended, **sinks})
-    attention = Plan(
-        kernel=cached_attention_kernel,
-        grid=(p.rows * p.key_heads, splits),
-        operands={
-            **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position")},
-            **sinks,
-            **dict.fromkeys(absent),
-        },
+    whole = dataclasses.replace(
+        attention,
+        grid=(*attention.grid, splits),
+        operands={**attention.operands, **sinks, **dict.fromkeys(absent)},
         outputs=outputs,
-        updates=("cache_ptr",),
-        constexprs={
-            **sizes,
-            "BATCH": p.rows,
-            "M": p.key_heads,
-            "S": p.slots,
-            "SCALE": p.head_dim**-0.5,
-            "BLOCK_S": tile.block_s,
-            "BLOCK_G": max(16, next_power_of_2(p.heads // p.key_heads)),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        flops=4 * p.rows * p.heads * p.slots * p.head_dim,
-        bytes_accessed=4 * p.rows * p.key_heads * p.slots * p.head_dim,
+        constexprs={**attention.constexprs, "SPLITS": splits},
     )
     if splits == 1:
-        return [attention]
+        return [whole]
     merge = Plan(
         kernel=merge_attention_kernel,
-        grid=(p.rows * p.heads,),
-        operands={**{parameter: part.name for parameter, part in parts.items()}, **sinks},
+        grid=(shape.rows * shape.heads,),
+        operands={**{parameter: part.name for parameter, part in parts.items()}, "position_ptr": empty, **sinks},
         outputs=attended,
-        constexprs=sizes,
+        constexprs={"N": shape.heads, "D": shape.head_dim, "SPLITS": splits},
         num_warps=tile.merge_num_warps,
         num_stages=tile.merge_num_stages,
-        flops=3 * p.rows * p.heads * splits * p.head_dim,
-        bytes_accessed=4 * p.rows * p.heads * splits * p.head_dim,
+        flops=3 * shape.rows * shape.heads * splits * shape.head_dim,
+        bytes_accessed=4 * shape.rows * shape.heads * splits * shape.head_dim,
     )
-    return [attention, merge]
+    return [whole, merge]

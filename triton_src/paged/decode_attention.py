@@ -5,9 +5,9 @@ import dataclasses
 import triton
 import triton.language as tl
 
-from jmoe.triton_src.decode.cached_attention import rotated
+from jmoe.triton_src.decode.cached_attention import AttendedShape, in_parts, rotated
 from jmoe.triton_src.paged.pages import Pages
-from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
+from jmoe.triton_src.plan import Plan, cdiv, next_power_of_2
 from jmoe.triton_src.tiles import PagedDecodeAttentionTile
 
 
@@ -114,36 +114,6 @@ def paged_decode_attention_kernel(
         tl.store(total_ptr + out, total, mask=group_ok)
 
 
-@triton.jit
-def merge_paged_attention_kernel(
-    partial_ptr,  # (B, N, SPLITS, D) float32
-    largest_ptr,  # (B, N, SPLITS) float32
-    total_ptr,  # (B, N, SPLITS) float32
-    position_ptr,  # (B,) int32
-    sinks_ptr,  # (layers, N) bf16 or float32
-    sinks_layer_ptr,  # (1,) int32
-    out_ptr,  # (B, N, D) bf16
-    N: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The parts' mean, with exp(sink) in its denominator; zeros without a sequence. Grid: (B * N,)."""
-    row = tl.program_id(0)
-    splits = tl.arange(0, SPLITS)
-    dims = tl.arange(0, D)
-    sink = tl.load(sinks_ptr + tl.load(sinks_layer_ptr) * N + row % N).to(tl.float32)
-    largest = tl.load(largest_ptr + row * SPLITS + splits)
-    there = largest != float("-inf")
-    whole = tl.maximum(tl.max(largest, axis=0), sink)
-    weight = tl.exp(largest - whole)
-    totals = tl.load(total_ptr + row * SPLITS + splits, mask=there, other=0.0)
-    total = tl.sum(weight * totals, axis=0) + tl.exp(sink - whole)
-    parts = tl.load(partial_ptr + (row * SPLITS + splits)[:, None] * D + dims[None, :], mask=there[:, None], other=0.0)
-    out = tl.sum(parts * weight[:, None], axis=0) / total
-    out = tl.where(tl.load(position_ptr + row // N) < 0, 0.0, out)
-    tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty))
-
-
 @dataclasses.dataclass(frozen=True)
 class PagedDecodeAttentionProblem:
     """Attention of one token of each sequence to a layer's pages."""
@@ -167,50 +137,30 @@ def plan_paged_decode_attention(problem: PagedDecodeAttentionProblem, tile: Page
     keys = p.pages.most_keys(p.window)
     key_heads = p.pages.key_heads
     wanted = min(cdiv(tile.programs, p.rows * key_heads), cdiv(keys, 2 * block_s))
-    splits = next_power_of_2(max(wanted, 1))
-    sizes = {"N": p.heads, "D": p.head_dim, "SPLITS": splits}
-    attended = {"out_ptr": Buffer("attended", (p.rows, p.heads, p.head_dim), "bfloat16")}
-    sinks = {"sinks_ptr": "sinks", "sinks_layer_ptr": "sinks_layer"}
-    parts = {
-        "partial_ptr": Buffer("attention_partial", (p.rows, p.heads, splits, p.head_dim), "float32"),
-        "largest_ptr": Buffer("attention_largest", (p.rows, p.heads, splits), "float32"),
-        "total_ptr": Buffer("attention_total", (p.rows, p.heads, splits), "float32"),
-    }
-    outputs, absent = (attended, parts) if splits == 1 else (parts, {**attended, **sinks})
-    attention = Plan(
-        kernel=paged_decode_attention_kernel,
-        grid=(p.rows * key_heads, splits),
-        operands={
-            **{f"{name}_ptr": name for name in ("heads", "cosine", "sine", "cache", "layer", "position", "pages")},
-            **sinks,
-            **dict.fromkeys(absent),
-        },
-        outputs=outputs,
-        updates=("cache_ptr",),
-        constexprs={
-            **sizes,
-            **p.pages.constexprs(),
-            "WINDOW": p.window or 0,
-            "SCALE": p.head_dim**-0.5,
-            "BLOCK_S": block_s,
-            "BLOCK_G": max(16, next_power_of_2(p.heads // key_heads)),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        flops=4 * p.rows * p.heads * keys * p.head_dim,
-        bytes_accessed=4 * p.rows * key_heads * keys * p.head_dim,
+    named = ("heads", "cosine", "sine", "cache", "layer", "position", "pages")
+    return in_parts(
+        Plan(
+            kernel=paged_decode_attention_kernel,
+            grid=(p.rows * key_heads,),
+            operands={f"{name}_ptr": name for name in named},
+            outputs={},
+            updates=("cache_ptr",),
+            constexprs={
+                "N": p.heads,
+                "D": p.head_dim,
+                **p.pages.constexprs(),
+                "WINDOW": p.window or 0,
+                "SCALE": p.head_dim**-0.5,
+                "BLOCK_S": block_s,
+                "BLOCK_G": max(16, next_power_of_2(p.heads // key_heads)),
+            },
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            flops=4 * p.rows * p.heads * keys * p.head_dim,
+            bytes_accessed=4 * p.rows * key_heads * keys * p.head_dim,
+        ),
+        AttendedShape(p.rows, p.heads, p.head_dim),
+        wanted,
+        tile,
+        empty="position",
     )
-    if splits == 1:
-        return [attention]
-    merge = Plan(
-        kernel=merge_paged_attention_kernel,
-        grid=(p.rows * p.heads,),
-        operands={**{parameter: part.name for parameter, part in parts.items()}, "position_ptr": "position", **sinks},
-        outputs=attended,
-        constexprs=sizes,
-        num_warps=tile.merge_num_warps,
-        num_stages=tile.merge_num_stages,
-        flops=3 * p.rows * p.heads * splits * p.head_dim,
-        bytes_accessed=4 * p.rows * p.heads * splits * p.head_dim,
-    )
-    return [attention, merge]
