@@ -233,7 +233,7 @@ def _split_axes(mesh: Mesh, arguments: dict[str, Any], splits: dict[str, Split |
     """The mesh axes that split x along tokens, if they do evenly, and the weights along experts.
 
     Raises:
-      ValueError: weights are split along another axis, or unevenly.
+      ValueError: weights are split along another axis, unevenly, or some over other mesh axes than others.
     """
     found: dict[str, Names] = {TOKENS: (), EXPERTS: ()}
     for name, argument in arguments.items():
@@ -254,6 +254,11 @@ def _split_axes(mesh: Mesh, arguments: dict[str, Any], splits: dict[str, Split |
             if split.kind == EXPERTS:
                 raise ValueError(uneven(f"{size} experts", size, names, parts, mesh.size))
             continue
+        if names and found[split.kind] not in ((), names):
+            raise ValueError(
+                "experts and LoRA must be split along experts over the same mesh axes, "
+                f"got {name} over {names} and others over {found[split.kind]}"
+            )
         found[split.kind] = found[split.kind] or names
     return Axes(found[TOKENS], found[EXPERTS])
 

@@ -17,7 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jmoe
@@ -228,6 +228,20 @@ def test_gradients_inside_a_shard_map_over_other_axes(kind: AxisType, axes: jmoe
     compiled = jax.jit(split).lower(layer).compile()
     assert {one[0] for one in sent(compiled.as_text())} <= {"all-reduce"}
     assert errors(compiled(layer), jax.jit(gradients)(alone)) <= GRADIENT.relative
+
+
+def test_weights_split_over_different_auto_axes_are_refused() -> None:
+    mesh = AbstractMesh((2, 2), ("d", "e"))
+
+    def weight(axis: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((4, 64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P(axis)))
+
+    by_expert = partition.Split(partition.EXPERTS, 0)
+    splits: dict[str, partition.Split | None] = {"gate_up": by_expert, "down": by_expert}
+    same = partition._split_axes(mesh, {"gate_up": weight("e"), "down": weight("e")}, splits)
+    assert same.experts == ("e",)
+    with pytest.raises(ValueError, match=r"over the same mesh axes, got down over \('d',\) and others over \('e',\)"):
+        partition._split_axes(mesh, {"gate_up": weight("e"), "down": weight("d")}, splits)
 
 
 def test_weights_that_an_auto_axis_splits_inside_a_shard_map_over_others_are_refused() -> None:
