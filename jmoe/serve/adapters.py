@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jmoe.errors import first_line, in_short
-from jmoe.serve.engine import EngineStoppedError, NoPlaceError, UnknownAdapterError
+from jmoe.serve.engine import EngineStoppedError, NameTakenError, NoPlaceError, UnknownAdapterError
 from jmoe.serve.errors import ApiError
 from jmoe.serve.protocol.others import LoadAdapterRequest, UnloadAdapterRequest
 from jmoe.serve.service import Service
@@ -74,6 +74,8 @@ def _load(service: Service, asked: LoadAdapterRequest, allowed: Sequence[Path]) 
         service.engine.load_adapter(asked.lora_name, service.read_adapter(str(directory)))
     except NoPlaceError as error:
         raise ApiError(409, first_line(error), param="lora_name") from None
+    except NameTakenError as error:
+        raise ApiError.of_value("lora_name", error) from None
     except EngineStoppedError:
         raise ApiError.unavailable("the server is stopping") from None
     except (OSError, ValueError) as error:

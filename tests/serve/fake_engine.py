@@ -13,6 +13,7 @@ from jmoe.serve.engine import (
     Event,
     Failed,
     Finished,
+    NameTakenError,
     NoPlaceError,
     PromptLogprobs,
     PromptToken,
@@ -90,7 +91,7 @@ class FakeEngine:
 
     def load_adapter(self, name: str, weights: Any) -> None:
         if name in self._adapters:
-            raise ValueError(f"{name} is taken")
+            raise NameTakenError(f"{name} is taken")
         if len(self._adapters) >= self._places:
             raise NoPlaceError("all places are taken")
         self._adapters.append(name)

@@ -98,7 +98,8 @@ def test_adapters_come_and_go(loading: Serving, engine: FakeEngine, folder: Path
     assert load_status(loading, "one", directory) == 200
     with loading.client() as client:
         assert client.post("/v1/completions", json={"prompt": "x", "model": "one"}).status_code == 200
-        assert load_status(loading, "one", directory) == 400
+        again = client.post("/v1/load_lora_adapter", json={"lora_name": "one", "lora_path": str(directory)})
+        assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
         assert load_status(loading, "base", directory) == 400
         assert load_status(loading, "two", directory) == 409  # there are two places
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).status_code == 200

@@ -8,6 +8,7 @@ from jmoe.serve.engine.request import EngineStoppedError as EngineStoppedError
 from jmoe.serve.engine.request import Event as Event
 from jmoe.serve.engine.request import Failed as Failed
 from jmoe.serve.engine.request import Finished as Finished
+from jmoe.serve.engine.request import NameTakenError as NameTakenError
 from jmoe.serve.engine.request import NoPlaceError as NoPlaceError
 from jmoe.serve.engine.request import PromptLogprobs as PromptLogprobs
 from jmoe.serve.engine.request import PromptToken as PromptToken
@@ -31,6 +32,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "NameTakenError",
     "NoPlaceError",
     "PromptLogprobs",
     "PromptToken",

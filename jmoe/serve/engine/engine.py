@@ -125,7 +125,8 @@ class Engine:
         """Puts one adapter into a free place, and returns once requests may name it.
 
         Raises:
-          ValueError: the name is taken; the weights are of another model, of several adapters, on targets without room,
+          NameTakenError: the name is taken.
+          ValueError: the weights are of another model, of several adapters, on targets without room,
             or of a rank above max_lora_rank.
           NoPlaceError: all places are taken.
           EngineStoppedError: the engine has not started, drains or has stopped.

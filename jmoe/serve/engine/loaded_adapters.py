@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jmoe.serve.engine.request import NoPlaceError, UnknownAdapterError
+from jmoe.serve.engine.request import NameTakenError, NoPlaceError, UnknownAdapterError
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,11 +39,11 @@ class LoadedAdapters:
         """A place for an adapter that is being loaded.
 
         Raises:
-          ValueError: the name is taken.
+          NameTakenError: the name is taken.
           NoPlaceError: all places are.
         """
         if name in self._named or name in self._coming:
-            raise ValueError(f"an adapter {name!r} is loaded already")
+            raise NameTakenError(f"an adapter {name!r} is loaded already")
         if not self.free:
             raise NoPlaceError(f"all {self.places} places for adapters are taken")
         self._coming.add(name)

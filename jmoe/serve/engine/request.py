@@ -198,6 +198,10 @@ class UnknownAdapterError(ValueError):
     """No adapter of that name is loaded."""
 
 
+class NameTakenError(ValueError):
+    """An adapter of this name is loaded already."""
+
+
 class NoPlaceError(Exception):
     """All places for adapters are taken."""
 
