@@ -23,7 +23,7 @@ MOST_FLOAT, LEAST_FLOAT = float(np.finfo(np.float32).max), float(np.finfo(np.flo
 class SamplingParams:
     """How one request's tokens are chosen, and what ends them.
 
-    The order is that of vLLM and transformers: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    The order is that of transformers: logit_bias, penalties, temperature, top_k, top_p, min_p.
 
     Attributes:
       max_tokens: new tokens at most; 0 is for prompt_logprobs alone.
