@@ -17,7 +17,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from jmoe.triton_src.tiles import OLDEST, Bounded, LaunchTable, OneOf, bound_of
+from jmoe.triton_src.tile_fields import OneOf
+from jmoe.triton_src.tiles import OLDEST, Bounded, LaunchTable, bound_of
 from jmoe.triton_src.user_cache import user_cache
 
 VERSION = 2

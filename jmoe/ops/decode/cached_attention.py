@@ -1,14 +1,13 @@
 """Attention of one query a sequence to a cache that takes its key and value in, by Triton on CUDA, else by XLA."""
 
 import math
-from collections.abc import Sequence
 
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.calls import register, triton_or_xla
 from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.rotary import rotate
 from jmoe.ops.target import Target
@@ -54,15 +53,8 @@ def cached_attention(
     """
     operands = (heads, cosine, sine, cache, layer.reshape(1), position, sinks, sinks_layer.reshape(1))
 
-    def triton(*operands: Array) -> Sequence[Array]:
-        return cached_attention_p.bind(*operands, target=target)
-
-    if target is not None:
-        attended, cache = triton(*operands)
-    elif heads.dtype != jnp.bfloat16:
-        attended, cache = keep_and_attend_by_xla(*operands)
-    else:
-        attended, cache = lax.platform_dependent(*operands, cuda=triton, default=keep_and_attend_by_xla)
+    takes = heads.dtype == jnp.bfloat16
+    attended, cache = triton_or_xla(cached_attention_p, keep_and_attend_by_xla, operands, target, takes=takes)
     return attended, cache
 
 

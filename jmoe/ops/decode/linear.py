@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.calls import register, triton_or_xla
 from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.row_adapters import by_present_adapter
 from jmoe.ops.target import Target
@@ -55,14 +55,7 @@ def decode_linear(
         buffers |= {"shrunk": lora.shrunk, "lora_b": lora.b}
         if lora.adapter_ids is not None:
             buffers["adapter_ids"] = lora.adapter_ids
-    names = tuple(buffers)
-
-    def triton(*operands: Array) -> Array:
-        return decode_linear_p.bind(*operands, names=names, target=target)
-
-    if target is not None:
-        return triton(*buffers.values())
-    return lax.platform_dependent(*buffers.values(), cuda=triton, default=linear_by_xla)
+    return triton_or_xla(decode_linear_p, linear_by_xla, list(buffers.values()), target, names=tuple(buffers))
 
 
 def linear_by_xla(x: Array, weight: Array, bias: Array, layer: Array, *lora: Array) -> Float[Array, "T N"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.calls import register, triton_or_xla
 from jmoe.ops.launch.decode import launch_decode
 from jmoe.ops.norm import rms_norm
 from jmoe.ops.row_adapters import by_present_adapter
@@ -65,16 +65,11 @@ def norm_linear(
     names = tuple(buffers)
     columns = 0 if narrow is None else narrow.columns
 
-    def triton(*operands: Array) -> Sequence[Array]:
-        return norm_linear_p.bind(*operands, names=names, columns=columns, eps=eps, target=target)
-
     def xla(*operands: Array) -> Sequence[Array]:
         return norm_linear_by_xla(dict(zip(names, operands, strict=True)), columns, eps)
 
-    if target is not None:
-        results = triton(*buffers.values())
-    else:
-        results = lax.platform_dependent(*buffers.values(), cuda=triton, default=xla)
+    operands = list(buffers.values())
+    results = triton_or_xla(norm_linear_p, xla, operands, target, names=names, columns=columns, eps=eps)
     found = dict(zip(result_names(names), results, strict=True))
     return NormLinear(*(found.get(name) for name in NormLinear._fields))
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import mlir, xla
 
 from jmoe.ops.launch.installed import import_jax_triton
+from jmoe.ops.target import Target
 
 if TYPE_CHECKING:
     from jmoe.triton_src.plan import Plan
@@ -21,6 +23,29 @@ def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> Non
     mlir.register_lowering(primitive, _elsewhere)
     lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
     mlir.register_lowering(primitive, lowering, platform="cuda")
+
+
+def triton_or_xla(
+    primitive: jex.core.Primitive,
+    by_xla: Callable[..., Any],
+    operands: Sequence[jax.Array],
+    target: Target | None,
+    *,
+    takes: bool = True,
+    **params: Any,
+) -> Any:
+    """The primitive's results for a target if one is named; else on CUDA, and those of by_xla elsewhere.
+
+    Args:
+      takes: whether the kernels take operands of these dtypes; by_xla computes others everywhere.
+      params: of the primitive, beside its target.
+    """
+    triton = functools.partial(primitive.bind, target=target, **params)
+    if target is not None:
+        return triton(*operands)
+    if not takes:
+        return by_xla(*operands)
+    return lax.platform_dependent(*operands, cuda=triton, default=by_xla)
 
 
 def _elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.calls import register, triton_or_xla
 from jmoe.ops.launch.lora import launch_lora_by_row
 from jmoe.ops.row_adapters import by_present_adapter
 from jmoe.ops.target import Target
@@ -52,14 +52,8 @@ def lora_by_row(
     """
     operands = (x, product, bias, adapter_ids, layer.reshape(1), *factors)
 
-    def triton(*operands: Array) -> Array:
-        return lora_by_row_p.bind(*operands, target=target)
-
-    if target is not None:
-        return triton(*operands)
-    if any(array.dtype != jnp.bfloat16 for array in (x, bias, factors.a, factors.b)):
-        return lora_by_row_by_xla(*operands)
-    return lax.platform_dependent(*operands, cuda=triton, default=lora_by_row_by_xla)
+    takes = all(array.dtype == jnp.bfloat16 for array in (x, bias, factors.a, factors.b))
+    return triton_or_xla(lora_by_row_p, lora_by_row_by_xla, operands, target, takes=takes)
 
 
 def lora_by_row_by_xla(

@@ -1,14 +1,13 @@
 """Attention of a chunk of prompts to pages that take their keys and values in, by Triton on CUDA, else by XLA."""
 
 import functools
-from collections.abc import Sequence
 
 import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.ops.launch.calls import register
+from jmoe.ops.launch.calls import register, triton_or_xla
 from jmoe.ops.launch.paged import launch_paged
 from jmoe.ops.paged.by_xla import attend_to_pages, most_pages, pages_before, rotated_parts, write_tokens
 from jmoe.ops.target import Target
@@ -74,15 +73,8 @@ def paged_prefill_attention(
     operands = (heads, cosine, sine, cache, layer.reshape(1), *by_sequence, sinks, sinks_layer.reshape(1))
     by_xla = functools.partial(prefill_by_xla, window=window)
 
-    def triton(*operands: Array) -> Sequence[Array]:
-        return paged_prefill_attention_p.bind(*operands, window=window, target=target)
-
-    if target is not None:
-        attended, cache = triton(*operands)
-    elif heads.dtype != jnp.bfloat16:
-        attended, cache = by_xla(*operands)
-    else:
-        attended, cache = lax.platform_dependent(*operands, cuda=triton, default=by_xla)
+    takes = heads.dtype == jnp.bfloat16
+    attended, cache = triton_or_xla(paged_prefill_attention_p, by_xla, operands, target, takes=takes, window=window)
     return attended, cache
 
 

@@ -1,7 +1,7 @@
 """The next token of each row by the row's own options; what a row draws does not depend on the others.
 
 The steps and their order are those of transformers' logits processors: logit_bias, penalties, temperature,
-top_k, top_p, min_p. Thresholds are found by bisection, which on a GPU takes less time than to sort a vocabulary.
+top_k, top_p, min_p. Thresholds are found by bisection, so that no vocabulary is sorted.
 """
 
 from collections.abc import Callable
