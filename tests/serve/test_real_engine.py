@@ -17,6 +17,8 @@ from tests.serve.real_engine import real_server
 from tests.serve.serving import TINY, Serving
 from tests.serve.stress import Stress
 
+pytestmark = pytest.mark.slow
+
 TEXT = "You may reproduce and distribute copies of the Work"
 NEW = 24
 
@@ -153,23 +155,13 @@ def test_an_adapter_comes_and_goes_while_requests_run(real: Serving, client: ope
     assert again.choices[0].text == expected.choices[0].text != base.choices[0].text
 
 
-def test_200_requests_each_end_in_one_answer(real: Serving) -> None:
-    stress(real, 200)
-
-
-@pytest.mark.slow
 def test_2000_requests_each_end_in_one_answer(real: Serving) -> None:
-    stress(real, 2000)
-
-
-def stress(server: Serving, requests: int) -> None:
-    """Sends random requests, good, bad and cancelled, and looks at what came and what is left."""
-    asked = Stress(server.url, ["tiny", "tuned"], random.Random(0), requests)
+    asked = Stress(real.url, ["tiny", "tuned"], random.Random(0), 2000)
     asked.run()
     assert asked.wrong == []
-    assert sum(asked.ended.values()) == requests
-    assert min(asked.ended[kind] for kind in ("whole", "streamed", "refused", "left")) >= requests // 20
-    with server.client() as client:
+    assert sum(asked.ended.values()) == 2000
+    assert min(asked.ended[kind] for kind in ("whole", "streamed", "refused", "left")) >= 100
+    with real.client() as client:
         assert client.get("/health").status_code == 200
-    assert server.state.service is not None
-    assert server.state.service.engine.stats().preemptions > 0
+    assert real.state.service is not None
+    assert real.state.service.engine.stats().preemptions > 0
