@@ -106,6 +106,7 @@ def test_samples_differ_by_seed() -> None:
     assert first.stdout != second.stdout
 
 
+@pytest.mark.slow
 def test_rows_of_a_file_are_answered_batch_by_batch_into_another(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi", "id": 7}, {"messages": [{"role": "user", "content": "Hi"}], "id": 8}, {"prompt": "Ho"}]
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

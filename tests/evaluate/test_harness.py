@@ -154,6 +154,7 @@ def test_rolling_windows_predict_every_token_once(model: gpt_oss.GptOss, tokeniz
     assert found == [pytest.approx(want, rel=1e-4), 0.0]
 
 
+@pytest.mark.slow
 def test_generated_text_is_cut_at_its_stop_string(base: HarnessModel, model: gpt_oss.GptOss, tokenizer: Any) -> None:
     prompts = ["You may obtain", "", "The Apache License, Version 2.0 is"]
     ids = [encode(tokenizer, prompt) or [END_OF_TEXT] for prompt in prompts]

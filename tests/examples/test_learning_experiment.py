@@ -64,6 +64,7 @@ def test_the_committed_runs_are_of_these_settings_and_in_the_docs(file: Path, mo
     assert f"| {loss['noise']:.4f} | {accuracy['noise']:.4f} |" in docs
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_trained_as_gpt_oss_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from learning.pretrain import forward, new_weights

@@ -88,6 +88,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(trainer: Trainer, tmp_pa
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_had_finished_goes_on_as_if_it_had_not(trainer: Trainer, tmp_path: Path) -> None:
     # The optimizer's state goes on too: the trainer's schedule is that of all steps from the beginning.
     for name, lengths in (("whole", [STEPS]), ("extended", [2, STEPS])):

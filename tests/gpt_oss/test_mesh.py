@@ -30,6 +30,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_shard_map_splits_a_batch_over_the_devices_that_the_model_is_on(axes: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

@@ -110,6 +110,7 @@ def test_packed_decode_are_the_same_model() -> None:
     np.testing.assert_array_equal(packed(tokens), plain(tokens))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient() -> None:
     tokens = random_tokens(ours(jnp.float32), 12)
     model = ours(jnp.float32)

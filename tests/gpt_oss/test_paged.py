@@ -102,6 +102,7 @@ def greedy(model: gpt_oss.GptOss, prompts: list[list[int]], adapters: list[int],
     return np.stack(found, axis=1)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers(model: gpt_oss.GptOss) -> None:
     """With an adapter and without, prompts cut by a chunk's end, beyond the window of 8."""
     with np.load(CASE / "expected.npz") as arrays:

@@ -152,6 +152,7 @@ def test_differences_of_the_float64_layer_are_the_gradient_in_x() -> None:
         assert abs(ours[row, column] - difference) <= 3e-2 * usual
 
 
+@pytest.mark.slow
 def test_twice_the_same_bits() -> None:
     layer = random_layer(tokens=50, adapters=2, gate_up_rank=5, down_rank=3, mixed=True)
     dy = torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
