@@ -6,7 +6,6 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Literal
 
 import jax
@@ -16,6 +15,8 @@ from jmoe.errors import first_line
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import check_adapter, padded_layers
+from jmoe.serve.engine.commands import Commands
+from jmoe.serve.engine.failures import Failures, GaveUpError
 from jmoe.serve.engine.loaded_adapters import LoadedAdapters
 from jmoe.serve.engine.page_names import PageNames
 from jmoe.serve.engine.pages import Pages
@@ -57,13 +58,14 @@ class Engine:
         self._state: Literal["new", "running", "draining", "stopped"] = "new"
         # Guards what follows, and says that a command or an end has come.
         self._changed = threading.Condition()
-        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._commands = Commands(self._changed)
         self._requests: dict[str, Running] = {}
         self._submitted = 0
         self._adapters = LoadedAdapters(settings.max_loras)
         # The engine's thread alone, once it runs.
         self._running: dict[Sequence, Running] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._failures = Failures()
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._thread = threading.Thread(target=self._run, name="jmoe-engine", daemon=True)
 
@@ -112,14 +114,14 @@ class Engine:
             running = Running.create(request, sequence, on_event, adapter, seed=seed, stop_tokens=stop_tokens)
             self._requests[request.id] = running
             self._submitted += 1
-            self._command(functools.partial(self._add, running))
+            self._commands.add(functools.partial(self._add, running))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request within a step, with Cancelled; of one that has ended, nothing."""
         with self._changed:
             running = self._requests.get(request_id)
             if running is not None:
-                self._command(functools.partial(self._end, running, Cancelled()))
+                self._commands.add(functools.partial(self._end, running, Cancelled()))
 
     def load_adapter(self, name: str, weights: LoraWeights) -> None:
         """Puts one adapter into a free place, and returns once requests may name it.
@@ -143,7 +145,9 @@ class Engine:
                 on_device = jax.device_put(layer)
                 with self._changed:
                     self._check_open()
-                    done = self._command(functools.partial(self._runner.put_adapter, on_device, index, adapter.place))
+                    done = self._commands.add(
+                        functools.partial(self._runner.put_adapter, on_device, index, adapter.place)
+                    )
                 done.result()
             with self._changed:
                 self._adapters.loaded(adapter)
@@ -241,13 +245,6 @@ class Engine:
         if self._state != "running":
             raise EngineStoppedError(f"the engine takes nothing more: it is {self._state}")
 
-    def _command(self, work: Callable[[], None]) -> Future[None]:
-        """Has the engine's thread do this between two steps; the lock must be held."""
-        done: Future[None] = Future()
-        self._commands.append((work, done))
-        self._changed.notify_all()
-        return done
-
     # What follows is for the engine's thread.
 
     def _run(self) -> None:
@@ -257,12 +254,10 @@ class Engine:
                 self._turn()
         except BaseException as error:
             message = f"the engine has failed: {said(error)}"
-            log.critical("the engine has failed", exc_info=True)
+            log.critical(message, exc_info=not isinstance(error, GaveUpError))
         with self._changed:
             self._state = "stopped"
-            for _, done in self._commands:
-                done.set_exception(EngineStoppedError(message))
-            self._commands.clear()
+            self._commands.refuse(message)
             left = list(self._requests.values())
         for running in left:
             running.emit(Failed(message))
@@ -286,15 +281,7 @@ class Engine:
             if self._state == "stopped":
                 return False
             asked = len(self._commands)
-        for _ in range(asked):
-            with self._changed:
-                work, done = self._commands.popleft()  # one at a time: after an error those left are still there
-            try:
-                work()
-            except BaseException as error:
-                done.set_exception(error)
-                raise
-            done.set_result(None)
+        self._commands.obey(asked)
         return True
 
     def _turn(self) -> None:
@@ -308,19 +295,23 @@ class Engine:
                 raise RuntimeError("the scheduler has no plan for what waits")
             if self._in_flight and (plan is None or len(self._in_flight) > 1):
                 self._take_results(self._in_flight[0])
-                self._in_flight.popleft()
+                self._failures.succeeded(self._in_flight.popleft().plan)
         except Exception as error:
-            log.exception("a step has failed")
             self._recover(error, plan)
 
     def _recover(self, error: Exception, plan: Step | Chunk | None) -> None:
-        """Fails what a failed step may concern, and has everything else computed again."""
-        concerned = {sequence for step in self._in_flight for sequence in step.plan.sequences}
-        concerned |= set(plan.sequences if plan is not None else ())
+        """Fails what a failed step may concern, and has everything else computed again.
+
+        Raises:
+          GaveUpError: steps have failed too often.
+        """
+        plans = [step.plan for step in self._in_flight] + ([] if plan is None else [plan])
         self._in_flight.clear()
+        concerned = {sequence for each in plans for sequence in each.sequences}
         for sequence in concerned or set(self._running):
             if sequence in self._running:
                 self._end(self._running[sequence], Failed(f"a step has failed: {said(error)}"))
+        self._failures.failed(plans, error)
         self._scheduler.put_back_all()
         self._scheduler.pages.forget_all()
         self._runner.reset()

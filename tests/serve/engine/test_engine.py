@@ -347,7 +347,7 @@ def test_what_is_asked_of_an_engine_that_fails_ends(runner: Runner, model: gpt_o
     engine = Engine(model, SETTINGS)
     engine._begin(runner, Pages(runner.geometry, caching=False))
     with engine._changed:
-        first, second = engine._command(fail), engine._command(lambda: None)
+        first, second = engine._commands.add(fail), engine._commands.add(lambda: None)
     assert isinstance(first.exception(timeout=60), RuntimeError)
     assert isinstance(second.exception(timeout=60), EngineStoppedError)
     engine.stop()
