@@ -3,12 +3,12 @@
 import abc
 import asyncio
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal, Protocol
 
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -108,7 +108,7 @@ class Answer(abc.ABC):
 
 def event_bytes(content: Any) -> bytes:
     """An event of a stream."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(content) + b"\n\n"
 
 
 async def answer_http(http: HttpRequest, service: Service, answer: Answer, *, stream: bool) -> Response:
@@ -124,9 +124,7 @@ async def answer_http(http: HttpRequest, service: Service, answer: Answer, *, st
     async with running:
         submit(running, answer)
         await while_there(http.receive, gather(running, answer))
-    return Response(
-        json.dumps(answer.body(), ensure_ascii=False, separators=(",", ":")).encode(), media_type="application/json"
-    )
+    return Response(to_json(answer.body()), media_type="application/json")
 
 
 def submit(running: Running, answer: Answer) -> None:

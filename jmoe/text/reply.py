@@ -82,15 +82,18 @@ class Reply:
 
     def _cut(self, pieces: Sequence[ChannelText]) -> list[ChannelText]:
         """The pieces, the final channel's without what is held back or lies behind a stop string."""
-        cut = [
-            piece._replace(text=self._stop.push(piece.text)) if piece.channel == FINAL else piece for piece in pieces
-        ]
-        return [piece for piece in cut if piece.text]
+        found = []
+        for channel, text, recipient in pieces:
+            kept = self._stop.push(text) if channel == FINAL else text
+            if kept:
+                found.append(ChannelText(channel, kept, recipient))
+        return found
 
     def _keep(self, pieces: list[ChannelText]) -> list[ChannelText]:
         for piece in pieces:
-            if self.messages and self.messages[-1]._replace(text="") == piece._replace(text=""):
-                self.messages[-1] = piece._replace(text=self.messages[-1].text + piece.text)
+            last = self.messages[-1] if self.messages else None
+            if last is not None and (last.channel, last.recipient) == (piece.channel, piece.recipient):
+                self.messages[-1] = ChannelText(last.channel, last.text + piece.text, last.recipient)
             else:
                 self.messages.append(piece)
         return pieces
