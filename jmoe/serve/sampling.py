@@ -10,6 +10,7 @@ from jmoe.serve.errors import ApiError
 from jmoe.serve.protocol.common import GenerationFields
 from jmoe.serve.service import ModelFacts
 from jmoe.serve.settings import Limits
+from jmoe.text.control_tokens import added_tokens
 
 
 def check_limits(fields: GenerationFields, limits: Limits, vocab_size: int) -> None:
@@ -113,7 +114,7 @@ def sampling_of(
 def own_stop_tokens(fields: GenerationFields, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer because the request says so: control tokens among its strings too, as they are in
     no text."""
-    control = tokenizer.get_added_vocab()
+    control = added_tokens(tokenizer)
     named = [control[each] for each in fields.stop_strings if each in control]
     return tuple(dict.fromkeys([*(fields.stop_token_ids or ()), *named]))
 

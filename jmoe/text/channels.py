@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jmoe.text.control_tokens import added_tokens
 from jmoe.text.stream import TextStream
 
 FINAL = "final"
@@ -44,7 +45,7 @@ class ChannelText(NamedTuple):
 
 def has_channels(tokenizer: Any) -> bool:
     """Whether the tokenizer has the control tokens of channels."""
-    return {"<|channel|>", "<|message|>"} <= tokenizer.get_added_vocab().keys()
+    return {"<|channel|>", "<|message|>"} <= added_tokens(tokenizer).keys()
 
 
 class ChannelReader:
@@ -72,7 +73,7 @@ class ChannelReader:
           tokenizer: as jmoe.text.load_tokenizer returns it.
         """
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_vocab()
+        added = added_tokens(tokenizer)
         self._control = {added[name]: name for name in CONTROL if name in added} if has_channels(tokenizer) else {}
         self._texts: dict[str, list[str]] = {}
         self._calls: list[ChannelText] = []

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,19 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
         tokens = _of_texts(sorted({text for text in texts if len(text) > 1 and not text.isspace()}, key=_longest_first))
         _known[tokenizer] = (len(tokenizer), tokens)
     return tokens
+
+
+_ids: WeakKeyDictionary[Any, tuple[int, Mapping[str, int]]] = WeakKeyDictionary()
+
+
+def added_tokens(tokenizer: Any) -> Mapping[str, int]:
+    """The ids of the tokenizer's added tokens, which its own `get_added_vocab` sorts again each time: gpt-oss has a
+    thousand."""
+    size, ids = _ids.get(tokenizer, (-1, None))
+    if ids is None or size != len(tokenizer):
+        ids = MappingProxyType(tokenizer.get_added_vocab())
+        _ids[tokenizer] = (len(tokenizer), ids)
+    return ids
 
 
 def _longest_first(text: str) -> tuple[int, str]:

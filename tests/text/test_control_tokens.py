@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from jmoe.text import chat_text, encode, load_tokenizer, mark, without_marks
-from jmoe.text.control_tokens import MARK
+from jmoe.text.control_tokens import MARK, added_tokens
 from jmoe.text.tokenizer import _encode_bare
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -136,3 +136,12 @@ def test_encoding_marked_text_leaves_the_tokenizer_as_it_was(tokenizer: Any) -> 
 def test_marked_values_keep_their_form(tokenizer: Any) -> None:
     value = {"a": ["<|end|>", 1, None, True], "b": {"c": "Hi"}}
     assert mark(tokenizer, value) == {"a": [f"<{MARK}|end|>", 1, None, True], "b": {"c": "Hi"}}
+
+
+def test_added_tokens_are_looked_up_once_for_each_vocabulary() -> None:
+    tokenizer = load_tokenizer(TINY)
+    found = added_tokens(tokenizer)
+    assert found == tokenizer.get_added_vocab()
+    assert added_tokens(tokenizer) is found
+    tokenizer.add_tokens(["<|channel|>"], special_tokens=True)
+    assert added_tokens(tokenizer) == tokenizer.get_added_vocab() != found

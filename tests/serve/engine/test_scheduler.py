@@ -13,8 +13,10 @@ from hypothesis import given, settings
 
 from jmoe.serve.engine.page_names import PageNames
 from jmoe.serve.engine.pages import Geometry, Pages
+from jmoe.serve.engine.runner import MOST_PIECES, sizes_up_to
 from jmoe.serve.engine.scheduler import Chunk, Limits, Piece, Scheduler, Step
 from jmoe.serve.engine.sequence import Sequence
+from jmoe.serve.engine.settings import CHUNK_SIZES
 
 SIZE, WINDOW, VOCABULARY = 4, 6, 50
 
@@ -182,6 +184,50 @@ def test_chunks_and_steps_take_turns() -> None:
         ("Chunk", 16, 6),
         ("Step", 2, 1),
     ]
+
+
+def served() -> tuple[Scheduler, Limits]:
+    """A scheduler of the engine's default sizes, and pages enough."""
+    geometry = Geometry(
+        page_size=64, window=128, full_pages=400, windowed_pages=400, full_columns=64, windowed_columns=70
+    )
+    rows = sizes_up_to(64)
+    own = Limits(rows=64, row_sizes=rows, chunk_sizes=CHUNK_SIZES, prefill_tokens=1024, pieces=MOST_PIECES)
+    return Scheduler(Pages(geometry, caching=False), own), own
+
+
+def come(scheduler: Scheduler, count: int, first: int = 0) -> None:
+    for number in range(first, first + count):
+        scheduler.add(Sequence(list(range(215)), 215, 199, PageNames(b"%d" % number, 64)))
+
+
+def done(scheduler: Scheduler, plan: Step | Chunk | None) -> tuple[str, int, int]:
+    """Reads a plan's results; its kind, its program's size, its sequences."""
+    assert plan is not None
+    check_plan(plan)
+    for number, sequence in enumerate(plan.sequences):
+        if isinstance(plan, Step) or plan.pieces[number].last:
+            scheduler.token_read(sequence, 7)
+    return type(plan).__name__, plan.size, len(plan.sequences)
+
+
+def test_prompts_that_come_together_are_one_chunk() -> None:
+    scheduler, _ = served()
+    come(scheduler, 16)
+    assert [done(scheduler, scheduler.plan()) for _ in range(2)] == [("Chunk", 4096, 16), ("Step", 16, 16)]
+
+
+def test_prompts_that_come_while_others_run_fill_chunks_at_once_and_each_is_as_long_as_may_be() -> None:
+    scheduler, limits = served()
+    come(scheduler, 4)
+    for _ in range(3):
+        done(scheduler, scheduler.plan())
+    come(scheduler, 16, first=4)
+    kinds = [done(scheduler, scheduler.plan()) for _ in range(8)]
+    # 16 prompts are 3440 tokens: three chunks of 1024 and 368 more, of which none begins later than it may.
+    assert [kind for kind, _, _ in kinds] == ["Chunk", "Step"] * 4
+    assert [size for kind, size, _ in kinds if kind == "Chunk"] == [limits.prefill_tokens] * 3 + [512]
+    assert kinds[-1] == ("Step", 32, 20)
 
 
 def test_prompts_share_a_chunk_and_what_it_computes() -> None:
