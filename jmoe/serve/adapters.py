@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jmoe.errors import first_line, in_short
-from jmoe.serve.engine import EngineStoppedError, NameTakenError, NoPlaceError, UnknownAdapterError
+from jmoe.serve.engine import EngineStoppedError, LoadFailedError, NameTakenError, NoPlaceError, UnknownAdapterError
 from jmoe.serve.errors import ApiError
 from jmoe.serve.protocol.others import LoadAdapterRequest, UnloadAdapterRequest
 from jmoe.serve.service import Service
@@ -15,8 +15,8 @@ async def load(asked: LoadAdapterRequest, service: Service, allowed: Sequence[Pa
     """Loads an adapter from below one of the directories that are allowed.
 
     Raises:
-      ApiError: 403, it lies elsewhere; 400, it cannot be loaded, or the name is taken; 409, all places are taken; 503,
-        the engine has stopped.
+      ApiError: 403, it lies elsewhere; 400, it cannot be loaded, or the name is taken; 409, all places are taken; 500,
+        the device has not taken it; 503, the engine has stopped.
     """
     check_on(allowed)
     if asked.lora_name in service.model.names:
@@ -78,5 +78,7 @@ def _load(service: Service, asked: LoadAdapterRequest, allowed: Sequence[Path]) 
         raise ApiError.of_value("lora_name", error) from None
     except EngineStoppedError:
         raise ApiError.unavailable("the server is stopping") from None
+    except LoadFailedError as error:
+        raise ApiError.failed(first_line(error)) from None
     except (OSError, ValueError) as error:
         raise ApiError.of_value("lora_path", error) from None

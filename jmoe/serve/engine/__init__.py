@@ -8,6 +8,7 @@ from jmoe.serve.engine.request import EngineStoppedError as EngineStoppedError
 from jmoe.serve.engine.request import Event as Event
 from jmoe.serve.engine.request import Failed as Failed
 from jmoe.serve.engine.request import Finished as Finished
+from jmoe.serve.engine.request import LoadFailedError as LoadFailedError
 from jmoe.serve.engine.request import NameTakenError as NameTakenError
 from jmoe.serve.engine.request import NoPlaceError as NoPlaceError
 from jmoe.serve.engine.request import PromptLogprobs as PromptLogprobs
@@ -32,6 +33,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "LoadFailedError",
     "NameTakenError",
     "NoPlaceError",
     "PromptLogprobs",

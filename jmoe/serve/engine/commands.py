@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from jmoe.serve.engine.failures import GaveUpError
 from jmoe.serve.engine.request import EngineStoppedError
 
 
@@ -13,7 +14,7 @@ from jmoe.serve.engine.request import EngineStoppedError
 class Command:
     """Work for the engine's thread, and who waits for it.
 
-    may_fail: its error concerns nobody but who waits; else it ends the engine.
+    may_fail: its error, if it is no GaveUpError, concerns nobody but who waits; else it ends the engine.
     """
 
     work: Callable[[], None]
@@ -53,7 +54,7 @@ class Commands:
                 command.work()
             except BaseException as error:
                 command.done.set_exception(error)
-                if not (command.may_fail and isinstance(error, Exception)):
+                if not command.may_fail or isinstance(error, GaveUpError) or not isinstance(error, Exception):
                     raise
             else:
                 command.done.set_result(None)

@@ -16,8 +16,8 @@ from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import check_adapter, padded_layers
 from jmoe.serve.engine.commands import Commands
-from jmoe.serve.engine.failures import Failures, GaveUpError
-from jmoe.serve.engine.loaded_adapters import LoadedAdapters
+from jmoe.serve.engine.failures import Failures, GaveUpError, said
+from jmoe.serve.engine.loaded_adapters import Adapter, LoadedAdapters
 from jmoe.serve.engine.page_names import PageNames
 from jmoe.serve.engine.pages import Pages
 from jmoe.serve.engine.request import (
@@ -25,10 +25,11 @@ from jmoe.serve.engine.request import (
     EngineStoppedError,
     Event,
     Failed,
+    LoadFailedError,
     QueueFullError,
     Request,
     Token,
-    TooLongError,
+    checked_prompt,
 )
 from jmoe.serve.engine.row_logprobs import RowLogprobs
 from jmoe.serve.engine.runner import InFlight, Runner
@@ -92,7 +93,9 @@ class Engine:
           QueueFullError: queue_limit requests wait.
           EngineStoppedError: the engine drains or has stopped.
         """
-        tokens = self._checked_prompt(request)
+        if self._state == "new":
+            raise EngineStoppedError("the engine has not started")
+        tokens = checked_prompt(request, self._model.config.vocab_size, self._runner.max_model_len)
         params = request.sampling
         with self._changed:
             self._check_open()
@@ -131,29 +134,30 @@ class Engine:
           ValueError: the weights are of another model, of several adapters, on targets without room,
             or of a rank above max_lora_rank.
           NoPlaceError: all places are taken.
+          LoadFailedError: the device has not taken it.
           EngineStoppedError: the engine has not started, drains or has stopped.
         """
         config, dtype, settings = self._model.config, self._model.dtype, self._settings
         check_adapter(weights, config, settings.lora_targets, settings.max_lora_rank)
         with self._changed:
             self._check_open()
-            adapter = self._adapters.reserve(name)
+            adapter = self._adapters.reserve(name, jax.tree.map(np.asarray, weights))
         try:
-            layers = padded_layers(weights, config, settings.lora_targets, settings.max_lora_rank, dtype)
+            layers = padded_layers(adapter.weights, config, settings.lora_targets, settings.max_lora_rank, dtype)
             for index, layer in enumerate(layers):
                 # One after another, so that no more than a layer is on the device twice, and steps go on between.
-                on_device = jax.device_put(layer)
+                work = functools.partial(self._put_layer, adapter, jax.device_put(layer), index)
                 with self._changed:
                     self._check_open()
-                    done = self._commands.add(
-                        functools.partial(self._runner.put_adapter, on_device, index, adapter.place)
-                    )
+                    done = self._commands.add(work, may_fail=True)
                 done.result()
             with self._changed:
                 self._adapters.loaded(adapter)
-        except BaseException:
+        except BaseException as error:
             with self._changed:
                 self._adapters.failed(adapter)
+            if isinstance(error, RuntimeError | GaveUpError):
+                raise LoadFailedError(f"the adapter is not loaded: {first_line(error)}") from error
             raise
 
     def unload_adapter(self, name: str) -> None:
@@ -171,7 +175,9 @@ class Engine:
             return self._adapters.names()
 
     def stats(self) -> EngineStats:
-        """How busy the engine is."""
+        """How busy the engine is; zeros before it has started."""
+        if self._thread.ident is None:
+            return EngineStats()
         full = self._scheduler.pages.full
         return EngineStats(
             queued=self._submitted + len(self._scheduler.waiting),
@@ -222,24 +228,6 @@ class Engine:
             self._scheduler = Scheduler(pages, runner.limits)
             self._state = "running"
             self._thread.start()
-
-    def _checked_prompt(self, request: Request) -> list[int]:
-        """The prompt's tokens; raises as submit does of what a request says by itself."""
-        params, vocabulary = request.sampling, self._model.config.vocab_size
-        prompt = np.asarray(request.prompt)
-        if not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError("prompt must be token ids, one at least")
-        named = [*params.logit_bias, int(prompt.min()), int(prompt.max())]
-        if min(named) < 0 or max(named) >= vocabulary:
-            raise ValueError(f"token ids must be in [0, {vocabulary}), got {min(named)} to {max(named)}")
-        if self._state == "new":
-            raise EngineStoppedError("the engine has not started")
-        longest = self._runner.max_model_len
-        if len(prompt) + params.max_tokens > longest:
-            raise TooLongError(
-                f"prompt and new tokens must be at most {longest}, got {len(prompt)} and {params.max_tokens}"
-            )
-        return prompt.tolist()
 
     def _check_open(self) -> None:
         if self._state != "running":
@@ -315,6 +303,31 @@ class Engine:
         self._scheduler.put_back_all()
         self._scheduler.pages.forget_all()
         self._runner.reset()
+        self._keep_adapters()
+
+    def _put_layer(self, adapter: Adapter, layer: LoraWeights, index: int) -> None:
+        """One layer of an adapter that is being loaded."""
+        try:
+            self._runner.put_adapter(layer, index, adapter.place)
+        except Exception:
+            self._keep_adapters()
+            raise
+
+    def _keep_adapters(self) -> None:
+        """Puts all adapters into their places again if an error has taken these from the device.
+
+        Raises:
+          GaveUpError: it cannot.
+        """
+        if self._runner.has_places():
+            return
+        log.error("an error has taken the adapters from the device: they are put there again")
+        with self._changed:
+            adapters = self._adapters.to_restore()
+        try:
+            self._runner.restore_adapters(adapters)
+        except Exception as error:
+            raise GaveUpError(f"the adapters cannot be put on the device again: {first_line(error)}") from error
 
     def _add(self, running: Running) -> None:
         with self._changed:
@@ -381,8 +394,3 @@ class Engine:
         """Emits an event; a request whose receiver fails is cancelled."""
         if not running.emit(event):
             self._end(running, Cancelled())
-
-
-def said(error: BaseException) -> str:
-    """An error in a line."""
-    return first_line(error) if isinstance(error, Exception) else type(error).__name__

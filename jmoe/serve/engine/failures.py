@@ -55,3 +55,8 @@ class Failures:
 def program(plan: Step | Chunk) -> str:
     """What computes a plan, in words."""
     return f"a step of {plan.size} rows" if isinstance(plan, Step) else f"a chunk of {plan.size} tokens of prompts"
+
+
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    return first_line(error) if isinstance(error, Exception) else type(error).__name__

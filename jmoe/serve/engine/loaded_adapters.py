@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.request import NameTakenError, NoPlaceError, UnknownAdapterError
 
 
@@ -9,16 +10,20 @@ from jmoe.serve.engine.request import NameTakenError, NoPlaceError, UnknownAdapt
 class Adapter:
     """An adapter in its place.
 
+    weights: on the host, from where it is put on the device again after an error.
     serial: its number among all that were ever loaded.
     users: requests that name it and have not ended.
     leaving: it has been unloaded, and its place will be free.
+    lost: an error has taken the layers that were on the device before it was loaded.
     """
 
     name: str
     place: int
+    weights: LoraWeights
     serial: int
     users: int = 0
     leaving: bool = False
+    lost: bool = False
 
 
 class LoadedAdapters:
@@ -28,15 +33,16 @@ class LoadedAdapters:
         self.places = places
         self.free = list(reversed(range(places)))
         self._named: dict[str, Adapter] = {}
-        self._coming: set[str] = set()
+        self._coming: dict[str, Adapter] = {}
+        self._leaving: set[Adapter] = set()
         self._serial = 0
 
     def names(self) -> tuple[str, ...]:
         """Those that requests may use."""
         return tuple(self._named)
 
-    def reserve(self, name: str) -> Adapter:
-        """A place for an adapter that is being loaded.
+    def reserve(self, name: str, weights: LoraWeights) -> Adapter:
+        """A place for an adapter that is being loaded, of weights on the host.
 
         Raises:
           NameTakenError: the name is taken.
@@ -46,19 +52,31 @@ class LoadedAdapters:
             raise NameTakenError(f"an adapter {name!r} is loaded already")
         if not self.free:
             raise NoPlaceError(f"all {self.places} places for adapters are taken")
-        self._coming.add(name)
         self._serial += 1
-        return Adapter(name, self.free.pop(), self._serial)
+        self._coming[name] = Adapter(name, self.free.pop(), weights, self._serial)
+        return self._coming[name]
 
     def loaded(self, adapter: Adapter) -> None:
-        """Lets requests name an adapter that is in its place."""
-        self._coming.discard(adapter.name)
+        """Lets requests name an adapter that is in its place.
+
+        Raises:
+          RuntimeError: it is there no more.
+        """
+        if adapter.lost:
+            raise RuntimeError("an error has taken what was there of it from the device")
+        del self._coming[adapter.name]
         self._named[adapter.name] = adapter
 
     def failed(self, adapter: Adapter) -> None:
         """Frees the place of one that could not be loaded."""
-        self._coming.discard(adapter.name)
+        del self._coming[adapter.name]
         self.free.append(adapter.place)
+
+    def to_restore(self) -> list[Adapter]:
+        """Those that are to be in their places, where nothing is any more; those that are being loaded are lost."""
+        for adapter in self._coming.values():
+            adapter.lost = True
+        return [*self._named.values(), *self._leaving]
 
     def use(self, name: str | None) -> Adapter | None:
         """The adapter of a new request, None of none.
@@ -90,8 +108,10 @@ class LoadedAdapters:
         if adapter is None:
             raise UnknownAdapterError(f"no adapter {name!r} is loaded")
         adapter.leaving = True
+        self._leaving.add(adapter)
         self._free_place(adapter)
 
     def _free_place(self, adapter: Adapter) -> None:
         if adapter.leaving and not adapter.users:
+            self._leaving.remove(adapter)
             self.free.append(adapter.place)

@@ -206,5 +206,32 @@ class NoPlaceError(Exception):
     """All places for adapters are taken."""
 
 
+class LoadFailedError(Exception):
+    """The device has not taken an adapter; the engine goes on without it."""
+
+
 class EngineStoppedError(Exception):
     """The engine takes no more requests: it drains, has stopped or has failed."""
+
+
+def checked_prompt(request: Request, vocabulary: int, longest: int) -> list[int]:
+    """The prompt's tokens.
+
+    longest: tokens of a prompt and its new ones at most.
+
+    Raises:
+      ValueError: there are none, or it or logit_bias has tokens that are not below `vocabulary`.
+      TooLongError: the prompt with max_tokens is longer than `longest`.
+    """
+    params = request.sampling
+    prompt = np.asarray(request.prompt)
+    if not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError("prompt must be token ids, one at least")
+    named = [*params.logit_bias, int(prompt.min()), int(prompt.max())]
+    if min(named) < 0 or max(named) >= vocabulary:
+        raise ValueError(f"token ids must be in [0, {vocabulary}), got {min(named)} to {max(named)}")
+    if len(prompt) + params.max_tokens > longest:
+        raise TooLongError(
+            f"prompt and new tokens must be at most {longest}, got {len(prompt)} and {params.max_tokens}"
+        )
+    return prompt.tolist()

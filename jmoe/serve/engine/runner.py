@@ -1,7 +1,7 @@
 """Plans put into effect: what the programs get, and what of their results is read."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import AdapterPlaces, padded_layers
 from jmoe.serve.engine.budget import cache_budget, model_len, plan_geometry
 from jmoe.serve.engine.device_state import DeviceState
+from jmoe.serve.engine.loaded_adapters import Adapter
 from jmoe.serve.engine.pages import Pages
 from jmoe.serve.engine.programs import DRAWINGS, Drawing, Programs
 from jmoe.serve.engine.row_logprobs import RowLogprobs
@@ -57,11 +58,10 @@ class Runner:
         self._config, self._dtype, self._settings = config, model.dtype, settings
         row_sizes = sizes_up_to(settings.max_sequences)
         self._nobody = row_sizes[-1]
-        self.places, form = None, None
+        self.places: AdapterPlaces | None = None
+        form = None
         if settings.max_loras:
-            room = settings.lora_targets, settings.max_loras, settings.max_lora_rank
-            self.places = AdapterPlaces.empty(config, *room, model.dtype)
-            form = next(padded_layers(None, config, settings.lora_targets, settings.max_lora_rank, model.dtype))
+            self.places, form = self._empty_places(), next(self._layers(None))
         self.geometry = plan_geometry(config, model.dtype, settings, cache_budget(settings))
         self.max_model_len = model_len(config, settings, self.geometry)
         chunk_sizes = tuple(sorted(set(settings.chunk_sizes)))
@@ -89,6 +89,23 @@ class Runner:
         """One layer of an adapter into a place."""
         assert self.places is not None
         self.places = self.programs.put_adapter(self.places, layer, index, place)
+
+    def has_places(self) -> bool:
+        """Whether what the places hold is there; waits until it is computed. True without places."""
+        try:
+            jax.block_until_ready(self.places)
+        except RuntimeError:  # JaxRuntimeError is one, as is the error of an array that was given up
+            return False
+        return True
+
+    def restore_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Takes memory for the places anew, and puts these adapters into theirs."""
+        self.places = None
+        self.places = self._empty_places()
+        for adapter in adapters:
+            for index, layer in enumerate(self._layers(adapter.weights)):
+                self.put_adapter(jax.device_put(layer), index, adapter.place)
+        jax.block_until_ready(self.places)
 
     def dispatch(self, plan: Step | Chunk, pages: Pages, running: Mapping[Sequence, Running]) -> InFlight:
         """Hands a plan's programs to the device, behind those of the plans before it."""
@@ -146,6 +163,14 @@ class Runner:
         drawn = self.programs.draw(drawing, self._state, logits, rows)
         drawn.copy_to_host_async()
         return InFlight(plan, drawn, prompt)
+
+    def _empty_places(self) -> AdapterPlaces:
+        own = self._settings
+        return AdapterPlaces.empty(self._config, own.lora_targets, own.max_loras, own.max_lora_rank, self._dtype)
+
+    def _layers(self, weights: LoraWeights | None) -> Iterator[LoraWeights]:
+        own = self._settings
+        return padded_layers(weights, self._config, own.lora_targets, own.max_lora_rank, self._dtype)
 
     def _empty(self) -> DeviceState:
         return DeviceState.empty(self._config, self.geometry, self._nobody, self._dtype)

@@ -79,14 +79,14 @@ class EngineStats:
       max_model_len: tokens of a prompt and its new ones.
     """
 
-    queued: int
-    running: int
-    pages_total: int
-    pages_free: int
-    cached_pages: int
-    prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-    preemptions: int
-    compiled_programs: int
-    max_model_len: int
+    queued: int = 0
+    running: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    cached_pages: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    preemptions: int = 0
+    compiled_programs: int = 0
+    max_model_len: int = 0

@@ -13,6 +13,7 @@ from jmoe.serve.engine import (
     Cancelled,
     Engine,
     EngineSettings,
+    EngineStats,
     EngineStoppedError,
     Failed,
     Finished,
@@ -334,7 +335,9 @@ def test_drain_and_stop(runner: Runner, model: gpt_oss.GptOss, adapter: gpt_oss.
     engine = Engine(model, SETTINGS)
     with pytest.raises(EngineStoppedError, match="not started"):
         ask(engine, [1])
+    assert engine.stats() == EngineStats()
     engine.stop()
+    assert (engine.stats().pages_total, engine.stats().max_model_len) == (0, 0)
     with pytest.raises(EngineStoppedError, match="starts once, and this one is stopped"):
         engine._begin(runner, Pages(runner.geometry, caching=False))
 
