@@ -60,6 +60,7 @@ class ChatChoice:
     def token(self, event: Token) -> tuple[Delta, list[dict[str, Any]] | None]:
         """(what a token adds, that may be nothing, its log-probability)."""
         self.new_tokens += 1
+        self.cached_tokens = event.cached_tokens
         found = None
         if self.logprobs is not None:
             found = [self._logprob(event)]

@@ -73,6 +73,7 @@ class CompletionChoice:
     def token(self, event: Token) -> tuple[str, Logprobs | None]:
         """(the text that a token adds, that may be nothing, its log-probabilities)."""
         self.new_tokens += 1
+        self.cached_tokens = event.cached_tokens
         found = None
         if self.logprobs is not None:
             found = _empty()

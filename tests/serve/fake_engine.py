@@ -198,7 +198,7 @@ class FakeEngine:
         row.given += 1
         self._new_tokens += 1
         given = (LOGPROB, self._top(token, sampling.logprobs)) if sampling.logprobs is not None else (None, ())
-        row.on_event(Token(token, *given))
+        row.on_event(Token(token, *given, cached_tokens=self.cached(row.request)))
         if row.given == sampling.max_tokens:
             row.on_event(row.finished("length", None, self.cached(row.request)))
             return True

@@ -153,6 +153,15 @@ def test_the_answer_ends_with_its_final_message(harmony_server: Serving, writes:
     assert choice["finish_reason"] == "stop"
 
 
+def test_an_answer_that_ends_before_the_engine_says_so_counts_cached_tokens(
+    harmony_server: Serving, harmony_engine: FakeEngine, writes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harmony_engine, "cached", lambda request: 3)
+    writes(THINKS + ANSWERS + "<|end|><|start|>assistant<|channel|>final<|message|>More")
+    for stop in (None, "lo"):
+        assert ask(harmony_server, stop=stop)["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+
+
 def test_a_string_ends_the_answer_but_not_the_thinking(harmony_server: Serving, writes: Any) -> None:
     writes("<|channel|>analysis<|message|>Say Hello.<|end|>" + ANSWERS)
     choice = ask(harmony_server, stop=["lo", "unused"])["choices"][0]

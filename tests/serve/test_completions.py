@@ -104,6 +104,13 @@ def test_a_prompts_cached_tokens_count_once_whatever_its_answers_share(server: S
     assert usage["prompt_tokens"] == 10
 
 
+def test_an_answer_that_a_string_ends_says_what_of_its_prompt_was_cached(server: Serving, engine: FakeEngine) -> None:
+    engine.cached = lambda request: 4
+    answer = ask(server, prompt=[7] * 5, stop=" License", max_tokens=40)
+    assert answer["choices"][0]["stop_reason"] == " License"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 4
+
+
 def test_echo_with_logprobs_is_what_scores_texts(server: Serving, engine: FakeEngine) -> None:
     # As lm-eval asks: the prompt's tokens and one more, whatever it is, the end of the text too.
     engine.script = lambda request: []

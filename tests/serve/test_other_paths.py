@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jmoe.serve.adapters import allowed_directory
+from jmoe.serve.engine import LoadFailedError
 from jmoe.serve.errors import ApiError
 from jmoe.serve.settings import Settings
 from jmoe.text import encode, load_tokenizer
@@ -112,6 +113,20 @@ def test_adapters_that_cannot_be_read_are_errors(loading: Serving, folder: Path)
     empty = folder / "allowed" / "empty"
     empty.mkdir(parents=True)
     assert load_status(loading, "empty", empty) == 400
+
+
+def test_an_adapter_that_the_device_does_not_take_is_an_error_of_the_server(
+    loading: Serving, engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(name: str, weights: Any) -> None:
+        raise LoadFailedError("the adapter is not loaded: out of memory\nand more")
+
+    monkeypatch.setattr(engine, "load_adapter", full)
+    with loading.client() as client:
+        body = {"lora_name": "one", "lora_path": str(adapter(folder, "allowed/one"))}
+        answer = client.post("/v1/load_lora_adapter", json=body)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the adapter is not loaded: out of memory"
 
 
 def test_adapters_elsewhere_are_refused(loading: Serving, engine: FakeEngine, folder: Path) -> None:

@@ -383,10 +383,10 @@ class Engine:
             self._end(running, running.finished("stop", token))
         else:
             self._new_tokens += 1
-            event = Token(token)
+            own: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
             if params.logprobs is not None and logprobs is not None:
-                event = Token(token, *logprobs.row(index, params.logprobs))
-            self._tell(running, event)
+                own = logprobs.row(index, params.logprobs)
+            self._tell(running, Token(token, *own, cached_tokens=sequence.cached_tokens or 0))
             if sequence.new_tokens == params.max_tokens:
                 self._end(running, running.finished("length"))
 

@@ -130,11 +130,13 @@ class Token:
 
     logprob: its log-probability; None if not asked for.
     top: (token, log-probability) of the likeliest, as many as were asked for, the likeliest first.
+    cached_tokens: as in Finished, which does not come to a text that is ended by who reads it.
     """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,7 @@ def test_a_seed_is_a_text_whatever_else_runs(engine: Engine) -> None:
     together = ask(engine, PROMPTS[2], **options)
     assert together.tokens == alone
     assert together.end.cached_tokens == (len(PROMPTS[2]) - 1) // 64 * 64
+    assert {event.cached_tokens for event in together.logprobs} == {together.end.cached_tokens}
     assert ask(engine, PROMPTS[2], **options | {"seed": 5}).tokens != alone
     unseeded = [ask(engine, PROMPTS[2], **options | {"seed": None}) for _ in range(2)]
     assert unseeded[0].tokens != unseeded[1].tokens
