@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -132,7 +133,7 @@ class Paths:
     async def completions(self, http: Request) -> Response:
         """Texts that follow prompts."""
         service = self._state.taking()
-        asked = await read_body(http, CompletionRequest, self._settings)
+        asked = await read_body(http, CompletionRequest, self._settings, service)
         answer = await completion(asked, service, self._settings.limits)
         self._state.taking()
         return await answer_http(http, service, answer, stream=bool(asked.stream))
@@ -140,7 +141,7 @@ class Paths:
     async def chat_completions(self, http: Request) -> Response:
         """Answers in a conversation."""
         service = self._state.taking()
-        asked = await read_body(http, ChatRequest, self._settings)
+        asked = await read_body(http, ChatRequest, self._settings, service)
         answer = await chat_completion(asked, service, self._settings.limits)
         self._state.taking()
         return await answer_http(http, service, answer, stream=bool(asked.stream))
@@ -148,24 +149,26 @@ class Paths:
     async def tokenize(self, http: Request) -> Response:
         """A text's tokens."""
         service = self._state.taking()
-        return JSONResponse(await tokenize(await read_body(http, TokenizeRequest, self._settings), service))
+        found = await tokenize(await read_body(http, TokenizeRequest, self._settings, service), service)
+        return Response(to_json(found), media_type="application/json")
 
     async def detokenize(self, http: Request) -> Response:
         """Tokens' text."""
         service = self._state.taking()
-        return JSONResponse(await detokenize(await read_body(http, DetokenizeRequest, self._settings), service))
+        found = await detokenize(await read_body(http, DetokenizeRequest, self._settings, service), service)
+        return Response(to_json(found), media_type="application/json")
 
     async def load_adapter(self, http: Request) -> Response:
         """Loads an adapter."""
         service = self._state.taking()
-        asked = await read_body(http, LoadAdapterRequest, self._settings)
+        asked = await read_body(http, LoadAdapterRequest, self._settings, service)
         await adapters.load(asked, service, self._settings.adapter_directories)
         return JSONResponse(model_card(service, asked.lora_name))
 
     async def unload_adapter(self, http: Request) -> Response:
         """Drops an adapter."""
         service = self._state.taking()
-        asked = await read_body(http, UnloadAdapterRequest, self._settings)
+        asked = await read_body(http, UnloadAdapterRequest, self._settings, service)
         await adapters.unload(asked, service, self._settings.adapter_directories)
         return JSONResponse({"id": asked.lora_name, "object": "model", "deleted": True})
 

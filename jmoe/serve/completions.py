@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jmoe.serve.answering import Answer
 from jmoe.serve.completion_choice import CompletionChoice, choice
 from jmoe.serve.engine import Event, Finished, PromptLogprobs, Request, Token
@@ -56,8 +58,9 @@ def _tokens(prompts: list[str] | list[list[int]], tokenizer: Any, model: ModelFa
             raise ApiError.of_value("prompt", error) from None
         if not tokens:
             raise ApiError.invalid("prompt", "prompt: at least one token is needed, got an empty prompt")
-        if max(tokens) >= model.vocab_size:
-            raise ApiError.invalid("prompt", f"prompt: token ids must be below {model.vocab_size}, got {max(tokens)}")
+        largest = int(np.asarray(tokens).max())
+        if largest >= model.vocab_size:
+            raise ApiError.invalid("prompt", f"prompt: token ids must be below {model.vocab_size}, got {largest}")
         found.append(Prompt(tokens, prompt if isinstance(prompt, str) else None))
     return found
 

@@ -97,9 +97,10 @@ class ApiError(Exception):
         )  # fmt: skip
 
     @classmethod
-    def unavailable(cls, why: str) -> Self:
+    def unavailable(cls, why: str, headers: Mapping[str, str] | None = None) -> Self:
         """The server cannot take requests now: 503."""
-        return cls(503, why, type="server_error", code="unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
+        again = {"Retry-After": str(RETRY_SECONDS), **(headers or {})}
+        return cls(503, why, type="server_error", code="unavailable", headers=again)
 
     @classmethod
     def failed(cls, message: str) -> Self:

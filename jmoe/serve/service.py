@@ -10,6 +10,7 @@ from typing import Any
 
 from jmoe.serve.engine import Engine
 from jmoe.serve.errors import ApiError
+from jmoe.serve.large_bodies import LargeBodies
 from jmoe.serve.metrics import Metrics
 from jmoe.serve.protocol.common import Body
 from jmoe.serve.running import Bridge, Running
@@ -43,6 +44,8 @@ class Service:
     Attributes:
       tokenizer: for the event loop's thread alone.
       token_texts: of single tokens.
+      large_bodies: what reads them.
+      body_bytes: of the bodies that are being read.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Service:
         self.metrics = metrics
         self.token_texts = TokenTexts(tokenizer)
         self.read_adapter = read_adapter
+        self.large_bodies = LargeBodies()
+        self.body_bytes = 0
         self._bridge = Bridge(loop)
         # A thread with a tokenizer of its own for short requests, and one for long ones, which they need not wait for.
         self._prompts = [
@@ -96,6 +101,7 @@ class Service:
         return Running(self.engine, self._bridge, self.metrics)
 
     def close(self) -> None:
-        """Ends the threads of the prompts."""
+        """Ends the threads of the prompts, and the process of large bodies."""
+        self.large_bodies.close()
         for thread, _ in self._prompts:
             thread.shutdown(wait=False, cancel_futures=True)

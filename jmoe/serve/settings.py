@@ -12,6 +12,7 @@ class Limits:
 
     Attributes:
       body_bytes: of the body.
+      bodies_bytes: of all bodies together that are being read; beyond it requests are told to come later (503).
       choices: answers of a request, `n` times the prompts.
       logprobs: alternatives of each token.
       logit_bias: entries.
@@ -20,6 +21,7 @@ class Limits:
     """
 
     body_bytes: int = 16 * 2**20
+    bodies_bytes: int = 256 * 2**20
     choices: int = 256
     logprobs: int = MOST_LOGPROBS
     logit_bias: int = MOST_BIASES

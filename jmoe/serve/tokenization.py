@@ -38,10 +38,11 @@ async def detokenize(asked: DetokenizeRequest, service: Service) -> dict[str, An
       ApiError: 404, the model is unknown; 400, the vocabulary has no such token.
     """
     service.adapter(asked.model)
-    if max(asked.tokens, default=0) >= service.model.vocab_size:
-        raise ApiError.invalid("tokens", f"tokens: ids must be below {service.model.vocab_size}")
-    text = await service.with_tokenizer(
-        asked,
-        lambda tokenizer: tokenizer.decode(asked.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-    )
-    return {"prompt": text}
+
+    def work(tokenizer: Any) -> str:
+        tokens = list(asked.tokens)
+        if max(tokens, default=0) >= service.model.vocab_size:
+            raise ApiError.invalid("tokens", f"tokens: ids must be below {service.model.vocab_size}")
+        return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+
+    return {"prompt": await service.with_tokenizer(asked, work)}

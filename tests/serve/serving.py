@@ -104,3 +104,5 @@ def serving(
         server.should_exit = server.force_exit = True
         thread.join(SECONDS)
         assert not thread.is_alive()
+        if state.service is not None:
+            state.service.close()

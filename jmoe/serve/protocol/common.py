@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 """Numbers beyond it may have thousands of digits, which Python refuses to write into an error."""
 
@@ -12,6 +13,11 @@ PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
+
+MOST_ITEMS = 10_000
+"""Of lists whose own limits are lower and say so; a list of millions is refused by its length alone."""
+
+SHORT = Field(max_length=MOST_ITEMS, fail_fast=True)
 
 LONG_BYTES = 2**17
 """Tokenizers read some MB a second."""
@@ -24,7 +30,7 @@ class Body(BaseModel):
     _bytes: int = PrivateAttr(0)
 
     @classmethod
-    def read(cls, content: bytes) -> Self:
+    def read(cls, content: bytes | bytearray) -> Self:
         """Of JSON.
 
         Raises:
@@ -60,8 +66,8 @@ class GenerationFields(Body):
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Token] | None = None
+    stop: str | Annotated[list[str], SHORT] | None = None
+    stop_token_ids: Annotated[list[Token], SHORT] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

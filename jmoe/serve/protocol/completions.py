@@ -1,6 +1,8 @@
 """The body of POST /v1/completions."""
 
-from jmoe.serve.protocol.common import Count, GenerationFields, PositiveCount, Token
+from typing import Annotated
+
+from jmoe.serve.protocol.common import SHORT, Count, GenerationFields, PositiveCount, Tokens
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -9,7 +11,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(GenerationFields):
     """A text to be continued, or several."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: str | Annotated[list[str], SHORT] | Tokens | Annotated[list[Tokens], SHORT]
     max_tokens: Count | None = None
     logprobs: Count | None = None
     echo: bool | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jmoe.serve.protocol.common import Body, Token
+from jmoe.serve.protocol.common import Body, Tokens
 from jmoe.text import ReasoningEffort
 
 
@@ -22,7 +22,7 @@ class DetokenizeRequest(Body):
     """Tokens to be joined to text."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens
 
 
 class LoadAdapterRequest(Body):
