@@ -18,11 +18,11 @@ class PageNames:
         self._page_size = page_size
         self._names: list[bytes] = []
 
-    def first(self, tokens: Sequence[int], pages: int) -> list[bytes]:
-        """The names of so many pages, all of whose tokens are given."""
+    def between(self, first: int, end: int, tokens: Sequence[int]) -> list[bytes]:
+        """The names of pages from `first` to before `end`, all of whose tokens are given, from the text's begin on."""
         size = self._page_size
-        for page in range(len(self._names), pages):
+        for page in range(len(self._names), end):
             content = array("q", tokens[page * size : (page + 1) * size]).tobytes()
             self._last = hashlib.blake2b(content, key=self._last, digest_size=16).digest()
             self._names.append(self._last)
-        return self._names[:pages]
+        return self._names[first:end]

@@ -70,9 +70,9 @@ class Pages:
         own = SequencePages()
         if not (self._caching and share):
             return own, 0
-        wanted = names.first(tokens, (len(tokens) - 1) // self.geometry.page_size)
+        wanted = names.between(0, (len(tokens) - 1) // self.geometry.page_size, tokens)
         there = next((i for i, name in enumerate(wanted) if self.full.find(name) is None), len(wanted))
-        while there and not self._window_is_there(wanted[:there]):
+        while there and not self._window_is_there(wanted, there):
             there -= 1
         own.named = there
         own.first_windowed = self._first_windowed(there)
@@ -108,7 +108,7 @@ class Pages:
         whole = min(end, len(tokens)) // self.geometry.page_size
         if not self._caching or whole <= own.named:
             return
-        for page, name in list(enumerate(names.first(tokens, whole)))[own.named :]:
+        for page, name in enumerate(names.between(own.named, whole, tokens), own.named):
             self.full.name(own.full[page], name)
             if self.geometry.window is not None and page >= own.first_windowed:
                 self.windowed.name(own.windowed[page - own.first_windowed], name)
@@ -147,11 +147,12 @@ class Pages:
         """The first windowed page that a sequence needs once it has so many whole pages."""
         return 0 if self.geometry.window is None else self.geometry.first_seen(pages * self.geometry.page_size)
 
-    def _window_is_there(self, names: list[bytes]) -> bool:
-        """Whether what windowed layers see after these pages is all there."""
+    def _window_is_there(self, names: Sequence[bytes], pages: int) -> bool:
+        """Whether what windowed layers see after so many of these pages is all there."""
         if self.geometry.window is None:
             return True
-        return all(self.windowed.find(name) is not None for name in names[self._first_windowed(len(names)) :])
+        seen = range(self._first_windowed(pages), pages)
+        return all(self.windowed.find(names[page]) is not None for page in seen)
 
     @staticmethod
     def _hold(pool: PagePool, name: bytes) -> int:

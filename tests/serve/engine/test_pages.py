@@ -49,6 +49,33 @@ def test_a_prefix_is_found_by_its_whole_pages() -> None:
     assert pages.begin(list(range(9)), names(), share=False)[1] == 0
 
 
+class Counted(list[bytes]):
+    """A list that counts what is taken of it in slices."""
+
+    taken = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if isinstance(key, slice):
+            Counted.taken += len(found)
+        return found
+
+
+def test_what_beginning_and_naming_take_is_linear_in_the_prompt(monkeypatch: Any) -> None:
+    pages, length = Pages(geometry(500, 500), caching=True), 400
+    tokens, own = list(range(length * SIZE + 1)), names()
+    own._names = Counted()
+    held = SequencePages()
+    assert pages.grow(held, len(tokens))
+    for end in range(len(tokens)):
+        pages.name(held, tokens, own, end)
+    assert len(own._names) == length
+    monkeypatch.setattr(own, "between", lambda *_: Counted(list(own._names)))
+    pages.windowed.forget_all()
+    assert pages.begin(tokens, own)[1] == 0
+    assert Counted.taken <= 4 * length
+
+
 def test_without_caching_nothing_is_found() -> None:
     pages = Pages(geometry(), caching=False)
     pages.release(computed(pages, list(range(11))))
@@ -66,7 +93,7 @@ def test_released_pages_are_found_until_they_are_taken() -> None:
     pages.release(own)
     other = computed(pages, [77] * 36)  # nine pages, of eleven
     # The first page, which most prompts share, is the last to go.
-    assert pages.full.find(names().first(tokens, 1)[0]) is not None
+    assert pages.full.find(names().between(0, 1, tokens)[0]) is not None
     pages.release(other)
 
 
