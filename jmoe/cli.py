@@ -25,6 +25,7 @@ from jmoe.commands.parity import parity
 from jmoe.commands.profile import profile
 from jmoe.commands.serve import serve
 from jmoe.commands.tune import tune
+from jmoe.commands.usage_errors import OneLineErrors
 from jmoe.compilation_cache import keep_compiled_programs
 from jmoe.errors import first_line
 from jmoe.files import naming
@@ -32,6 +33,7 @@ from jmoe.files import naming
 python_format = warnings.formatwarning
 
 app = typer.Typer(
+    cls=OneLineErrors,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

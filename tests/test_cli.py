@@ -201,7 +201,28 @@ def test_help_marks_what_is_required_and_lists_choices() -> None:
 def test_a_command_that_is_not_there_suggests_one() -> None:
     run = CliRunner().invoke(cli.app, ["genrate"])
     assert run.exit_code == 2
-    assert "No such command 'genrate'. Did you mean 'generate'?" in run.stderr
+    assert run.stderr == "jmoe: No such command 'genrate'. Did you mean 'generate'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "--model", "x"], "Missing option '--tasks'."),
+        (["serve", "--model", "x", "--port", "none"], "Invalid value for '--port': "),
+        (["serve", "--model", "x", "--prot", "1"], "No such option: --prot"),
+        (["parity", "--adapter", "x"], "--adapter needs --checkpoint"),
+    ],
+)
+def test_what_is_wrong_with_options_is_a_line(arguments: list[str], says: str) -> None:
+    run = CliRunner().invoke(cli.app, arguments)
+    (line,) = run.stderr.splitlines()
+    assert (run.exit_code, run.stdout, line.startswith(f"jmoe: {says}")) == (2, "", True), line
+
+
+def test_no_arguments_are_help() -> None:
+    run = CliRunner().invoke(cli.app, [])
+    assert "Usage:" in run.output
+    assert "jmoe:" not in run.output
 
 
 def test_shells_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
