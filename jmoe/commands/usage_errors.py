@@ -13,12 +13,12 @@ UsageError: Any = typer.BadParameter.__base__
 class OneLineErrors(TyperGroup):
     """Commands whose usage errors are a line on standard error, with status 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **others: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """As click's."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **others)
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
         try:
-            status = super().main(*args, standalone_mode=False, **others)
+            status = super().main(*args, **{**options, "standalone_mode": False})
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()
