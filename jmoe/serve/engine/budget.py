@@ -1,5 +1,7 @@
 """How many pages of each kind the memory holds."""
 
+from collections.abc import Mapping
+
 import jax
 from jax.typing import DTypeLike
 
@@ -36,13 +38,23 @@ def cache_budget(settings: EngineSettings) -> int:
     if memory is None or "bytes_limit" not in memory:
         return DEFAULT_BYTES
     whole, used = memory["bytes_limit"], memory["bytes_in_use"]
-    left = (int(settings.cache_fraction * whole) - used) // ROUND * ROUND
+    left = min(int(settings.cache_fraction * whole) - used, unbroken(memory)) // ROUND * ROUND
     if left <= 0:
         raise ValueError(
             f"cache_fraction {settings.cache_fraction} of {byte_size(whole)} leaves nothing beside the "
             f"{byte_size(used)} in use"
         )
     return left
+
+
+def unbroken(memory: Mapping[str, int]) -> int:
+    """Bytes that an array may have: JAX's allocator keeps what it took while weights were loaded, in pieces, and takes
+    a piece from the device where those that are free are too small.
+
+    memory: a device's memory_stats, with bytes_limit.
+    """
+    untaken = memory["bytes_limit"] - memory.get("pool_bytes", memory["bytes_limit"])
+    return max(memory.get("largest_free_block_bytes", memory["bytes_limit"]), untaken)
 
 
 def plan_geometry(config: Config, dtype: DTypeLike, settings: EngineSettings, budget: int) -> Geometry:

@@ -173,7 +173,9 @@ class Runner:
         return padded_layers(weights, self._config, own.lora_targets, own.max_lora_rank, self._dtype)
 
     def _empty(self) -> DeviceState:
-        return DeviceState.empty(self._config, self.geometry, self._nobody, self._dtype)
+        state = DeviceState.empty(self._config, self.geometry, self._nobody, self._dtype)
+        jax.block_until_ready(state.pages.cache)  # memory that is not there is an error here, not in a step
+        return state
 
 
 def sizes_up_to(rows: int) -> tuple[int, ...]:

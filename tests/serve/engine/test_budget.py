@@ -78,6 +78,16 @@ def test_a_part_of_the_devices_memory_is_a_round_number(monkeypatch: pytest.Monk
         budget(40 * 2**30)
 
 
+def test_what_the_allocator_holds_in_pieces_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GiB 14 are in use, and 40 taken from the device: a piece is what the device has left, or one of those."""
+    memory = {"bytes_limit": 80 * 2**30, "bytes_in_use": 14 * 2**30, "pool_bytes": 40 * 2**30}
+    memory["largest_free_block_bytes"] = 10 * 2**30
+    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(memory_stats=lambda: memory)])
+    assert cache_budget(settings(cache_bytes=None, cache_fraction=0.9)) == 40 * 2**30
+    memory["pool_bytes"] = 80 * 2**30
+    assert cache_budget(settings(cache_bytes=None, cache_fraction=0.9)) == 10 * 2**30
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

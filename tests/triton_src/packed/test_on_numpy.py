@@ -92,7 +92,7 @@ def test_decode_by_the_adapters_of_a_tiles_rows_alone() -> None:
     """
     sizes = {"hidden": 96, "intermediate": 64, "experts": 3, "top_k": 2}
     problem = problem_of(9, **sizes, adapters=12, gate_up_rank=5, down_rank=20, adapter_ids=True)
-    alone = problem_of(9, **sizes, adapters=1, gate_up_rank=5, down_rank=20)
+    alone = problem_of(9, **sizes, adapters=1, gate_up_rank=5, down_rank=20, adapter_ids=True)
     layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
     assert plan.grid == layer_of(alone, plan_moe(alone, 90))[1][0].grid
     ids = np.array([3, 11, -1, 7, 3, 12, 0, -9, 7], np.int32)
