@@ -3,6 +3,7 @@
     moe                 the layer: experts in MXFP4 or bfloat16, LoRA on them, differentiable
     Experts, Lora       its weights, and adapters for them
     SwiGLU, SiluAndMul  activations
+    Scoring             how a router's logits become weights
     MeshAxes            what splits them on a mesh with Auto axes
     route, Routing      a choice of experts, which moe can be given
     Mxfp4               weights in a checkpoint's four bits
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from jmoe.ops.target import Target as Target
     from jmoe.triton_src.activation import SiluAndMul as SiluAndMul
     from jmoe.triton_src.activation import SwiGLU as SwiGLU
+    from jmoe.triton_src.scoring import Scoring as Scoring
 
 __all__ = [
     "Experts",
@@ -44,6 +46,7 @@ __all__ = [
     "Mxfp4",
     "PackedMxfp4",
     "Routing",
+    "Scoring",
     "SiluAndMul",
     "SwiGLU",
     "Target",
@@ -75,6 +78,7 @@ HOME = {
     "Target": "jmoe.ops.target",
     "SiluAndMul": "jmoe.triton_src.activation",
     "SwiGLU": "jmoe.triton_src.activation",
+    "Scoring": "jmoe.triton_src.scoring",
 }
 """The module that each public name is of."""
 

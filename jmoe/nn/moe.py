@@ -20,13 +20,15 @@ from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
 from jmoe.ops.routing import Routing, route
 from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.scoring import Scoring, check_scoring
 
 
 class MoE(nnx.Module):
     """Router, experts and LoRA of one layer.
 
-    Variables: `router_kernel` [H, E] and `router_bias` [E]; `gate_up`, `gate_up_bias`, `down`, `down_bias` as in
-    jmoe.Experts; of each projection with LoRA `gate_up_a`, `gate_up_b`, `gate_up_scale` and so on as in jmoe.Lora.
+    Variables: `router_kernel` [H, E], `router_bias` [E] and `choice_bias` [E]; `gate_up`, `gate_up_bias`, `down`,
+    `down_bias` as in jmoe.Experts; of each projection with LoRA `gate_up_a`, `gate_up_b`, `gate_up_scale` and so on as
+    in jmoe.Lora.
     A and B are nnx.LoRAParam. The rest is Frozen, but for what train_router and train_experts make nnx.Param.
     """
 
@@ -45,6 +47,8 @@ class MoE(nnx.Module):
         lora: LoraConfig | Lora | None = None,
         train_router: bool = False,
         train_experts: bool = False,
+        scoring: Scoring = Scoring(),
+        choice_bias: Float[Array, " E"] | None = None,
         activation: SwiGLU = SwiGLU(),
         recompute: bool = False,
         mesh_axes: MeshAxes | None = None,
@@ -65,6 +69,8 @@ class MoE(nnx.Module):
           lora: new adapters, or loaded ones; None: without.
           train_router: the router's variables are nnx.Param.
           train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
+          scoring: as in jmoe.moe.
+          choice_bias: as in jmoe.moe.
           activation: as in jmoe.moe.
           recompute: as in jmoe.moe.
           mesh_axes: as in jmoe.moe.
@@ -75,6 +81,8 @@ class MoE(nnx.Module):
             the weights.
         """
         self.top_k = as_count("top_k", top_k, num_experts)
+        check_scoring(scoring)
+        self.scoring = scoring
         self.activation = activation
         self.recompute = recompute
         self.mesh_axes = mesh_axes
@@ -93,6 +101,9 @@ class MoE(nnx.Module):
         kind = nnx.Param if train_router else Frozen
         self.router_kernel = kind(router_kernel)
         self.router_bias = None if router_bias is None else kind(router_bias)
+        if choice_bias is not None:
+            check_array("choice_bias", choice_bias, (num_experts,))
+        self.choice_bias = None if choice_bias is None else Frozen(choice_bias)
         if train_experts and any(isinstance(getattr(experts, p), Mxfp4 | PackedMxfp4) for p in PROJECTIONS):
             raise ValueError(
                 "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
@@ -189,7 +200,10 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "... H"]) -> Routing:
         """The choice of experts for x, to record and replay."""
-        return route(self.router_logits(x), self.top_k)
+        return self._route(self.router_logits(x))
+
+    def _route(self, logits: Float[Array, "... E"]) -> Routing:
+        return route(logits, self.top_k, scoring=self.scoring, choice_bias=value_of(self.choice_bias))
 
     @overload
     def __call__(
@@ -236,6 +250,8 @@ class MoE(nnx.Module):
             lora=self.lora,
             adapter_ids=adapter_ids,
             routing=routing,
+            scoring=self.scoring,
+            choice_bias=value_of(self.choice_bias),
             activation=self.activation,
             recompute=self.recompute,
             mesh_axes=self.mesh_axes,
@@ -243,7 +259,7 @@ class MoE(nnx.Module):
         )
         if logits is None or not statistics:
             return y
-        return y, router_statistics(logits, route(logits, self.top_k) if routing is None else routing)
+        return y, router_statistics(logits, self._route(logits) if routing is None else routing, self.scoring)
 
 
 def value_of(variable: nnx.Variable | None) -> Any:
