@@ -8,6 +8,7 @@
     route, Routing      a choice of experts, which moe can be given
     Mxfp4               weights in a checkpoint's four bits
     quantize, dequantize  to and from four bits
+    interleave          gate and up from halves to alternating rows
     pack, unpack        experts to and from the layout that Hopper's kernels read
     PackedMxfp4         a weight in that layout
     Target              a GPU that is not here, to compile for
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jmoe.ops.experts import Experts as Experts
     from jmoe.ops.experts import Lora as Lora
     from jmoe.ops.export import allow_triton_call as allow_triton_call
+    from jmoe.ops.gate_up import interleave as interleave
     from jmoe.ops.mesh_axes import MeshAxes as MeshAxes
     from jmoe.ops.moe import moe as moe
     from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
@@ -52,6 +54,7 @@ __all__ = [
     "Target",
     "allow_triton_call",
     "dequantize",
+    "interleave",
     "moe",
     "pack",
     "quantize",
@@ -65,6 +68,7 @@ HOME = {
     "Experts": "jmoe.ops.experts",
     "Lora": "jmoe.ops.experts",
     "allow_triton_call": "jmoe.ops.export",
+    "interleave": "jmoe.ops.gate_up",
     "MeshAxes": "jmoe.ops.mesh_axes",
     "moe": "jmoe.ops.moe",
     "Mxfp4": "jmoe.ops.mxfp4",

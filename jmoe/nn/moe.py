@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.checkpoint import MoeLayer
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
+from jmoe.nn.shared import SharedExperts
 from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
 from jmoe.ops.check import as_count, check_array, check_experts, check_lora, check_options
@@ -27,9 +28,9 @@ class MoE(nnx.Module):
     """Router, experts and LoRA of one layer.
 
     Variables: `router_kernel` [H, E], `router_bias` [E] and `choice_bias` [E]; `gate_up`, `gate_up_bias`, `down`,
-    `down_bias` as in jmoe.Experts; of each projection with LoRA `gate_up_a`, `gate_up_b`, `gate_up_scale` and so on as
-    in jmoe.Lora.
-    A and B are nnx.LoRAParam. The rest is Frozen, but for what train_router and train_experts make nnx.Param.
+    `down_bias` as in jmoe.Experts, and `shared` those of SharedExperts; of each projection with LoRA `gate_up_a`,
+    `gate_up_b`, `gate_up_scale` and so on as in jmoe.Lora. A and B are nnx.LoRAParam. The rest is Frozen, but for what
+    train_router and train_experts make nnx.Param.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class MoE(nnx.Module):
         train_experts: bool = False,
         scoring: Scoring = Scoring(),
         choice_bias: Float[Array, " E"] | None = None,
+        shared: Experts | None = None,
+        shared_gate: Float[Array, "H S"] | None = None,
         activation: SwiGLU = SwiGLU(),
         recompute: bool = False,
         mesh_axes: MeshAxes | None = None,
@@ -68,9 +71,11 @@ class MoE(nnx.Module):
           mxfp4: whether random experts are rounded to MXFP4, or stay bfloat16.
           lora: new adapters, or loaded ones; None: without.
           train_router: the router's variables are nnx.Param.
-          train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
+          train_experts: the experts' variables are nnx.Param, the shared ones' too; for bfloat16 or float32 ones alone.
           scoring: as in jmoe.moe.
           choice_bias: as in jmoe.moe.
+          shared: S experts that every token uses too, of any I and without LoRA; see SharedExperts.
+          shared_gate: whose sigmoids weight these; None: each counts as it is.
           activation: as in jmoe.moe.
           recompute: as in jmoe.moe.
           mesh_axes: as in jmoe.moe.
@@ -104,7 +109,8 @@ class MoE(nnx.Module):
         if choice_bias is not None:
             check_array("choice_bias", choice_bias, (num_experts,))
         self.choice_bias = None if choice_bias is None else Frozen(choice_bias)
-        if train_experts and any(isinstance(getattr(experts, p), Mxfp4 | PackedMxfp4) for p in PROJECTIONS):
+        given = [one for one in (experts, shared) if one is not None]
+        if train_experts and any(isinstance(getattr(e, p), Mxfp4 | PackedMxfp4) for e in given for p in PROJECTIONS):
             raise ValueError(
                 "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
                 "jmoe.dequantize them first (packed ones after jmoe.unpack)"
@@ -113,6 +119,13 @@ class MoE(nnx.Module):
         for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
             value = getattr(experts, name)
             setattr(self, name, None if value is None else nnx.data(kind(value)))
+        if shared is not None:
+            check_options(shared, activation, backend)
+            options: dict[str, Any] = {"recompute": recompute, "mesh_axes": mesh_axes, "backend": backend}
+            shared = SharedExperts(shared, shared_gate, hidden, train_experts, activation=activation, **options)
+        elif shared_gate is not None:
+            raise ValueError("shared_gate was given without shared experts")
+        self.shared: SharedExperts | None = nnx.data(shared)
         if isinstance(lora, LoraConfig):
             lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
         check_lora(lora, num_experts, hidden, intermediate)
@@ -257,6 +270,8 @@ class MoE(nnx.Module):
             mesh_axes=self.mesh_axes,
             backend=self.backend,
         )
+        if self.shared is not None:
+            y += self.shared(x)
         if logits is None or not statistics:
             return y
         return y, router_statistics(logits, self._route(logits) if routing is None else routing, self.scoring)
