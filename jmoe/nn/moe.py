@@ -9,7 +9,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.checkpoint import MoeLayer
+from jmoe.checkpoint import MoeLayer, read_hf_block
+from jmoe.checkpoint.hf_block import Family
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
 from jmoe.nn.shared import SharedExperts
 from jmoe.nn.statistics import RouterStatistics, router_statistics
@@ -19,8 +20,9 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mesh_axes import MeshAxes
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
+from jmoe.ops.packed import pack as pack_experts
 from jmoe.ops.routing import Routing, route
-from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.activation import SiluAndMul, SwiGLU
 from jmoe.triton_src.scoring import Scoring, check_scoring
 
 
@@ -183,6 +185,34 @@ class MoE(nnx.Module):
             activation=layer.config.activation,
             **options,
         )
+
+    @classmethod
+    def from_hf(
+        cls,
+        block: Any,
+        *,
+        family: Family,
+        layer: int | None = None,
+        top_k: int | None = None,
+        mxfp4: bool = True,
+        pack: bool = False,
+        rngs: nnx.Rngs | None = None,
+        **options: Any,
+    ) -> Self:
+        """The block of a Qwen3-MoE or Mixtral model: of its checkpoint's files, its tensors, or transformers' module.
+
+        Args:
+          block, family, layer, top_k, mxfp4: as in jmoe.checkpoint.read_hf_block.
+          pack: the experts are packed for Hopper, as by jmoe.pack.
+          rngs: for new adapters, if `lora` asks for them.
+          options: the constructor's others.
+
+        Raises: as jmoe.checkpoint.read_hf_block and from_weights do.
+        """
+        read = read_hf_block(block, family=family, layer=layer, top_k=top_k, mxfp4=mxfp4)
+        experts = pack_experts(read.experts) if pack else read.experts
+        options = {"scoring": read.scoring, "activation": SiluAndMul()} | options
+        return cls.from_weights(experts, read.router_weight.T, top_k=read.top_k, rngs=rngs, **options)
 
     @property
     def experts(self) -> Experts:
