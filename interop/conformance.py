@@ -155,8 +155,8 @@ def check(function: Contract, case: Case, arrays: Arrays, device: torch.device) 
     want = exact(case)
     try:
         written, y = call(function, case, arrays, device, dict.fromkeys(case.tensors, POISON))
-    except Exception as error:  # whatever the function raises is what is found
-        return Finding(case.name, False, math.nan, f"raises {type(error).__name__}: {str(error).split(chr(10))[0]}")
+    except Exception as raised:  # whatever it is, it is what is found
+        return Finding(case.name, False, math.nan, f"raises {type(raised).__name__}: {str(raised).split(chr(10))[0]}")
     error, said = compared(y, want)
     if written:
         said = f"writes to or beside {', '.join(written)}"

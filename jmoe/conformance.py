@@ -43,8 +43,8 @@ def torch_layer(x: Any, router_logits: Any, *, top_k: int, **weights: Any) -> An
     return moe(x, router_logits, experts_of(weights), top_k=top_k)
 
 
-def experts_of(weights: dict[str, Any]) -> jmoe.Experts:
-    """The contract's weights as jmoe has them."""
+def experts_of(weights: dict[str, Any]) -> Any:
+    """The contract's weights as jmoe has them: a jmoe.Experts, of torch tensors too."""
     gate_up, down = (jmoe.Mxfp4(weights[f"{name}_blocks"], weights[f"{name}_scales"]) for name in ("gate_up", "down"))
     return jmoe.Experts(gate_up, weights["gate_up_bias"], down, weights["down_bias"])
 

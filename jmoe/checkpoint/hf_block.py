@@ -81,8 +81,9 @@ def read_hf_block(
     prefix = _prefix(tensors, layer)
     router_weight = _array(tensors, f"{prefix}{ROUTER}", 2)
     top_k = as_count("top_k", top_k, router_weight.shape[0])
-    experts = _read_experts(tensors, f"{prefix}experts.", MATRICES[family], *router_weight.shape, mxfp4)
-    return HfBlock(experts, jnp.asarray(router_weight), top_k, scoring)
+    count, hidden = router_weight.shape
+    experts = _read_experts(tensors, f"{prefix}experts.", MATRICES[family], count, hidden, mxfp4)
+    return HfBlock(experts, jnp.array(router_weight), top_k, scoring)
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -167,17 +168,21 @@ def _room(count: int, n: int, k: int, dtype: np.dtype, mxfp4: bool) -> Mxfp4 | n
         return np.empty((count, n, k), dtype)
     if k % BLOCK:
         raise ValueError(f"inner sizes must be multiples of {BLOCK} for MXFP4, got {k}: mxfp4=False keeps the experts")
-    return Mxfp4(np.empty((count, n, k // BLOCK, BLOCK // 2), np.uint8), np.empty((count, n, k // BLOCK), np.uint8))
+    groups = k // BLOCK
+    blocks: Any = np.empty((count, n, groups, BLOCK // 2), np.uint8)
+    scales: Any = np.empty((count, n, groups), np.uint8)
+    return Mxfp4(blocks, scales)
 
 
 _quantize = jax.jit(quantize)
 
 
-def _put(whole: Mxfp4 | np.ndarray, expert: int, rows: slice, matrix: np.ndarray) -> None:
+def _put(whole: Any, expert: int, rows: slice, matrix: np.ndarray) -> None:
     """Writes a matrix into an expert's rows."""
     if isinstance(whole, Mxfp4):
         rounded = _quantize(matrix[None])
-        whole.blocks[expert, rows], whole.scales[expert, rows] = rounded.blocks[0], rounded.scales[0]
+        for into, part in ((whole.blocks, rounded.blocks), (whole.scales, rounded.scales)):
+            np.asarray(into)[expert, rows] = part[0]  # numpy's already: a view
     else:
         whole[expert, rows] = matrix
 

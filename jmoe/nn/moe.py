@@ -124,10 +124,10 @@ class MoE(nnx.Module):
         if shared is not None:
             check_options(shared, activation, backend)
             options: dict[str, Any] = {"recompute": recompute, "mesh_axes": mesh_axes, "backend": backend}
-            shared = SharedExperts(shared, shared_gate, hidden, train_experts, activation=activation, **options)
+            module = SharedExperts(shared, shared_gate, hidden, train_experts, activation=activation, **options)
         elif shared_gate is not None:
             raise ValueError("shared_gate was given without shared experts")
-        self.shared: SharedExperts | None = nnx.data(shared)
+        self.shared: SharedExperts | None = None if shared is None else nnx.data(module)
         if isinstance(lora, LoraConfig):
             lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
         check_lora(lora, num_experts, hidden, intermediate)
@@ -211,7 +211,8 @@ class MoE(nnx.Module):
         """
         read = read_hf_block(block, family=family, layer=layer, top_k=top_k, mxfp4=mxfp4)
         experts = pack_experts(read.experts) if pack else read.experts
-        options = {"scoring": read.scoring, "activation": SiluAndMul()} | options
+        family_options: dict[str, Any] = {"scoring": read.scoring, "activation": SiluAndMul()}
+        options = family_options | options
         return cls.from_weights(experts, read.router_weight.T, top_k=read.top_k, rngs=rngs, **options)
 
     @property

@@ -50,8 +50,10 @@ class SharedExperts(nnx.Module):
     @property
     def experts(self) -> Experts:
         """The experts' weights."""
-        variables = (getattr(self, name) for name in ("gate_up", "gate_up_bias", "down", "down_bias"))
-        return Experts(*(None if variable is None else variable.get_value() for variable in variables))
+        names = ("gate_up", "gate_up_bias", "down", "down_bias")
+        variables = {name: getattr(self, name) for name in names}
+        values: dict[str, Any] = {n: None if v is None else v.get_value() for n, v in variables.items()}
+        return Experts(**values)
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
         """y like x. Raises as jmoe.moe does."""

@@ -1,7 +1,7 @@
 """The order of gate and up in gate_up's rows: halves, as most checkpoints have them, made to alternate."""
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jmoe.ops.experts import Experts, Lora
 
 
-def interleave[T: (Experts, Lora)](weights: T) -> T:
+@overload
+def interleave(weights: Experts) -> Experts: ...
+
+
+@overload
+def interleave(weights: Lora) -> Lora: ...
+
+
+def interleave(weights: Experts | Lora) -> Experts | Lora:
     """The same experts or LoRA with gate and up alternating in gate_up's rows, gate first, of all gate before all up.
 
     That is the order of `interleaved=True` in jmoe.SwiGLU, which packed experts have. To be done once, before jmoe.pack
