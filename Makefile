@@ -21,6 +21,7 @@ demo: $(READY)
 
 example: $(READY)
 	@$(BIN)/python examples/finetune_layer.py
+	@$(BIN)/python examples/qwen3_moe_layer.py
 	@$(BIN)/python examples/finetune_gpt_oss.py
 
 # One file's tests run in one process, which shares what they compile. `slow` is what test-all runs and test does not.

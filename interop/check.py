@@ -58,6 +58,7 @@ def wanted_buffers(
     wanted = {
         "x": ((tokens, hidden), (torch.bfloat16,)),
         "router_logits": ((tokens, columns), FLOATS),
+        "choice_bias": ((columns,), FLOATS),
         "experts": ((tokens, top_k), ints),
         "weights": ((tokens, top_k), floats32),
         "adapter_ids": ((tokens,), ints),

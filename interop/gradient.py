@@ -13,6 +13,7 @@ from jmoe.triton_src.moe import plan_moe
 from jmoe.triton_src.moe_backward import plan_moe_backward
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.problem import Layout, MoeProblem
+from jmoe.triton_src.scoring import Scoring
 
 type Buffers = dict[str, torch.Tensor]
 
@@ -25,6 +26,7 @@ class Options(NamedTuple):
     top_k: int
     activation: SwiGLU
     recompute: bool
+    scoring: Scoring = Scoring()
 
     def problem(self, buffers: Buffers) -> MoeProblem:
         """The problem that these buffers pose."""
@@ -34,6 +36,7 @@ class Options(NamedTuple):
             layouts=self.layouts,
             top_k=self.top_k,
             activation=self.activation,
+            scoring=self.scoring,
         )
 
 

@@ -10,6 +10,7 @@ from jmoe.interop.launch import capability_of
 from jmoe.triton_src.activation import SwiGLU, check_activation
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.problem import Layout
+from jmoe.triton_src.scoring import Scoring, check_scoring
 
 
 class Mxfp4Like(Protocol):
@@ -94,6 +95,8 @@ def moe(
     adapter_ids: torch.Tensor | None = None,
     routing: RoutingLike | None = None,
     expert_offset: torch.Tensor | None = None,
+    scoring: Scoring = Scoring(),
+    choice_bias: torch.Tensor | None = None,
     activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
 ) -> torch.Tensor:
@@ -101,7 +104,7 @@ def moe(
 
     x bf16 [T, H] on a CUDA device, or on the CPU in Triton's interpreter. No tensor is copied or converted. Adapter ids
     are not read on the host: an id that no adapter has makes its token NaN. autograd differentiates x, router_logits or
-    the routing's weights, LoRA's A and B, and biases.
+    the routing's weights, LoRA's A and B, and biases; choice_bias has no gradient.
 
     Raises:
       ValueError: an argument is not a tensor, or its shape or dtype does not fit the others'; it is on another device
@@ -116,7 +119,10 @@ def moe(
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
     if routing is None and router_logits is None:
         raise ValueError("router_logits may be None only when routing is given")
+    check_scoring(scoring)
     buffers = tensors_by_name(x, router_logits, experts, lora, adapter_ids, routing, expert_offset)
+    if choice_bias is not None and routing is None:
+        buffers["choice_bias"] = choice_bias.detach() if isinstance(choice_bias, torch.Tensor) else choice_bias
     layouts = {"gate_up": layout_of(experts.gate_up), "down": layout_of(experts.down)}
     packed = layouts["gate_up"] is Layout.PACKED
     if isinstance(top_k, bool) or not isinstance(top_k, int):
@@ -124,7 +130,7 @@ def moe(
     intermediate = intermediate_size(experts.gate_up)
     check_buffers(buffers, layouts, top_k, intermediate)
     check_activation(activation, packed)
-    options = Options(intermediate, layouts, top_k, activation, recompute)
+    options = Options(intermediate, layouts, top_k, activation, recompute, scoring)
     capability_of(x.device, grouped_matmul_kernel)
     if x.numel() == 0:
         return torch.zeros_like(x) + 0 * sum(tensor.sum() for tensor in buffers.values() if tensor.requires_grad)

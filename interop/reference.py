@@ -8,6 +8,7 @@ import torch
 
 from jmoe.interop.moe import ExpertsLike, LoraLike, Mxfp4Like, RoutingLike
 from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.scoring import Scoring
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -27,10 +28,22 @@ def dequantize(weight: Mxfp4Like | torch.Tensor, expert: int, dtype: torch.dtype
     return (values * factor[..., None]).flatten(-2).to(torch.bfloat16).to(dtype)
 
 
-def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts int64 [T, k], weights [T, k]): the largest logits, then their softmax; ties go to the lower expert."""
-    order = torch.argsort(router_logits, dim=1, descending=True, stable=True)[:, :top_k]
-    return order, torch.softmax(torch.gather(router_logits, 1, order), dim=1)
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    scoring: Scoring = Scoring(),
+    choice_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(experts int64 [T, k], weights [T, k]): the best scores, weights made of them; ties go to the lower expert."""
+    scores = torch.softmax(router_logits, dim=1) if scoring.function == "softmax" else torch.sigmoid(router_logits)
+    best = router_logits if choice_bias is None else scores + choice_bias.detach().to(scores.dtype)
+    order = torch.argsort(best, dim=1, descending=True, stable=True)[:, :top_k]
+    if scoring.of_chosen_logits and choice_bias is None:
+        return order, torch.softmax(torch.gather(router_logits, 1, order), dim=1) * scoring.scale
+    weights = torch.gather(scores, 1, order)
+    if scoring.renormalize:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
+    return order, weights * scoring.scale
 
 
 def swiglu(z: torch.Tensor, activation: SwiGLU) -> torch.Tensor:
@@ -71,6 +84,8 @@ def moe(
     lora: LoraLike | None = None,
     adapter_ids: torch.Tensor | None = None,
     routing: RoutingLike | None = None,
+    scoring: Scoring = Scoring(),
+    choice_bias: torch.Tensor | None = None,
     activation: SwiGLU = SwiGLU(),
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -79,7 +94,7 @@ def moe(
     if routing is not None:
         chosen, weights = routing.experts.long(), routing.weights.to(dtype)
     elif router_logits is not None:
-        chosen, weights = route(router_logits.to(dtype), top_k)
+        chosen, weights = route(router_logits.to(dtype), top_k, scoring, choice_bias)
     else:
         raise ValueError("router_logits may be None only when routing is given")
     if adapter_ids is None:

@@ -3,10 +3,12 @@
     moe                 the layer: experts in MXFP4 or bfloat16, LoRA on them, differentiable
     Experts, Lora       its weights, and adapters for them
     SwiGLU, SiluAndMul  activations
+    Scoring             how a router's logits become weights
     MeshAxes            what splits them on a mesh with Auto axes
     route, Routing      a choice of experts, which moe can be given
     Mxfp4               weights in a checkpoint's four bits
     quantize, dequantize  to and from four bits
+    interleave          gate and up from halves to alternating rows
     pack, unpack        experts to and from the layout that Hopper's kernels read
     PackedMxfp4         a weight in that layout
     Target              a GPU that is not here, to compile for
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from jmoe.ops.experts import Experts as Experts
     from jmoe.ops.experts import Lora as Lora
     from jmoe.ops.export import allow_triton_call as allow_triton_call
+    from jmoe.ops.gate_up import interleave as interleave
     from jmoe.ops.mesh_axes import MeshAxes as MeshAxes
     from jmoe.ops.moe import moe as moe
     from jmoe.ops.mxfp4 import Mxfp4 as Mxfp4
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from jmoe.ops.target import Target as Target
     from jmoe.triton_src.activation import SiluAndMul as SiluAndMul
     from jmoe.triton_src.activation import SwiGLU as SwiGLU
+    from jmoe.triton_src.scoring import Scoring as Scoring
 
 __all__ = [
     "Experts",
@@ -44,11 +48,13 @@ __all__ = [
     "Mxfp4",
     "PackedMxfp4",
     "Routing",
+    "Scoring",
     "SiluAndMul",
     "SwiGLU",
     "Target",
     "allow_triton_call",
     "dequantize",
+    "interleave",
     "moe",
     "pack",
     "quantize",
@@ -62,6 +68,7 @@ HOME = {
     "Experts": "jmoe.ops.experts",
     "Lora": "jmoe.ops.experts",
     "allow_triton_call": "jmoe.ops.export",
+    "interleave": "jmoe.ops.gate_up",
     "MeshAxes": "jmoe.ops.mesh_axes",
     "moe": "jmoe.ops.moe",
     "Mxfp4": "jmoe.ops.mxfp4",
@@ -75,6 +82,7 @@ HOME = {
     "Target": "jmoe.ops.target",
     "SiluAndMul": "jmoe.triton_src.activation",
     "SwiGLU": "jmoe.triton_src.activation",
+    "Scoring": "jmoe.triton_src.scoring",
 }
 """The module that each public name is of."""
 

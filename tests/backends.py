@@ -80,6 +80,8 @@ class Jax:
 
         def call(parts: dict[str, jax.Array], ids: jax.Array | None) -> jax.Array:
             given = {"top_k": layer.top_k, "activation": layer.activation, "backend": self.backend, **options}
+            choice_bias = None if layer.choice_bias is None else in_jax(layer.choice_bias)
+            given |= {"scoring": layer.scoring, "choice_bias": choice_bias}
             experts, lora = with_parts(layer, parts)
             return jmoe.moe(parts["x"], parts["router_logits"], experts, lora=lora, adapter_ids=ids, **given)
 

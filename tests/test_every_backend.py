@@ -58,6 +58,26 @@ def test_a_limit_that_half_the_results_pass(backend: Backend) -> None:
     check_y_and_gradients(backend, random_layer(tokens=12, activation=jmoe.SwiGLU(alpha=0.7, limit=0.75, offset=-0.5)))
 
 
+SCORINGS = {
+    "softmax over all": (jmoe.Scoring(renormalize=False, scale=1.5), False),
+    "softmax with a bias for the choice": (jmoe.Scoring(scale=0.5), True),
+    "sigmoid": (jmoe.Scoring("sigmoid", renormalize=False), False),
+    "DeepSeek-V3": (jmoe.Scoring("sigmoid", scale=2.5), True),
+}
+
+
+@pytest.mark.parametrize(("scoring", "biased"), SCORINGS.values(), ids=SCORINGS)
+def test_routers_of_other_models(backend: Backend, scoring: jmoe.Scoring, biased: bool) -> None:
+    layer = random_layer(tokens=12, experts=6, top_k=3)
+    plain = reference.route(layer.router_logits.double(), 3)[0]
+    # More than the scores differ by: it decides every choice, and no weight.
+    layer = dataclasses.replace(layer, scoring=scoring, choice_bias=torch.arange(6.0) if biased else None)
+    chosen, weights = reference.route(layer.router_logits.double(), 3, scoring, layer.choice_bias)
+    assert torch.equal(chosen, torch.tensor([5, 4, 3]).expand(12, 3) if biased else plain)
+    assert float((weights.sum(1) - scoring.scale).abs().max()) < 1e-9 or not scoring.renormalize
+    check_y_and_gradients(backend, layer)
+
+
 def check_y_and_gradients(backend: Backend, layer: Layer) -> None:
     dy = gradient_of_y(layer)
     assert relative_error(backend.moe(layer), exact_y(layer)) <= backend.of_y.relative

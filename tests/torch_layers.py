@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.scoring import Scoring
 
 
 @dataclasses.dataclass
@@ -44,7 +45,7 @@ class Routing:
 
 @dataclasses.dataclass
 class Layer:
-    """The tensor arguments of jmoe.interop.moe, top_k and the activation."""
+    """The tensor arguments of jmoe.interop.moe, top_k, the activation and the scoring."""
 
     x: torch.Tensor
     router_logits: torch.Tensor
@@ -53,6 +54,8 @@ class Layer:
     adapter_ids: torch.Tensor | None
     top_k: int
     activation: SwiGLU = SwiGLU()
+    scoring: Scoring = Scoring()
+    choice_bias: torch.Tensor | None = None
 
     @property
     def options(self) -> dict:
@@ -61,6 +64,8 @@ class Layer:
             "lora": self.lora,
             "adapter_ids": self.adapter_ids,
             "activation": self.activation,
+            "scoring": self.scoring,
+            "choice_bias": self.choice_bias,
         }
 
 

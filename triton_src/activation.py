@@ -55,5 +55,5 @@ def check_activation(activation: object, packed: bool) -> None:
     if packed and not activation.interleaved:
         raise ValueError(
             f"activation must have interleaved=True with packed experts, in which gate and up alternate, got "
-            f"{activation}: interleave gate_up's rows before jmoe.pack, or leave the experts unpacked"
+            f"{activation}: pack halves by jmoe.pack(experts, interleaved=False), or leave the experts unpacked"
         )

@@ -8,6 +8,7 @@ from typing import Protocol, Self
 from jmoe.triton_src.activation import SwiGLU
 from jmoe.triton_src.routing.l2_prefetch import Prefetch
 from jmoe.triton_src.routing.problem import RouteProblem, first_wave_tiles, max_tiles
+from jmoe.triton_src.scoring import Scoring
 from jmoe.triton_src.stacked import ONE_LAYER, Stacked
 
 
@@ -63,6 +64,8 @@ class MoeProblem:
     adapter_ids: bool = False
     expert_offset: bool = False
     stacked: Stacked = ONE_LAYER
+    scoring: Scoring = Scoring()
+    choice_bias: bool = False
     hidden: int = dataclasses.field(init=False)
     intermediate: int = dataclasses.field(init=False)
     pairs: int = dataclasses.field(init=False)  # of a token and one of its experts
@@ -90,13 +93,14 @@ class MoeProblem:
         layouts: Mapping[str, Layout],
         top_k: int,
         activation: SwiGLU,
+        scoring: Scoring = Scoring(),
     ) -> Self:
         """The problem posed by buffers of these names and shapes, and weights of these layouts by projection.
 
-        x [T, H]; router_logits [T, E], or experts and weights [T, k]; gate_up and down, with gate_up_scales and
-        down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b, gate_up_scale, down_a, down_b,
-        down_scale, adapter_ids and expert_offset where there are any. Packed weights hide I, so it is named. With layer
-        [1] weights and biases, and LoRA or not, have a leading axis for layers.
+        x [T, H]; router_logits [T, E], with choice_bias [E] or not, or experts and weights [T, k]; gate_up and down,
+        with gate_up_scales and down_scales if they are MXFP4; gate_up_bias, down_bias, gate_up_a, gate_up_b,
+        gate_up_scale, down_a, down_b, down_scale, adapter_ids and expert_offset where there are any. Packed weights
+        hide I, so it is named. With layer [1] weights and biases, and LoRA or not, have a leading axis for layers.
         """
         tokens, hidden = shapes["x"]
         stacked = Stacked("layer" in shapes, any(len(shapes.get(name, ())) == 5 for name in ("gate_up_a", "down_a")))
@@ -124,6 +128,8 @@ class MoeProblem:
             adapter_ids="adapter_ids" in shapes,
             expert_offset="expert_offset" in shapes,
             stacked=stacked,
+            scoring=scoring,
+            choice_bias="choice_bias" in shapes,
         )
 
     def max_tiles(self, tile: RowTile) -> int:
@@ -157,4 +163,6 @@ class MoeProblem:
             hidden=self.hidden if reorder else None,
             counters=counters,
             prefetch=prefetch,
+            scoring=self.scoring,
+            choice_bias=self.choice_bias,
         )

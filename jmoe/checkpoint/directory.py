@@ -87,24 +87,11 @@ class Checkpoint:
         if (self.path / SINGLE).is_file():
             return names_in(self.path / SINGLE)
         if (self.path / INDEX).is_file():
-            return self._indexed_files()
+            return indexed_files(self.path)
         shards = sorted(self.path.glob("*.safetensors"))
         if shards and is_original(read_json(self.path / "config.json")):  # OpenAI's own code needs no index
             return {name: file for shard in shards for name, file in names_in(shard).items()}
         raise FileNotFoundError(f"{self.path} has neither {SINGLE} nor {INDEX}")
-
-    def _indexed_files(self) -> dict[str, Path]:
-        index = self.path / INDEX
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map must be a JSON object, got {in_json(weight_map)}")
-        for name, file in weight_map.items():
-            # Not Path.resolve(): in the Hub's cache a shard is a link that leads out of the directory.
-            if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-                raise ValueError(
-                    f"{index}: {name} must be in a file of the checkpoint's own directory, got {in_json(file)}"
-                )
-        return {name: self.path / file for name, file in weight_map.items()}
 
     def _head_sizes(self) -> HeadSizes:
         entries = model_entries(self.path)
@@ -247,6 +234,25 @@ class Checkpoint:
             read = np.concatenate([table[i : i + 1] for i in unique.tolist()] or [table[0:0]])
             converted = READ_AS.get(table.get_dtype()) == "BF16"
         return (as_bfloat16(read) if converted else read)[inverse]
+
+
+def indexed_files(path: Path) -> dict[str, Path]:
+    """Every tensor that a directory's index names, and its file.
+
+    Raises:
+      ValueError: the index is malformed, or names a file outside the directory.
+    """
+    index = path / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map must be a JSON object, got {in_json(weight_map)}")
+    for name, file in weight_map.items():
+        # Not Path.resolve(): in the Hub's cache a shard is a link that leads out of the directory.
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+            raise ValueError(
+                f"{index}: {name} must be in a file of the checkpoint's own directory, got {in_json(file)}"
+            )
+    return {name: path / file for name, file in weight_map.items()}
 
 
 def names_in(file: Path) -> dict[str, Path]:

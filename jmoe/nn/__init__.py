@@ -9,6 +9,7 @@ from jmoe.nn.lora import LoraConfig as LoraConfig
 from jmoe.nn.moe import MoE as MoE
 from jmoe.nn.report import TrainableReport as TrainableReport
 from jmoe.nn.report import trainable_report as trainable_report
+from jmoe.nn.shared import SharedExperts as SharedExperts
 from jmoe.nn.statistics import RouterStatistics as RouterStatistics
 from jmoe.nn.statistics import router_statistics as router_statistics
 from jmoe.nn.variables import Frozen as Frozen
@@ -18,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "MoE",
     "RouterStatistics",
+    "SharedExperts",
     "TrainableReport",
     "linen_moe",
     "router_statistics",

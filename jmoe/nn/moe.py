@@ -9,8 +9,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe.checkpoint import MoeLayer
+from jmoe.checkpoint import MoeLayer, read_hf_block
+from jmoe.checkpoint.hf_block import Family
 from jmoe.nn.lora import PROJECTIONS, LoraConfig, new_lora
+from jmoe.nn.shared import SharedExperts
 from jmoe.nn.statistics import RouterStatistics, router_statistics
 from jmoe.nn.variables import Frozen
 from jmoe.ops.check import as_count, check_array, check_experts, check_lora, check_options
@@ -18,16 +20,19 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mesh_axes import MeshAxes
 from jmoe.ops.moe import Backend, moe
 from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
+from jmoe.ops.packed import pack as pack_experts
 from jmoe.ops.routing import Routing, route
-from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.activation import SiluAndMul, SwiGLU
+from jmoe.triton_src.scoring import Scoring, check_scoring
 
 
 class MoE(nnx.Module):
     """Router, experts and LoRA of one layer.
 
-    Variables: `router_kernel` [H, E] and `router_bias` [E]; `gate_up`, `gate_up_bias`, `down`, `down_bias` as in
-    jmoe.Experts; of each projection with LoRA `gate_up_a`, `gate_up_b`, `gate_up_scale` and so on as in jmoe.Lora.
-    A and B are nnx.LoRAParam. The rest is Frozen, but for what train_router and train_experts make nnx.Param.
+    Variables: `router_kernel` [H, E], `router_bias` [E] and `choice_bias` [E]; `gate_up`, `gate_up_bias`, `down`,
+    `down_bias` as in jmoe.Experts, and `shared` those of SharedExperts; of each projection with LoRA `gate_up_a`,
+    `gate_up_b`, `gate_up_scale` and so on as in jmoe.Lora. A and B are nnx.LoRAParam. The rest is Frozen, but for what
+    train_router and train_experts make nnx.Param.
     """
 
     def __init__(
@@ -45,6 +50,10 @@ class MoE(nnx.Module):
         lora: LoraConfig | Lora | None = None,
         train_router: bool = False,
         train_experts: bool = False,
+        scoring: Scoring = Scoring(),
+        choice_bias: Float[Array, " E"] | None = None,
+        shared: Experts | None = None,
+        shared_gate: Float[Array, "H S"] | None = None,
         activation: SwiGLU = SwiGLU(),
         recompute: bool = False,
         mesh_axes: MeshAxes | None = None,
@@ -64,7 +73,11 @@ class MoE(nnx.Module):
           mxfp4: whether random experts are rounded to MXFP4, or stay bfloat16.
           lora: new adapters, or loaded ones; None: without.
           train_router: the router's variables are nnx.Param.
-          train_experts: the experts' variables are nnx.Param; for bfloat16 or float32 ones alone.
+          train_experts: the experts' variables are nnx.Param, the shared ones' too; for bfloat16 or float32 ones alone.
+          scoring: as in jmoe.moe.
+          choice_bias: as in jmoe.moe.
+          shared: S experts that every token uses too, of any I and without LoRA; see SharedExperts.
+          shared_gate: whose sigmoids weight these; None: each counts as it is.
           activation: as in jmoe.moe.
           recompute: as in jmoe.moe.
           mesh_axes: as in jmoe.moe.
@@ -75,6 +88,8 @@ class MoE(nnx.Module):
             the weights.
         """
         self.top_k = as_count("top_k", top_k, num_experts)
+        check_scoring(scoring)
+        self.scoring = scoring
         self.activation = activation
         self.recompute = recompute
         self.mesh_axes = mesh_axes
@@ -93,7 +108,11 @@ class MoE(nnx.Module):
         kind = nnx.Param if train_router else Frozen
         self.router_kernel = kind(router_kernel)
         self.router_bias = None if router_bias is None else kind(router_bias)
-        if train_experts and any(isinstance(getattr(experts, p), Mxfp4 | PackedMxfp4) for p in PROJECTIONS):
+        if choice_bias is not None:
+            check_array("choice_bias", choice_bias, (num_experts,))
+        self.choice_bias = None if choice_bias is None else Frozen(choice_bias)
+        given = [one for one in (experts, shared) if one is not None]
+        if train_experts and any(isinstance(getattr(e, p), Mxfp4 | PackedMxfp4) for e in given for p in PROJECTIONS):
             raise ValueError(
                 "train_experts must be False with MXFP4 experts, which are constants: train LoRA on them, or "
                 "jmoe.dequantize them first (packed ones after jmoe.unpack)"
@@ -102,6 +121,13 @@ class MoE(nnx.Module):
         for name in ("gate_up", "gate_up_bias", "down", "down_bias"):
             value = getattr(experts, name)
             setattr(self, name, None if value is None else nnx.data(kind(value)))
+        if shared is not None:
+            check_options(shared, activation, backend)
+            options: dict[str, Any] = {"recompute": recompute, "mesh_axes": mesh_axes, "backend": backend}
+            module = SharedExperts(shared, shared_gate, hidden, train_experts, activation=activation, **options)
+        elif shared_gate is not None:
+            raise ValueError("shared_gate was given without shared experts")
+        self.shared: SharedExperts | None = None if shared is None else nnx.data(module)
         if isinstance(lora, LoraConfig):
             lora = new_lora(lora, hidden=hidden, intermediate=intermediate, experts=num_experts, rngs=rngs)
         check_lora(lora, num_experts, hidden, intermediate)
@@ -160,6 +186,35 @@ class MoE(nnx.Module):
             **options,
         )
 
+    @classmethod
+    def from_hf(
+        cls,
+        block: Any,
+        *,
+        family: Family,
+        layer: int | None = None,
+        top_k: int | None = None,
+        mxfp4: bool = True,
+        pack: bool = False,
+        rngs: nnx.Rngs | None = None,
+        **options: Any,
+    ) -> Self:
+        """The block of a Qwen3-MoE or Mixtral model: of its checkpoint's files, its tensors, or transformers' module.
+
+        Args:
+          block, family, layer, top_k, mxfp4: as in jmoe.checkpoint.read_hf_block.
+          pack: the experts are packed for Hopper, as by jmoe.pack.
+          rngs: for new adapters, if `lora` asks for them.
+          options: the constructor's others.
+
+        Raises: as jmoe.checkpoint.read_hf_block and from_weights do.
+        """
+        read = read_hf_block(block, family=family, layer=layer, top_k=top_k, mxfp4=mxfp4)
+        experts = pack_experts(read.experts) if pack else read.experts
+        family_options: dict[str, Any] = {"scoring": read.scoring, "activation": SiluAndMul()}
+        options = family_options | options
+        return cls.from_weights(experts, read.router_weight.T, top_k=read.top_k, rngs=rngs, **options)
+
     @property
     def experts(self) -> Experts:
         """The experts' weights."""
@@ -189,7 +244,10 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "... H"]) -> Routing:
         """The choice of experts for x, to record and replay."""
-        return route(self.router_logits(x), self.top_k)
+        return self._route(self.router_logits(x))
+
+    def _route(self, logits: Float[Array, "... E"]) -> Routing:
+        return route(logits, self.top_k, scoring=self.scoring, choice_bias=value_of(self.choice_bias))
 
     @overload
     def __call__(
@@ -236,14 +294,18 @@ class MoE(nnx.Module):
             lora=self.lora,
             adapter_ids=adapter_ids,
             routing=routing,
+            scoring=self.scoring,
+            choice_bias=value_of(self.choice_bias),
             activation=self.activation,
             recompute=self.recompute,
             mesh_axes=self.mesh_axes,
             backend=self.backend,
         )
+        if self.shared is not None:
+            y += self.shared(x)
         if logits is None or not statistics:
             return y
-        return y, router_statistics(logits, route(logits, self.top_k) if routing is None else routing)
+        return y, router_statistics(logits, self._route(logits) if routing is None else routing, self.scoring)
 
 
 def value_of(variable: nnx.Variable | None) -> Any:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from jmoe.ops.routing import Routing
+from jmoe.ops.routing import LEAST_SUM, Routing
+from jmoe.triton_src.scoring import Scoring
 
 
 @struct.dataclass
@@ -28,14 +29,22 @@ class RouterStatistics:
     entropy: Float[Array, ""]
 
 
-def router_statistics(router_logits: Float[Array, "... E"], routing: Routing) -> RouterStatistics:
-    """The statistics of a router's choice; of no tokens, NaN where there is a mean."""
+def router_statistics(
+    router_logits: Float[Array, "... E"], routing: Routing, scoring: Scoring = Scoring()
+) -> RouterStatistics:
+    """The statistics of a router's choice; of no tokens, NaN where there is a mean.
+
+    Of a scoring by sigmoids, probabilities are each token's scores divided by their sum, as DeepSeek-V3 has them.
+    """
     experts = router_logits.shape[-1]
     chosen = routing.experts
     # Sums over axes as they are, which a mesh may split.
     counts = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.float32), axis=tuple(range(chosen.ndim)))
     shares = counts / chosen.size if chosen.size else counts * jnp.nan
     probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    if scoring.function == "sigmoid":
+        scores = jax.nn.sigmoid(router_logits.astype(jnp.float32))
+        probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + LEAST_SUM)
     mean = jnp.mean(probabilities, axis=tuple(range(router_logits.ndim - 1)))
     return RouterStatistics(
         routing=routing,

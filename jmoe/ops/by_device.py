@@ -16,8 +16,8 @@ from jmoe.ops.call import Tokens
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mesh_axes import MeshAxes, names_of, specs_of
 
-type Layer = Callable[[Tokens, Experts, Lora | None, Any, Any], jax.Array]
-"""y, shaped as x is, of tokens, experts, LoRA, expert_offset and layer: the arguments below."""
+type Layer = Callable[[Tokens, Experts, Lora | None, Any, Any, Any], jax.Array]
+"""y, shaped as x is, of tokens, experts, LoRA, expert_offset, layer and choice_bias: the arguments below."""
 
 
 def split_over_devices(function: Layer, mesh: AbstractMesh, axes: MeshAxes, arguments: tuple[Any, ...]) -> jax.Array:
@@ -30,9 +30,9 @@ def split_over_devices(function: Layer, mesh: AbstractMesh, axes: MeshAxes, argu
 
 def specs_of_arguments(axes: MeshAxes, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The PartitionSpec of each array."""
-    tokens, experts, lora, *numbers = arguments
-    scalars = (None if number is None else P() for number in numbers)
-    return *specs_of(tokens, experts, lora, numbers[1] is not None, axes), *scalars
+    tokens, experts, lora, *others = arguments
+    whole = (None if other is None else P() for other in others)
+    return *specs_of(tokens, experts, lora, others[1] is not None, axes), *whole
 
 
 def free_axes(mesh: AbstractMesh) -> set[Any]:
@@ -57,7 +57,14 @@ def alike(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _on_device(
-    function: Layer, axes: MeshAxes, tokens: Tokens, experts: Experts, lora: Lora | None, offset: Any, layer: Any
+    function: Layer,
+    axes: MeshAxes,
+    tokens: Tokens,
+    experts: Experts,
+    lora: Lora | None,
+    offset: Any,
+    layer: Any,
+    choice_bias: Any,
 ) -> jax.Array:
     """What splits both tokens and experts is taken from the tokens for the products: they are gathered, and the sums
     scattered as they were."""
@@ -73,7 +80,7 @@ def _on_device(
     offset = 0 if offset is None else offset
     if here:
         offset = offset + lax.axis_index(here).astype(jnp.int32) * experts.down.shape[-3]
-    y = function(*alike((tokens, experts, lora, offset, layer)))
+    y = function(*alike((tokens, experts, lora, offset, layer, choice_bias)))
     for axis, names in enumerate(both):
         if names:
             y = lax.psum_scatter(y, names, scatter_dimension=axis, tiled=True)

@@ -14,6 +14,7 @@ from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4
 from jmoe.ops.routing import Routing
 from jmoe.ops.target import Target
 from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.scoring import Scoring
 
 
 class Options(NamedTuple):
@@ -25,6 +26,7 @@ class Options(NamedTuple):
     target: Target | None  # None: the GPU at hand when lowered
     forced: bool  # the caller named the Triton backend, so that what it cannot do is an error at once
     recompute: bool
+    scoring: Scoring = Scoring()
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +51,7 @@ class Call:
 
     expert_offset: the first expert held here; None: 0.
     layer: which layer of experts that have a leading axis for layers, and of LoRA that has it too; None: they have not.
+    choice_bias: what is added to the router's scores for the choice alone; None: nothing.
     """
 
     tokens: Tokens
@@ -56,6 +59,7 @@ class Call:
     lora: Lora | None
     expert_offset: Int32[Array, "1"] | None
     layer: Int32[Array, "1"] | None
+    choice_bias: Float[Array, " E"] | None = None
 
     @classmethod
     def of_arguments(
@@ -65,6 +69,7 @@ class Call:
         lora: Lora | None,
         expert_offset: Int32[Array, ""] | Int32[Array, "1"] | int,
         layer: Int32[Array, ""] | int | None,
+        choice_bias: Float[Array, " E"] | None = None,
     ) -> Self:
         """The call of jmoe.moe's arguments: with one axis of tokens, and numbers as kernels read them."""
         axes = tokens.x.ndim - 1
@@ -80,6 +85,7 @@ class Call:
             lora,
             None if no_offset else jnp.asarray(expert_offset, jnp.int32).reshape(1),
             None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
+            None if choice_bias is None else lax.stop_gradient(choice_bias),
         )
 
     def of_one_layer(self) -> Self:
@@ -118,7 +124,7 @@ def buffers_of(call: Call) -> dict[str, Any]:
     named: dict[str, Any] = {"x": tokens.x, "router_logits": tokens.router_logits, "adapter_ids": tokens.adapter_ids}
     if routing is not None:
         named |= {"experts": routing.experts, "weights": routing.weights}
-    named |= {"expert_offset": call.expert_offset, "layer": call.layer}
+    named |= {"expert_offset": call.expert_offset, "layer": call.layer, "choice_bias": call.choice_bias}
     for projection in ("gate_up", "down"):
         match getattr(call.experts, projection):
             case Mxfp4(blocks, scales):

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
-from jmoe.ops.check import check_experts, check_lora, check_options, check_tokens, one_layer
+from jmoe.ops.check import check_experts, check_lora, check_options, check_scores, check_tokens, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_triton_takes
@@ -17,6 +17,7 @@ from jmoe.ops.sharding import on_mesh
 from jmoe.ops.target import Target
 from jmoe.ops.xla.moe import moe_xla
 from jmoe.triton_src.activation import SwiGLU
+from jmoe.triton_src.scoring import Scoring
 
 type Backend = Literal["triton", "xla"] | Target | None
 
@@ -32,6 +33,8 @@ def moe(
     routing: Routing | None = None,
     expert_offset: Int32[Array, ""] | int = 0,
     layer: Int32[Array, ""] | int | None = None,
+    scoring: Scoring = Scoring(),
+    choice_bias: Float[Array, " E"] | None = None,
     activation: SwiGLU = SwiGLU(),
     recompute: bool = False,
     mesh_axes: MeshAxes | None = None,
@@ -54,6 +57,8 @@ def moe(
       layer: the experts' arrays have a leading axis for layers, of which this is the one; lora's have it too or not.
         May be traced, and must then be one of them. In a lax.scan over layers the kernels read a stack in place, where
         slices would be copied.
+      scoring: how weights are made of the router's logits, gpt-oss's unless another is given; see jmoe.Scoring.
+      choice_bias: bfloat16 or float32 [E], added to the router's scores for the choice alone; without a gradient.
       activation: what comes between the two products, gpt-oss's unless another is given; see jmoe.SwiGLU.
       recompute: the gradient keeps x and the routing alone, and computes gate_up's results [tokens * top_k, 2I] in
         bfloat16 again, which it keeps otherwise.
@@ -77,10 +82,12 @@ def moe(
     adapters = check_lora(one_lora, count, hidden, intermediate)
     top_k = check_tokens(tokens, top_k, count, hidden, adapters)
     check_options(one, activation, backend, expert_offset)
+    choice_bias = None if routing is not None else choice_bias
+    check_scores(scoring, choice_bias, router_logits)
     target = backend if isinstance(backend, Target) else None
-    options = Options(intermediate, top_k, activation, target, forced=backend is not None, recompute=recompute)
+    options = Options(intermediate, top_k, activation, target, backend is not None, recompute, scoring)
     run = _Run(options, backend == "xla")
-    return on_mesh(run, tokens, experts, lora if adapters else None, expert_offset, layer, mesh_axes)
+    return on_mesh(run, tokens, experts, lora if adapters else None, expert_offset, layer, choice_bias, mesh_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +98,9 @@ class _Run:
     xla: bool
 
     def __call__(
-        self, tokens: Tokens, experts: Experts, lora: Lora | None, expert_offset: Any, layer: Any
+        self, tokens: Tokens, experts: Experts, lora: Lora | None, expert_offset: Any, layer: Any, choice_bias: Any
     ) -> jax.Array:
-        call = Call.of_arguments(tokens, experts, lora, expert_offset, layer)
+        call = Call.of_arguments(tokens, experts, lora, expert_offset, layer, choice_bias)
         if self.options.forced and not self.xla:
             check_triton_takes(call)
         return (moe_xla if self.xla else moe_by_platform)(self.options, call).reshape(tokens.x.shape)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int32, UInt8
 
 from jmoe.ops.check import check_weight
 from jmoe.ops.experts import Experts
+from jmoe.ops.gate_up import interleave
 from jmoe.ops.mxfp4 import BLOCK, TILE, Mxfp4, PackedMxfp4
 from jmoe.ops.weight_on_mesh import by_device
 
@@ -24,8 +25,11 @@ UNIT_SCALE = 127
 _FIELDS = ((0, 15, 7, 6), (1, 9, 1, 0), (2, 19, 11, 10), (3, 21, 13, 4))
 
 
-def pack(experts: Experts) -> Experts:
+def pack(experts: Experts, *, interleaved: bool = True) -> Experts:
     """The same experts with their MXFP4 weights packed for Hopper; other leaves as they are.
+
+    interleaved: gate and up alternate in gate_up's rows. If not, all of gate comes first, and they are made to
+      alternate here, as by jmoe.interleave: the activation of what is returned is interleaved, as LoRA's B must be.
 
     On compute capability 9.0 jmoe.moe is fastest on packed experts, whatever the number of tokens and with or without
     LoRA. No other GPU has kernels that read them, so that there jmoe.moe unpacks them at each call: keep the
@@ -35,6 +39,7 @@ def pack(experts: Experts) -> Experts:
     Raises:
       ValueError: a weight's arrays do not fit together, are of several layers, or are split along rows or columns.
     """
+    experts = experts if interleaved else interleave(experts)
     return map_weights(experts, lambda weight: by_device(pack_weight, _pack_each, _pack_all, weight), Mxfp4)
 
 

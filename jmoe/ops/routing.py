@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.check import as_count, check_array
 from jmoe.ops.exportable import exportable
+from jmoe.triton_src.scoring import Scoring, check_scoring
 
 
 @exportable
@@ -24,20 +25,50 @@ class Routing:
     weights: Float[Array, "... k"]
 
 
-def route(router_logits: Float[Array, "... E"], top_k: int) -> Routing:
-    """The top_k experts of each token, and the softmax over their logits alone, as gpt-oss does.
+def route(
+    router_logits: Float[Array, "... E"],
+    top_k: int,
+    *,
+    scoring: Scoring = Scoring(),
+    choice_bias: Float[Array, " E"] | None = None,
+) -> Routing:
+    """The top_k experts of each token, and their weights: unless told otherwise the softmax over their logits alone.
 
-    Equal logits go to the lower expert. NaN counts as infinity, so that it is chosen and its token's weights are NaN.
+    Equal ones go to the lower expert. NaN counts as infinity, so that it is chosen and its token's weights are NaN.
+
+    Args:
+      scoring: which function makes weights of logits; see jmoe.Scoring.
+      choice_bias: bfloat16 or float32, added to the scores for the choice alone, as DeepSeek-V3 does; no gradient.
 
     Raises:
-      ValueError: top_k is not an integer between 1 and E, or the logits are not bfloat16 or float32.
+      ValueError: top_k is not an integer between 1 and E, the logits or choice_bias are not bfloat16 or float32, or
+        choice_bias has another size.
     """
     if not hasattr(router_logits, "dtype") or jnp.ndim(router_logits) < 1:
         raise ValueError(f"router_logits must be an array of rank 1 or more [..., E], got {router_logits!r}")
     top_k = as_count("top_k", top_k, router_logits.shape[-1])
     check_array("router_logits", router_logits)
+    check_scoring(scoring)
     logits = router_logits.astype(jnp.float32)
-    order = jnp.where(jnp.isnan(logits), jnp.inf, jnp.where(logits == 0, 0.0, logits))  # -0 and 0 are equal
+    if choice_bias is None:
+        best = logits
+    else:
+        check_array("choice_bias", choice_bias, (router_logits.shape[-1],))
+        best = _scores(logits, scoring) + lax.stop_gradient(choice_bias).astype(jnp.float32)
+    order = jnp.where(jnp.isnan(best), jnp.inf, jnp.where(best == 0, 0.0, best))  # -0 and 0 are equal
     _, experts = lax.top_k(lax.stop_gradient(order), top_k)
-    weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
-    return Routing(experts, weights)
+    if scoring.of_chosen_logits and choice_bias is None:
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+    else:
+        weights = jnp.take_along_axis(_scores(logits, scoring), experts, axis=-1)
+        if scoring.renormalize:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True) + LEAST_SUM
+    return Routing(experts, weights if scoring.scale == 1 else weights * scoring.scale)
+
+
+LEAST_SUM = 1e-20
+"""What is added to a sum of scores that divides, as DeepSeek does: all of them may be zeros."""
+
+
+def _scores(logits: Float[Array, "... E"], scoring: Scoring) -> Float[Array, "... E"]:
+    return jax.nn.softmax(logits, axis=-1) if scoring.function == "softmax" else jax.nn.sigmoid(logits)

@@ -21,6 +21,7 @@ def on_mesh(
     lora: Lora | None,
     expert_offset: Any,
     layer: Any,
+    choice_bias: Any,
     mesh_axes: MeshAxes | None,
 ) -> jax.Array:
     """function(...), whatever mesh its arrays are on.
@@ -29,7 +30,7 @@ def on_mesh(
     computes its own experts in a jax.shard_map; y is sharded as x is. On Auto axes the rule of jmoe.ops.partition does
     so.
     """
-    arguments = tokens, experts, lora, expert_offset, layer
+    arguments = tokens, experts, lora, expert_offset, layer, choice_bias
     mesh, mesh_axes = mesh_of(arguments), mesh_axes or None
     if mesh_axes is None and not mesh.explicit_axes:
         compiled = mesh.size > 1 and not mesh.manual_axes
@@ -61,9 +62,9 @@ _compiled = jax.jit(_as_it_is, static_argnums=0)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _by_device(function: Layer, mesh: AbstractMesh, axes: MeshAxes, *arguments: Any) -> jax.Array:
     """function of each device's own experts, summed over the devices that hold them."""
-    tokens, experts, lora, offset, layer = arguments
+    tokens, experts, lora, offset, layer, choice_bias = arguments
     offset = None if isinstance(offset, int) and offset == 0 else jnp.asarray(offset, jnp.int32)
-    given = tokens, experts, lora, offset, None if layer is None else jnp.asarray(layer)
+    given = tokens, experts, lora, offset, None if layer is None else jnp.asarray(layer), choice_bias
     placed = jax.tree.map(functools.partial(_place, mesh), given, specs_of_arguments(axes, given))
     split = split_inside_shard_map if mesh.manual_axes else split_over_devices
     return split(function, mesh, axes, placed)

@@ -1,4 +1,4 @@
-"""The router's gradient: of the softmax over a token's chosen logits."""
+"""The router's gradient: of the weights of a token's chosen experts in its logits."""
 
 import triton
 import triton.language as tl
@@ -6,6 +6,7 @@ import triton.language as tl
 from jmoe.triton_src.plan import Buffer, Plan, cdiv, next_power_of_2
 from jmoe.triton_src.problem import MoeProblem
 from jmoe.triton_src.routing.problem import SMALLEST_BLOCK
+from jmoe.triton_src.routing.top_k import scores_of
 from jmoe.triton_src.tiles import RouteBackwardTile
 
 
@@ -15,6 +16,7 @@ def route_backward_kernel(
     weights_ptr,  # (T, k) float32
     pair_gates_grad_ptr,  # (P,) float32 by pair; read for local pairs alone
     expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
+    logits_ptr,  # (T, COLUMNS) bf16 or float32, or None where the weights alone tell the gradient
     weights_grad_ptr,  # (T, k) float32, or None
     logits_grad_ptr,  # (T, COLUMNS), or None
     tokens,
@@ -23,9 +25,13 @@ def route_backward_kernel(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SCORING: tl.constexpr,  # jmoe.triton_src.scoring.Scoring
 ):
     """logits_grad = weight * (gate's gradient - the sum of weight * gate's gradient) at chosen experts, zero elsewhere.
 
+    That is of a softmax over the chosen logits, and of a scale of 1. Of sigmoids, 1 - sigmoid multiplies it, and the
+    sum is left out where it divides no weight; of a softmax over all logits, every expert's score times the sum is
+    taken from its gradient.
     Pairs of experts that are not of this shard have no gradient from here. Grid: (cdiv(T, BLOCK_T),).
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -42,14 +48,30 @@ def route_backward_kernel(
         sum_ += grad * tl.load(weights_ptr + pair, mask=ok, other=0.0)
     if logits_grad_ptr is not None:
         column = tl.arange(0, COLUMNS_PADDED)
-        out = tl.zeros((BLOCK_T, COLUMNS_PADDED), tl.float32)
+        if SCORING.scale != 1 and SCORING.renormalize:
+            sum_ = sum_ / SCORING.scale
+        OF_ALL: tl.constexpr = SCORING.function == "softmax" and not SCORING.renormalize
+        if OF_ALL:
+            columns_ok = (column < COLUMNS)[None, :]
+            all_at = token.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+            logits = tl.load(logits_ptr + all_at, mask=ok[:, None] & columns_ok, other=0.0)
+            out = -sum_[:, None] * scores_of(logits, columns_ok, SCORING)
+        else:
+            out = tl.zeros((BLOCK_T, COLUMNS_PADDED), tl.float32)
         for j in tl.static_range(TOP_K):
             pair = token * TOP_K + j
             known = tl.load(experts_ptr + pair, mask=ok, other=0)
             local = ok & (known - offset >= 0) & (known - offset < EXPERTS)
             grad = tl.load(pair_gates_grad_ptr + pair, mask=local, other=0.0)
-            grad = tl.load(weights_ptr + pair, mask=ok, other=0.0) * (grad - sum_)
-            out = tl.where(column[None, :] == known[:, None], grad[:, None], out)
+            if SCORING.renormalize:
+                grad = tl.load(weights_ptr + pair, mask=ok, other=0.0) * (grad - sum_)
+            else:
+                grad = tl.load(weights_ptr + pair, mask=ok, other=0.0) * grad
+            if SCORING.function == "sigmoid":
+                logit = tl.load(logits_ptr + token.to(tl.int64) * COLUMNS + known, mask=ok, other=0.0)
+                grad = grad * tl.sigmoid(-logit.to(tl.float32))
+            chosen = grad[:, None] + out if OF_ALL else grad[:, None]
+            out = tl.where(column[None, :] == known[:, None], chosen, out)
         at = logits_grad_ptr + token.to(tl.int64)[:, None] * COLUMNS + column[None, :]
         tl.store(at, out.to(logits_grad_ptr.dtype.element_ty), mask=ok[:, None] & (column < COLUMNS)[None, :])
 
@@ -72,6 +94,7 @@ def plan_route_backward(problem: MoeProblem, tile: RouteBackwardTile, dtype: str
             "weights_ptr": "weights",
             "pair_gates_grad_ptr": "pair_gates_grad",
             "expert_offset_ptr": "expert_offset" if p.expert_offset else None,
+            "logits_ptr": "router_logits" if p.router_experts and not p.scoring.of_chosen_logits else None,
             **{name: None for name in absent if name not in outputs},
         },
         scalars={"tokens": p.tokens},
@@ -82,6 +105,7 @@ def plan_route_backward(problem: MoeProblem, tile: RouteBackwardTile, dtype: str
             "EXPERTS": p.experts,
             "TOP_K": p.top_k,
             "BLOCK_T": block_t,
+            "SCORING": p.scoring,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

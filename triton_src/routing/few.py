@@ -14,6 +14,7 @@ from jmoe.triton_src.tiles import LaunchTable, tile_for
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles_an_expert", "max_tiles", "reorder_programs"])
 def route_few_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
+    choice_bias_ptr,  # (COLUMNS,) bf16 or float32, what is added to scores for the choice; or None
     expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
     x_ptr,  # (T, K) bf16, or None
     words_ptr,  # as in prefetch_lines, or None
@@ -39,6 +40,7 @@ def route_few_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_UNUSED: tl.constexpr,
+    SCORING: tl.constexpr,  # jmoe.triton_src.scoring.Scoring
     K: tl.constexpr,
     REORDER_BLOCKS: tl.constexpr,
     MATRICES: tl.constexpr,
@@ -57,7 +59,17 @@ def route_few_kernel(
         GIVEN: tl.constexpr = logits_ptr is None
         CHOICES: tl.constexpr = 1 if GIVEN else TOP_K
         choice, used = chosen_columns(
-            logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
+            logits_ptr,
+            choice_bias_ptr,
+            experts_ptr,
+            weights_ptr,
+            offset,
+            row,
+            rows,
+            COLUMNS,
+            COLUMNS_PADDED,
+            TOP_K,
+            SCORING,
         )
         column = tl.arange(0, COLUMNS_PADDED)
         expert = column if GIVEN else column - offset
@@ -122,6 +134,7 @@ def plan_route_few(problem: RouteProblem, table: LaunchTable) -> Plan:
             "BLOCK_M": p.block_m,
             "BLOCK_TILES": tile.block_tiles,
             "BLOCK_UNUSED": tile.block_unused,
+            **p.scoring_constexpr,
             **p.side_work_constexprs(side_work),
         },
         num_warps=tile.num_warps,

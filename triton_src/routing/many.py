@@ -17,6 +17,7 @@ from jmoe.triton_src.tiles import LaunchTable, tile_for
 @triton.jit(do_not_specialize=["rows", "tokens", "programs", "reorder_programs"])
 def count_kernel(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
+    choice_bias_ptr,  # (COLUMNS,) bf16 or float32, what is added to scores for the choice; or None
     expert_offset_ptr,  # (1,) int32, first expert of this shard; None: 0
     x_ptr,  # (T, K) bf16, or None
     words_ptr,  # as in prefetch_lines, or None
@@ -38,6 +39,7 @@ def count_kernel(
     STRIPS: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
+    SCORING: tl.constexpr,  # jmoe.triton_src.scoring.Scoring
     K: tl.constexpr,
     REORDER_BLOCKS: tl.constexpr,
     MATRICES: tl.constexpr,
@@ -65,7 +67,17 @@ def count_kernel(
         for step in range(STEPS):
             row = (program * STEPS + step) * STRIPS * ROWS + in_block
             choice, used = chosen_columns(
-                logits_ptr, experts_ptr, weights_ptr, offset, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K
+                logits_ptr,
+                choice_bias_ptr,
+                experts_ptr,
+                weights_ptr,
+                offset,
+                row,
+                rows,
+                COLUMNS,
+                COLUMNS_PADDED,
+                TOP_K,
+                SCORING,
             )
             earlier, count = count_earlier(choice >= 0, STRIPS)
             position_in_run = bytes_of_choices(earlier, choice, CHOICES)
@@ -204,6 +216,7 @@ def plan_route_many(problem: RouteProblem, table: LaunchTable) -> list[Plan]:
             "STRIPS": STRIPS,
             "ROWS": block_rows // STRIPS,
             "STEPS": steps,
+            **p.scoring_constexpr,
             **p.side_work_constexprs(side_work),
         },
         num_warps=tile.num_warps,

@@ -5,6 +5,7 @@ import dataclasses
 from jmoe.triton_src.plan import Buffer, cdiv, next_power_of_2
 from jmoe.triton_src.routing.l2_prefetch import Prefetch
 from jmoe.triton_src.routing.mma_k_order import mma_k_width
+from jmoe.triton_src.scoring import Scoring
 from jmoe.triton_src.tiles import SideWorkTile
 
 SMALLEST_BLOCK = 16
@@ -24,6 +25,8 @@ class RouteProblem:
     hidden: int | None  # of x, if it is to be put into mma K order
     counters: bool = False  # a zero for each tile and one beside, where programs of a launch wait for others
     prefetch: Prefetch | None = None  # weights to fetch meanwhile
+    scoring: Scoring = Scoring()
+    choice_bias: bool = False
     pairs: int = dataclasses.field(init=False)
     rows: int = dataclasses.field(init=False)  # tokens, or pairs where experts are given
     columns: int = dataclasses.field(init=False)  # the router's, or this shard's experts where experts are given
@@ -52,12 +55,18 @@ class RouteProblem:
         given = self.router_experts is None
         operands = {
             "logits_ptr": None if given else "router_logits",
+            "choice_bias_ptr": "choice_bias" if self.choice_bias and not given else None,
             "expert_offset_ptr": "expert_offset" if self.expert_offset else None,
             "x_ptr": None if self.hidden is None else "x",
         }
         if given:
             operands |= {"experts_ptr": "experts", "weights_ptr": None}
         return operands if self.hidden is not None else operands | {"x_in_mma_order_ptr": None}
+
+    @property
+    def scoring_constexpr(self) -> dict[str, Scoring]:
+        """One value where experts are given, so that they are sorted by one kernel."""
+        return {"SCORING": Scoring() if self.router_experts is None else self.scoring}
 
     @property
     def choice_outputs(self) -> dict[str, Buffer]:

@@ -10,13 +10,29 @@ A token's choice of 2 of 6 experts, say:
     keys       the logits' bits as integers in the logits' order, below them 15, 14, ...: the first 2.0 is larger
     choice      -1     0    -1     1    -1    -1     by column: the number of the token's choice, 0 the best
     used         1     3                             by choice: the column
-    weights    0.5   0.5                             by choice: softmax over the chosen logits
+    weights    0.5   0.5                             by choice: softmax over the chosen logits, or as SCORING has it
 
 From `choice` the rows that chose a column are counted (sort_positions.py); through `used` a token finds its counts.
 """
 
 import triton
 import triton.language as tl
+
+LEAST_SUM = tl.constexpr(1e-20)
+"""What is added to a sum of scores that divides, as DeepSeek does: all of them may be zeros."""
+
+
+@triton.jit
+def scores_of(logits, columns_ok, SCORING: tl.constexpr):
+    """The scores, float32 like and of logits (..., columns), of columns that there are."""
+    logits = logits.to(tl.float32)
+    if SCORING.function == "sigmoid":
+        scores = tl.sigmoid(logits)
+    else:
+        logits = tl.where(columns_ok, logits, float("-inf"))
+        powers = tl.exp(logits - tl.max(logits, axis=-1, keep_dims=True))
+        scores = powers / tl.sum(powers, axis=-1, keep_dims=True)
+    return scores
 
 
 @triton.jit
@@ -64,6 +80,7 @@ def logit_of(key):
 @triton.jit
 def select_top_k(
     logits_ptr,  # (T, COLUMNS) bf16 or float32
+    choice_bias_ptr,  # (COLUMNS,) bf16 or float32, or None
     experts_ptr,  # (T, k) int32, written
     weights_ptr,  # (T, k) float32, written
     token,  # (STRIPS, ROWS)
@@ -71,12 +88,13 @@ def select_top_k(
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
+    SCORING: tl.constexpr,  # jmoe.triton_src.scoring.Scoring
 ):
     """(choice, experts) of tokens; writes the experts and their weights too.
 
     choice (STRIPS, ROWS, columns): the number of the choice that a column's expert is of the token, or -1.
     experts (STRIPS, ROWS, choices): the experts by choice, best first.
-    The weights' softmax is summed from the largest logit to the least, and so has the same bits whatever the block's
+    Weights are summed from the best to the least, so that their softmax has the same bits whatever the block's
     shape.
     """
     column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
@@ -86,7 +104,14 @@ def select_top_k(
         mask=token_ok[:, :, None] & (column < COLUMNS),
         other=0.0,
     )
-    keys, least = sort_keys(logits, COLUMNS, COLUMNS_PADDED, TOP_K)
+    OF_CHOSEN: tl.constexpr = SCORING.of_chosen_logits and choice_bias_ptr is None
+    if not OF_CHOSEN:
+        scores = scores_of(logits, column < COLUMNS, SCORING)
+    if choice_bias_ptr is None:
+        keys, least = sort_keys(logits, COLUMNS, COLUMNS_PADDED, TOP_K)
+    else:
+        choice_bias = tl.load(choice_bias_ptr + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+        keys, least = sort_keys(scores + choice_bias, COLUMNS, COLUMNS_PADDED, TOP_K)
     best = ()
     for j in tl.static_range(TOP_K):
         largest = tl.max(keys, axis=2)
@@ -95,12 +120,23 @@ def select_top_k(
         best = best + (largest,)  # noqa: RUF005
     total = tl.zeros_like(logit_of(best[0]))
     for j in tl.static_range(TOP_K):
-        total += tl.exp(logit_of(best[j]) - logit_of(best[0]))
+        if OF_CHOSEN:
+            total += tl.exp(logit_of(best[j]) - logit_of(best[0]))
+        else:
+            total += at_expert(scores, expert_of(best[j], COLUMNS_PADDED))
     experts = ()
     weights = ()
     for j in tl.static_range(TOP_K):
         experts = experts + (expert_of(best[j], COLUMNS_PADDED),)  # noqa: RUF005
-        weights = weights + (tl.exp(logit_of(best[j]) - logit_of(best[0])) / total,)  # noqa: RUF005
+        if OF_CHOSEN:
+            weight = tl.exp(logit_of(best[j]) - logit_of(best[0])) / total
+        else:
+            weight = at_expert(scores, expert_of(best[j], COLUMNS_PADDED))
+            if SCORING.renormalize:
+                weight = weight / (total + LEAST_SUM)
+        if SCORING.scale != 1:
+            weight = weight * SCORING.scale
+        weights = weights + (weight,)  # noqa: RUF005
     experts = side_by_side(experts, TOP_K)
     at = token[:, :, None] * TOP_K + choice_numbers(TOP_K)
     ok = token_ok[:, :, None] & (choice_numbers(TOP_K) < TOP_K)
@@ -108,6 +144,13 @@ def select_top_k(
     tl.store(weights_ptr + at, side_by_side(weights, TOP_K), mask=ok)
     choice = tl.where(token_ok[:, :, None] & (keys < least + TOP_K), (keys & 0xFFFF).to(tl.int32), -1)
     return choice, experts
+
+
+@triton.jit
+def at_expert(scores, expert):
+    """(STRIPS, ROWS): of scores (STRIPS, ROWS, columns), those of the rows' experts."""
+    column = tl.arange(0, scores.shape[2])[None, None, :]
+    return tl.sum(tl.where(column == expert[:, :, None], scores, 0.0), axis=2)
 
 
 @triton.jit
@@ -144,6 +187,7 @@ def bytes_of_choices(values, choice, CHOICES: tl.constexpr):
 @triton.jit
 def chosen_columns(
     logits_ptr,  # (T, COLUMNS) bf16 or float32, or None: experts are given
+    choice_bias_ptr,  # (COLUMNS,) bf16 or float32, or None
     experts_ptr,  # (T, k) int32, written unless given
     weights_ptr,  # (T, k) float32, written; None where experts are given
     offset,  # first expert of this shard
@@ -152,6 +196,7 @@ def chosen_columns(
     COLUMNS: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
+    SCORING: tl.constexpr,
 ):
     """(choice, used) of rows, as in this file's example.
 
@@ -161,7 +206,9 @@ def chosen_columns(
     choice is 0, as nothing keeps a given token's experts apart, and an expert of another shard has no column.
     """
     if logits_ptr is not None:
-        choice, used = select_top_k(logits_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K)
+        choice, used = select_top_k(
+            logits_ptr, choice_bias_ptr, experts_ptr, weights_ptr, row, rows, COLUMNS, COLUMNS_PADDED, TOP_K, SCORING
+        )
     else:
         column = tl.arange(0, COLUMNS_PADDED)[None, None, :]
         used = (tl.load(experts_ptr + row, mask=row < rows, other=0) - offset)[:, :, None]

@@ -3,6 +3,7 @@
 Not installed by jmoe; `pip install --group peers` from a checkout gets it. PyPI's project of that name is another one.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -94,3 +95,28 @@ def route_as(routing: RoutingLike, router_logits: torch.Tensor) -> Any:
     only = torch.full_like(router_logits, -torch.inf, dtype=torch.float32)
     only.scatter_(1, chosen, torch.gather(router_logits.float(), 1, chosen))
     return route(only, chosen.shape[1])
+
+
+@dataclasses.dataclass
+class Weight:
+    """MXFP4 bytes."""
+
+    blocks: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclasses.dataclass
+class Experts:
+    """As jmoe.Experts."""
+
+    gate_up: Weight
+    gate_up_bias: torch.Tensor | None
+    down: Weight
+    down_bias: torch.Tensor | None
+
+
+def layer(x: torch.Tensor, router_logits: torch.Tensor, *, top_k: int, **weights: Any) -> torch.Tensor:
+    """The peer as a function of jmoe.interop.conformance.Contract."""
+    gate_up, down = (Weight(weights[f"{name}_blocks"], weights[f"{name}_scales"]) for name in ("gate_up", "down"))
+    experts = Experts(gate_up, weights["gate_up_bias"], down, weights["down_bias"])
+    return prepare(experts, num_warps=4)(x, route(router_logits, top_k))

@@ -128,6 +128,7 @@ def problem_of(call: Call, options: Options, gpu: Gpu, *, gradient: bool) -> tup
         layouts=layouts,
         top_k=options.top_k,
         activation=options.activation,
+        scoring=options.scoring,
     )
     is_read = problem.packed and layer_tile(gpu.table, problem.rows_of_expert, packed=True, gradient=gradient)
     if Layout.PACKED in layouts.values() and not is_read:

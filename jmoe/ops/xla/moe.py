@@ -25,8 +25,10 @@ def with_routing(options: Options, call: Call) -> Call:
     if call.tokens.routing is not None:
         return call
     assert call.tokens.router_logits is not None
-    routing = route(call.tokens.router_logits, options.top_k)
-    return dataclasses.replace(call, tokens=dataclasses.replace(call.tokens, router_logits=None, routing=routing))
+    logits, choice_bias = call.tokens.router_logits, call.choice_bias
+    routing = route(logits, options.top_k, scoring=options.scoring, choice_bias=choice_bias)
+    tokens = dataclasses.replace(call.tokens, router_logits=None, routing=routing)
+    return dataclasses.replace(call, tokens=tokens, choice_bias=None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
