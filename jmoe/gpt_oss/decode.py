@@ -166,7 +166,7 @@ def decode(model: GptOss, tokens: Int32[Array, " B"], state: DecodeState) -> tup
     A sequence may not come to have more tokens than the capacity that prefill was given: the first would be lost.
     """
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
-    attention = CachedAttention(model.layers.get_value().sinks, state.lengths)
+    attention = CachedAttention(model.stack.sinks, state.lengths)
     inputs = Inputs(tokens[:, None], state.lengths[:, None], ids)
     hidden, cache = model.run_layers_in_place(inputs, attention, state.cache, state.attention_lora)
     return model.logits(hidden)[:, 0], dataclasses.replace(state, cache=cache, lengths=state.lengths + 1)

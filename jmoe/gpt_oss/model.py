@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -18,11 +19,12 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Place, Remat, run_groups
+from jmoe.gpt_oss.layout import Layout
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads, cosine_and_sine
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights
-from jmoe.nn.variables import Frozen
+from jmoe.nn.variables import Frozen, values_of, variables_of
 from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.norm import rms_norm
 
@@ -60,9 +62,10 @@ class AttentionWithin(LayerAttention[Any]):
 class GptOss(nnx.Module):
     """The whole model: embedding, layers, norm, head. Made by jmoe.gpt_oss.load.
 
-    Variables: `embedding` [V, H], `layers` (LayerWeights, every array with a leading axis for the layers), `norm` [H]
-    and `head` [V, H] are Frozen; with adapters `lora_a` and `lora_b` are nnx.LoRAParam, and `lora_scale` is Frozen; see
-    LoraWeights.
+    Variables: `embedding` [V, H], those of `layers` (LayerWeights, every array with a leading axis for the layers),
+    `norm` [H] and `head` [V, H] are Frozen; with adapters those of `lora_a` and `lora_b` are nnx.LoRAParam, and those
+    of `lora_scale` Frozen; see LoraWeights. On a mesh each has its PartitionSpec by the layout in its metadata, where
+    nnx.get_partition_spec and nnx.get_named_sharding find it.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class GptOss(nnx.Module):
         lora: LoraWeights | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         remat: Remat = "nothing",
+        layout: Layout | None = None,
     ) -> None:
         """A model of these weights.
 
@@ -83,6 +87,8 @@ class GptOss(nnx.Module):
           dtype: of activations: bfloat16, or float32, for which experts run by XLA.
           remat: what the backward pass computes again, which takes time and saves memory: "nothing"; "experts", as
             recompute in jmoe.moe; or "layers", of which it keeps the input alone.
+          layout: how the weights are split on the mesh that they are on; None: they are on one device, or whole on each
+            device of a mesh.
 
         Raises:
           ValueError: another dtype or remat.
@@ -94,32 +100,41 @@ class GptOss(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        self.embedding = Frozen(embedding)
-        self.layers = nnx.data(Frozen(layers))
-        self.norm = Frozen(norm)
-        self.head = Frozen(head)
-        self.lora_a = None if lora is None else nnx.data(nnx.LoRAParam(lora.a))
-        self.lora_b = None if lora is None else nnx.data(nnx.LoRAParam(lora.b))
-        self.lora_scale = None if lora is None else nnx.data(Frozen(lora.scale))
+        self.layout = layout
+        whole = None if layout is None else PartitionSpec()
+        self.embedding = variables_of(Frozen, embedding, whole)
+        self.layers = nnx.data(variables_of(Frozen, layers, layout and layout.layers(layers.experts)))
+        self.norm = variables_of(Frozen, norm, whole)
+        self.head = variables_of(Frozen, head, whole)
+        specs = None if layout is None or lora is None else layout.lora(lora)
+        self.lora_a = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.a, specs and specs.a))
+        self.lora_b = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.b, specs and specs.b))
+        self.lora_scale = None if lora is None else nnx.data(variables_of(Frozen, lora.scale, specs and specs.scale))
 
     @property
     def lora(self) -> LoraWeights | None:
         """The adapters, or None."""
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
             return None
-        return LoraWeights(self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale.get_value())
+        return LoraWeights(*map(values_of, (self.lora_a, self.lora_b, self.lora_scale)))
+
+    @property
+    def stack(self) -> LayerWeights:
+        """All layers' arrays."""
+        return values_of(self.layers)
 
     def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
         """The same weights with these adapters instead of its own."""
         return GptOss(
             self.config,
             embedding=self.embedding.get_value(),
-            layers=self.layers.get_value(),
+            layers=self.stack,
             norm=self.norm.get_value(),
             head=self.head.get_value(),
             lora=lora,
             dtype=self.dtype,
             remat=self.remat,
+            layout=self.layout,
         )
 
     def attention_lora(self) -> AttentionLora | None:
@@ -212,7 +227,7 @@ class GptOss(nnx.Module):
         call = self.layer_call(inputs, attention, dropout)
         x = self.embed(inputs.tokens, inputs.adapter_ids)
         lora = LayerLora(self.attention_lora(), None if self.lora is None else self.lora.on_experts)
-        x, states = run_groups(x, self.layers.get_value(), lora, call, states, in_place=False)
+        x, states = run_groups(x, self.stack, lora, call, states, in_place=False)
         return rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), states
 
     def run_layers_in_place[S](
@@ -230,7 +245,7 @@ class GptOss(nnx.Module):
         """
         call = self.layer_call(inputs, attention)
         x = self.embed(inputs.tokens, inputs.adapter_ids)
-        stack, norm = self.layers.get_value(), self.norm.get_value()
+        stack, norm = self.stack, self.norm.get_value()
         lora = LayerLora(attention_lora, None if self.lora is None else self.lora.on_experts)
         if inputs.tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16:
             return run_decode_layers(x, stack, norm, lora, call, states)

@@ -72,7 +72,7 @@ def decode_step(
     if places is not None:
         adapters = jnp.where(position < 0, -1, RowOptions.unpack(options[rows]).adapter)[:, None]
     tables = pages.tables(model.config, full[rows], windowed[rows])
-    attention = PagedDecodeAttention(model.config.windows, model.layers.get_value().sinks, position, tables)
+    attention = PagedDecodeAttention(model.config.windows, model.stack.sinks, position, tables)
     inputs = Inputs(tokens[rows][:, None], there[:, None], adapters)
     on_attention = None if places is None else places.attention
     hidden, cache = model.run_layers_in_place(inputs, attention, pages.cache, on_attention)
@@ -105,7 +105,7 @@ def prefill_chunk(
     if places is not None:
         adapters = jnp.where(padding, -1, RowOptions.unpack(part["options"]).adapter[own])[None]
     tables = pages.tables(model.config, part["full"], part["windowed"])
-    attention = PagedPrefillAttention(model.config.windows, model.layers.get_value().sinks, offsets, first, tables)
+    attention = PagedPrefillAttention(model.config.windows, model.stack.sinks, offsets, first, tables)
     inputs = Inputs(part["tokens"][None], positions[None], adapters)
     on_attention = None if places is None else places.attention
     hidden, cache = model.run_layers_in_place(inputs, attention, pages.cache, on_attention)
