@@ -5,10 +5,12 @@ import math
 from typing import Any, Self
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.split import Split
 from jmoe.gpt_oss.weights import EXPERTS, LayerWeights, Linear, LoraWeights
 from jmoe.ops.experts import Experts
 
@@ -82,6 +84,12 @@ class Layout:
         """The axes that split the experts' weights."""
         return tuple(name for name in (self.experts, self.data if self.fsdp else None) if name is not None)
 
+    @property
+    def axes_of_batch(self) -> tuple[str, ...]:
+        """The axes that may split a batch."""
+        experts = None if self.experts == self.heads else self.experts
+        return tuple(name for name in (self.data, experts) if name is not None)
+
     def size(self, mesh: AnyMesh, *names: str | None) -> int:
         """Devices along these axes of the mesh."""
         return math.prod(mesh.shape[name] for name in names if name is not None)
@@ -111,11 +119,10 @@ class Layout:
 
         What is not split is on every device of the axis, and computed by each.
         """
-        own = None if self.experts == self.heads else self.experts
-        for names in ((self.data, own), (self.data,), (own,)):
-            there = tuple(name for name in names if name is not None)
-            if there and batch % self.size(mesh, *there) == 0:
-                return there
+        everything = self.axes_of_batch
+        for names in (everything, everything[:1], everything[1:]):
+            if names and batch % self.size(mesh, *names) == 0:
+                return names
         return ()
 
     def layers(self, experts: Experts) -> LayerWeights:
@@ -143,6 +150,19 @@ class Layout:
                 b[name] = P() if name == "o" else P(None, None, self.heads)
         return LoraWeights(a, b, dict.fromkeys(lora.scale, P()))  # type: ignore[arg-type]
 
-    def cache(self, batch_axes: tuple[str, ...]) -> P:
-        """The split of each array [L, B, M, S, 2D] of a cache of sequences that these axes split."""
-        return P(None, batch_axes or None, self.heads)
+    def attention_lora(self, lora: AttentionLora) -> AttentionLora:
+        """The split of every array of adapters as the layers of all devices apply them."""
+        parts: dict[str, Any] = {"a": P(), "scale": P(), "b": P(None, None, self.heads)}
+        on_qkv = lora.qkv and dataclasses.replace(lora.qkv, **parts)
+        parts = {"a": P(None, None, None, self.heads), "scale": P(), "b": P()}
+        return AttentionLora(on_qkv, lora.o and dataclasses.replace(lora.o, **parts))
+
+    def place(self, mesh: Mesh, tree: Any, specs: Any) -> Any:
+        """The arrays on the mesh, split by these PartitionSpecs of theirs."""
+        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+
+    def split(self, batch: tuple[str, ...] | None = None) -> Split:
+        """What each device has, where these axes split the batch; None: all that may."""
+        if batch is None:
+            batch = self.axes_of_batch
+        return Split(batch, self.experts, self.heads, self.data if self.fsdp else None)

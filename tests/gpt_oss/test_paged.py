@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.model import Inputs
 from jmoe.gpt_oss.paged import (
     PAGE_SIZE,
     PagedCache,
@@ -19,6 +18,7 @@ from jmoe.gpt_oss.paged import (
     empty_paged_cache,
     page_bytes,
 )
+from jmoe.gpt_oss.run import Inputs
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 CAPACITY = 192

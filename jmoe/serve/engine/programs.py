@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.model import GptOss, Inputs
+from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.paged import PagedDecodeAttention, PagedPrefillAttention
+from jmoe.gpt_oss.run import Inputs
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import AdapterPlaces
 from jmoe.serve.engine.device_state import Adjustments, DeviceState, PageState
