@@ -38,11 +38,14 @@ class ExpertCheck:
         if step > 1:
             return
         model = self.trainer.model(state)
-        micro_batches = zip(batch.tokens, batch.weights, batch.segment_ids, strict=True)
-        attention = self.trainer.attention_for(batch)
-        counts = [self._count(model, *arrays, attention=attention) for arrays in micro_batches]
+        attention, on_host = self.trainer.attention_for(batch), self.trainer.on_host
+        parts = [self.trainer.put(Batch(*arrays)) for arrays in zip(*batch, strict=True)]
+        counts = [
+            on_host(self._count(model, part.tokens, part.weights, part.segment_ids, attention=attention))
+            for part in parts
+        ]
         self._counts = np.sum(counts, axis=0)
-        self._not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
+        self._not_zero = jax.tree.map(on_host, experts_not_zero(model))
         assert model.lora is not None
         self._scaled = {name: np.asarray(scale) != 0 for name, scale in model.lora.scale.items()}
 

@@ -16,7 +16,8 @@ from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.display import Display
 from jmoe.finetune.flops import PEAK, flops_per_token
-from jmoe.finetune.metrics import Metrics
+from jmoe.finetune.metrics import Metrics, NoMetrics
+from jmoe.finetune.processes import writes
 from jmoe.finetune.step import Outcome, Trainer, TrainState, learning_rate
 
 type Ending = Literal["finished", "early stop", "interrupted"]
@@ -51,7 +52,12 @@ class Run:
 
 
 def run_steps(
-    run: Run, state: TrainState, standing: Standing, checkpoints: Checkpoints, metrics: Metrics, display: Display
+    run: Run,
+    state: TrainState,
+    standing: Standing,
+    checkpoints: Checkpoints,
+    metrics: Metrics | NoMetrics,
+    display: Display,
 ) -> tuple[TrainState, Standing, Ending]:
     """Goes on from `standing` to the end: (the last state, where it stands, why it ended).
 
@@ -107,7 +113,7 @@ def run_steps(
 
 
 def validate_before(
-    run: Run, state: TrainState, standing: Standing, metrics: Metrics, display: Display
+    run: Run, state: TrainState, standing: Standing, metrics: Metrics | NoMetrics, display: Display
 ) -> tuple[Standing, bool]:
     """(where the run stands, whether it shall stop) after the validation before its first step, or one that was due."""
     figures: dict[str, Any] = {}
@@ -190,8 +196,11 @@ def stop_at(
 ) -> None:
     """Saves what shows the fault, and raises NonFiniteLossError."""
     file = run.out / f"nonfinite_step_{standing.step + 1}.npz"
-    with naming(file):
-        np.savez(file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids)
+    if writes():
+        with naming(file):
+            np.savez(
+                file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids
+            )
     checkpoints.save(state, standing)
     raise NonFiniteLossError(
         f"step {standing.step + 1}: loss {loss}, norm of the gradient {norm}. Its batch is in {file}, and the factors "
