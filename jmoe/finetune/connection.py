@@ -134,22 +134,22 @@ class Watch:
                 alive = numbered(self._store.key_value_dir_get(ALIVE))
                 ended = numbered(self._store.key_value_dir_get(ENDED))
             except Exception:
-                if now - answered > GRACE_SECONDS and not self._left.is_set():
-                    self._say(0, "it does not answer")
+                if now - answered > GRACE_SECONDS:
+                    return self._say(0, "it does not answer")
                 continue
             answered = now
             for process in range(self._processes):
+                beat, since = heard[process]
                 if process in ended:
                     host, _, reason = ended[process].partition("\n")
                     if reason:
                         self._left.wait(GRACE_SECONDS)
-                        self._say(process, f"on {host}: {reason}")
-                    continue
-                beat, since = heard[process]
-                if alive.get(process, "") != beat:
+                        return self._say(process, f"on {host}: {reason}")
+                elif alive.get(process, "") != beat:
                     heard[process] = alive[process], now
                 elif now - since > LOST_SECONDS:
-                    self._say(process, f"it has not been heard for {LOST_SECONDS:.0f} s")
+                    return self._say(process, f"it has not been heard for {LOST_SECONDS:.0f} s")
+        return None
 
     def _say(self, process: int, reason: str) -> None:
         with self._lock:

@@ -209,14 +209,15 @@ def stop_at(
 
 
 def speed(run: Run, batch: Batch, seconds: float) -> dict[str, float]:
-    """Tokens a second, padding included; on a GPU MFU and the most memory held so far."""
+    """Tokens a second, padding included; on a GPU MFU, and the most memory held so far by one of this process's."""
     rate = batch.tokens.size / seconds
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     figures = {"seconds": seconds, "tokens_per_second": rate}
     if device.device_kind in PEAK:
-        config = run.trainer.config
-        figures["mfu"] = rate * flops_per_token(config, run.config.length) / PEAK[device.device_kind]
+        config, on_mesh = run.trainer.config, run.trainer.on_mesh
+        peak = PEAK[device.device_kind] * (1 if on_mesh is None else on_mesh.mesh.size)
+        figures["mfu"] = rate * flops_per_token(config, run.config.length) / peak
     memory = device.memory_stats()
-    if memory and math.isfinite(peak := memory.get("peak_bytes_in_use", math.nan)):
-        figures["memory_gib"] = peak / 2**30
+    if memory and math.isfinite(most := memory.get("peak_bytes_in_use", math.nan)):
+        figures["memory_gib"] = most / 2**30
     return figures
