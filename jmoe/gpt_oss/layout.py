@@ -9,11 +9,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jmoe.device_mesh import make_mesh
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.split import Split
 from jmoe.gpt_oss.weights import EXPERTS, LayerWeights, Linear, LoraWeights
 from jmoe.ops.experts import Experts
+from jmoe.ops.mesh_axes import names_of
 
 type AnyMesh = Mesh | AbstractMesh
 
@@ -151,6 +153,23 @@ class Layout:
                 b[name] = P() if name == "o" else split_along(None, None, self.heads)
         return LoraWeights(a, b, dict.fromkeys(lora.scale, P()))  # type: ignore[arg-type]
 
+    def of_tensor(self, name: str) -> tuple[str | None, ...]:
+        """The axes that split a checkpoint's tensor, by its name in jmoe.checkpoint's view."""
+        if ".mlp.experts." in name:
+            return self.of_experts
+        if ".self_attn." in name and not name.endswith("o_proj.bias"):
+            return (self.heads,)
+        return ()
+
+    def bytes_of_device(self, mesh: AnyMesh, shapes: Any, specs: Any) -> int:
+        """Of arrays of these shapes and splits, what each device has."""
+        sizes = jax.tree.map(
+            lambda leaf, spec: math.prod(leaf.shape) * leaf.dtype.itemsize // self.size(mesh, *names_of(spec)),
+            shapes,
+            specs,
+        )
+        return sum(jax.tree.leaves(sizes))
+
     def attention_lora(self, lora: AttentionLora) -> AttentionLora:
         """The split of every array of adapters as the layers of all devices apply them."""
         parts: dict[str, Any] = {"a": P(), "scale": P(), "b": split_along(None, None, self.heads)}
@@ -179,6 +198,20 @@ class Layout:
         if batch is None:
             batch = self.axes_of_batch
         return Split(batch, self.experts, self.heads, self.data if self.fsdp else None)
+
+
+def mesh_and_layout(text: str | None, config: Config, *, fsdp: bool = False) -> tuple[Mesh | None, Layout | None]:
+    """What is written after --mesh as jmoe.gpt_oss.load takes it, for a model of this configuration.
+
+    Raises:
+      ValueError: as jmoe.device_mesh.make_mesh and Layout.of; fsdp, and no mesh.
+    """
+    if text is None:
+        if fsdp:
+            raise ValueError("fsdp splits experts over the data axis of a mesh, and there is none")
+        return None, None
+    mesh = make_mesh(text)
+    return mesh, Layout.of(mesh, config, fsdp=fsdp)
 
 
 def with_auto_axes(mesh: Mesh) -> Mesh:
