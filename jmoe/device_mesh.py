@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = {
     "data": "batches",
@@ -19,8 +19,10 @@ REST = -1
 """The size that stands for all devices that the other axes leave."""
 
 
-def parse_mesh_sizes(text: str, devices: int) -> dict[str, int]:
+def parse_mesh_sizes(text: str, devices: int | None) -> dict[str, int]:
     """The sizes of `data=2,expert=4`, in this order; they multiply to the number of devices, and one may be -1.
+
+    devices: None: any number, and -1 stays.
 
     Raises:
       ValueError: it is written otherwise, an axis is unknown or there twice, or the sizes do not fit the devices.
@@ -41,7 +43,7 @@ def parse_mesh_sizes(text: str, devices: int) -> dict[str, int]:
         raise ValueError(f"a mesh is written as data=2,expert=4, got {text!r}")
     if "model" in sizes and (both := [name for name in ("expert", "heads") if name in sizes]):
         raise ValueError(f"model splits experts and heads, so that {both[0]} cannot be beside it in {text!r}")
-    return fill_rest(sizes, devices)
+    return sizes if devices is None else fill_rest(sizes, devices)
 
 
 def fill_rest(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -85,3 +87,15 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = parse_mesh_sizes(text, len(devices))
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def planned_mesh(text: str) -> AbstractMesh:
+    """The mesh of `data=2,expert=4`, of as many devices as the sizes say, here or not; -1 is of those that are here.
+
+    Raises:
+      ValueError: as parse_mesh_sizes.
+    """
+    sizes = parse_mesh_sizes(text, None)
+    if REST in sizes.values():
+        sizes = fill_rest(sizes, jax.device_count())
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from jmoe.device_mesh import make_mesh, parse_mesh_sizes
+from jmoe.device_mesh import make_mesh, parse_mesh_sizes, planned_mesh
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,8 @@ def test_the_mesh_has_all_devices_and_auto_axes() -> None:
     mesh = make_mesh("expert=-1", jax.devices("cpu"))
     assert mesh.shape == {"expert": len(jax.devices("cpu"))}
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
+
+
+def test_a_mesh_may_be_of_devices_that_are_not_here() -> None:
+    assert planned_mesh("data=8,model=8").shape == {"data": 8, "model": 8}
+    assert planned_mesh("expert=-1").shape == {"expert": jax.device_count()}

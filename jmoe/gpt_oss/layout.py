@@ -5,14 +5,17 @@ import math
 from typing import Any, Self
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jmoe.device_mesh import make_mesh
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.split import Split
 from jmoe.gpt_oss.weights import EXPERTS, LayerWeights, Linear, LoraWeights
 from jmoe.ops.experts import Experts
+from jmoe.ops.mesh_axes import names_of
 
 type AnyMesh = Mesh | AbstractMesh
 
@@ -127,12 +130,12 @@ class Layout:
 
     def layers(self, experts: Experts) -> LayerWeights:
         """The split of every array of all layers' weights, of experts of this form."""
-        of_experts = P(None, self.of_experts or None)
+        of_experts = split_along(None, self.of_experts or None)
         return LayerWeights(
             attention_norm=P(),  # type: ignore[arg-type]
-            qkv=Linear(P(None, self.heads), P(None, self.heads)),  # type: ignore[arg-type]
-            o=Linear(P(None, None, self.heads), P()),  # type: ignore[arg-type]
-            sinks=P(None, self.heads),  # type: ignore[arg-type]
+            qkv=Linear(split_along(None, self.heads), split_along(None, self.heads)),  # type: ignore[arg-type]
+            o=Linear(split_along(None, None, self.heads), P()),  # type: ignore[arg-type]
+            sinks=split_along(None, self.heads),  # type: ignore[arg-type]
             moe_norm=P(),  # type: ignore[arg-type]
             router=Linear(P(), P()),  # type: ignore[arg-type]
             experts=jax.tree.map(lambda _: of_experts, experts),
@@ -144,25 +147,80 @@ class Layout:
         b: dict[str, Any] = {}
         for name in lora.a:
             if name in EXPERTS:
-                a[name] = b[name] = P(None, None, self.experts)
+                a[name] = b[name] = split_along(None, None, self.experts)
             else:
-                a[name] = P(None, None, None, self.heads) if name == "o" else P()
-                b[name] = P() if name == "o" else P(None, None, self.heads)
+                a[name] = split_along(None, None, None, self.heads) if name == "o" else P()
+                b[name] = P() if name == "o" else split_along(None, None, self.heads)
         return LoraWeights(a, b, dict.fromkeys(lora.scale, P()))  # type: ignore[arg-type]
+
+    def of_tensor(self, name: str) -> tuple[str | None, ...]:
+        """The axes that split a checkpoint's tensor, by its name in jmoe.checkpoint's view."""
+        if ".mlp.experts." in name:
+            return self.of_experts
+        if ".self_attn." in name and not name.endswith("o_proj.bias"):
+            return (self.heads,)
+        return ()
+
+    def bytes_of_device(self, mesh: AnyMesh, shapes: Any, specs: Any) -> int:
+        """Of arrays of these shapes and splits, what each device has."""
+        sizes = jax.tree.map(
+            lambda leaf, spec: math.prod(leaf.shape) * leaf.dtype.itemsize // self.size(mesh, *names_of(spec)),
+            shapes,
+            specs,
+        )
+        return sum(jax.tree.leaves(sizes))
 
     def attention_lora(self, lora: AttentionLora) -> AttentionLora:
         """The split of every array of adapters as the layers of all devices apply them."""
-        parts: dict[str, Any] = {"a": P(), "scale": P(), "b": P(None, None, self.heads)}
+        parts: dict[str, Any] = {"a": P(), "scale": P(), "b": split_along(None, None, self.heads)}
         on_qkv = lora.qkv and dataclasses.replace(lora.qkv, **parts)
-        parts = {"a": P(None, None, None, self.heads), "scale": P(), "b": P()}
+        parts = {"a": split_along(None, None, None, self.heads), "scale": P(), "b": P()}
         return AttentionLora(on_qkv, lora.o and dataclasses.replace(lora.o, **parts))
 
+    def shardings(self, mesh: Mesh, specs: Any) -> Any:
+        """The NamedSharding of each PartitionSpec."""
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
     def place(self, mesh: Mesh, tree: Any, specs: Any) -> Any:
-        """The arrays on the mesh, split by these PartitionSpecs of theirs."""
-        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+        """The arrays, which every process has whole, on the mesh, split by these PartitionSpecs of theirs."""
+
+        def place_one(leaf: Any, spec: P) -> jax.Array:
+            sharding = NamedSharding(mesh, spec)
+            if sharding.is_fully_addressable:
+                return jax.device_put(leaf, sharding)
+            on_host = np.asarray(leaf)
+            return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+
+        return jax.tree.map(place_one, tree, specs)
 
     def split(self, batch: tuple[str, ...] | None = None) -> Split:
         """What each device has, where these axes split the batch; None: all that may."""
         if batch is None:
             batch = self.axes_of_batch
         return Split(batch, self.experts, self.heads, self.data if self.fsdp else None)
+
+
+def mesh_and_layout(text: str | None, config: Config, *, fsdp: bool = False) -> tuple[Mesh | None, Layout | None]:
+    """What is written after --mesh as jmoe.gpt_oss.load takes it, for a model of this configuration.
+
+    Raises:
+      ValueError: as jmoe.device_mesh.make_mesh and Layout.of; fsdp, and no mesh.
+    """
+    if text is None:
+        if fsdp:
+            raise ValueError("fsdp splits experts over the data axis of a mesh, and there is none")
+        return None, None
+    mesh = make_mesh(text)
+    return mesh, Layout.of(mesh, config, fsdp=fsdp)
+
+
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The mesh with Auto axes, which jax.make_mesh makes Explicit: the model writes out itself where its arrays lie."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def split_along(*entries: str | tuple[str, ...] | None) -> P:
+    """A PartitionSpec without the Nones that it may end in: what is split alike has the same one."""
+    while entries and not entries[-1]:
+        entries = entries[:-1]
+    return P(*(entry or None for entry in entries))

@@ -18,7 +18,7 @@ from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import LayerAttention, Place, Remat
-from jmoe.gpt_oss.layout import Layout
+from jmoe.gpt_oss.layout import Layout, with_auto_axes
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads
@@ -138,6 +138,7 @@ class GptOss(nnx.Module):
         if self.layout is not None:
             raise ValueError(f"the model is on a mesh already, by {self.layout}")
         layout.check(mesh, self.config)
+        mesh = with_auto_axes(mesh)
         rows = qkv_rows(self.config, layout.size(mesh, layout.heads))
         stack, lora = self.stack, self.lora
         qkv = Linear(stack.qkv.weight[:, rows], stack.qkv.bias[:, rows])
