@@ -10,13 +10,12 @@ import math
 from typing import Any, Self
 
 import jax
-from jax.sharding import Mesh
 
 from jmoe.checkpoint import Checkpoint
 from jmoe.device_memory import byte_size
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layout import Layout
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights, sizes
@@ -67,7 +66,7 @@ class Shares:
     computed_experts: int = 1
 
     @classmethod
-    def of(cls, layout: Layout | None, mesh: Mesh | None) -> Self:
+    def of(cls, layout: Layout | None, mesh: AnyMesh | None) -> Self:
         """Of a layout on its mesh; of one device without."""
         if layout is None or mesh is None:
             return cls()

@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jmoe.finetune.batches import Batch
-from jmoe.gpt_oss.layout import Layout
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.weights import Linear, qkv_rows
 from jmoe.ops.mesh_axes import names_of
 
 
@@ -50,10 +49,6 @@ class OnMesh:
     def parts(self) -> int:
         """In how many parts a batch is split."""
         return self.layout.size(self.mesh, *self.layout.axes_of_batch)
-
-    def shardings(self, specs: Any) -> Any:
-        """The NamedSharding of each PartitionSpec."""
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
     def of_optimizer(self, optimizer: optax.GradientTransformation, factors: Any) -> Any:
         """The PartitionSpec of each array of an optimizer's state: moments lie as their factors do."""
@@ -132,25 +127,6 @@ class OnMesh:
         )
 
 
-def put_model(model: GptOss, mesh: Mesh, layout: Layout) -> GptOss:
-    """The model on the mesh by this layout."""
-    stack, parts = model.stack, layout.size(mesh, layout.heads)
-    rows = qkv_rows(model.config, parts)
-    qkv = Linear(*(np.asarray(array)[:, rows] for array in (stack.qkv.weight, stack.qkv.bias)))  # type: ignore[arg-type]
-    stack = dataclasses.replace(stack, qkv=qkv)
-    return GptOss(
-        model.config,
-        embedding=layout.place(mesh, model.embedding.get_value(), P()),
-        layers=layout.place(mesh, stack, layout.layers(stack.experts)),
-        norm=layout.place(mesh, model.norm.get_value(), P()),
-        head=layout.place(mesh, model.head.get_value(), P()),
-        lora=model.lora and layout.place(mesh, model.lora, layout.lora(model.lora)),
-        dtype=model.dtype,
-        remat=model.remat,
-        layout=layout,
-    )
-
-
 def specs_of(state: Any) -> Any:
     """The PartitionSpec of each variable, in its place."""
     return jax.tree.map(
@@ -160,7 +136,7 @@ def specs_of(state: Any) -> Any:
     )
 
 
-def check_batch_size(batch_size: int, layout: Layout, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, layout: Layout, mesh: AnyMesh) -> None:
     """Raises ValueError unless devices can have as many sequences each."""
     parts = layout.size(mesh, *layout.axes_of_batch)
     if batch_size % parts:

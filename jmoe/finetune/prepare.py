@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jmoe.checkpoint import Checkpoint
-from jmoe.device_mesh import make_mesh
+from jmoe.device_mesh import make_mesh, planned_mesh
 from jmoe.finetune.batches import Batch, Batches, split
 from jmoe.finetune.config import LARGEST, FinetuneConfig
 from jmoe.finetune.examples import Example, read_examples
@@ -20,7 +20,7 @@ from jmoe.finetune.packing import pack
 from jmoe.finetune.start_adapter import description, start_adapter
 from jmoe.finetune.start_report import count_steps, devices, say, say_options, say_rows, say_start
 from jmoe.gpt_oss.config import Config, warn_past_positions
-from jmoe.gpt_oss.layout import Layout
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 from jmoe.gpt_oss.load import local_directory
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.text import check_vocabulary, load_tokenizer
@@ -43,11 +43,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, whole_report: bool = False) -> Prepared:
-    """Reads the data and the adapter to start from, and says what the run will be; errors as in finetune."""
+    """Reads the data and the adapter to start from, and says what the run will be; errors as in finetune.
+
+    whole_report: of a run that is not to begin, on a mesh of devices that need not be here.
+    """
     say_options(console, config)
     directory = local_directory(config.model)
     model = Config.load(directory)
-    mesh, layout = mesh_and_layout(config, model)
+    mesh, layout = devices_of(config, model, planned=whole_report)
     lora = None if config.adapter is None else start_adapter(config, model)
     if lora is not None:
         say(console, f"starts from {config.adapter}: {description(lora)}")
@@ -66,18 +69,20 @@ def prepare(config: FinetuneConfig, day: datetime.date, console: Console, *, who
     if mesh is not None and layout is not None:
         say(console, devices(mesh, layout, model, config.batch_size))
     say_start(console, config, tokenizer, training, batches, steps, memory, device_limit(), whole=whole_report)
-    return Prepared(directory, lora, batches, held_out, steps, mesh, layout)
+    return Prepared(directory, lora, batches, held_out, steps, mesh if isinstance(mesh, Mesh) else None, layout)
 
 
-def mesh_and_layout(config: FinetuneConfig, model: Config) -> tuple[Mesh, Layout] | tuple[None, None]:
+def devices_of(config: FinetuneConfig, model: Config, *, planned: bool) -> tuple[AnyMesh, Layout] | tuple[None, None]:
     """The options' mesh of all devices, and how it splits the model; (None, None) for one device.
+
+    planned: the devices need not be here.
 
     Raises:
       ValueError: the mesh is not written as one, or does not fit the devices, the model or the batch.
     """
     if config.mesh is None:
         return None, None
-    mesh = make_mesh(config.mesh)
+    mesh = planned_mesh(config.mesh) if planned else make_mesh(config.mesh)
     layout = Layout.of(mesh, model, fsdp=config.fsdp)
     check_batch_size(config.batch_size, layout, mesh)
     return mesh, layout

@@ -23,7 +23,6 @@ from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, NoMetrics, check_plot, plot
-from jmoe.finetune.on_mesh import put_model
 from jmoe.finetune.prepare import Prepared, prepare
 from jmoe.finetune.processes import AgreedStop, check_alike, first_day, wait_for_all, writes
 from jmoe.finetune.start_adapter import start_adapter
@@ -255,17 +254,20 @@ def day_begun(out: Path) -> datetime.date:
 
 def new_model(config: FinetuneConfig, prepared: Prepared) -> GptOss:
     """The checkpoint with the adapter to start from, or a new one that changes nothing yet."""
+    mesh, layout = prepared.mesh, prepared.layout
     model = load(
         prepared.directory,
+        mesh=mesh,
+        layout=layout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         progress=not config.quiet and writes(),
         quantize=config.quantize,
     )
     lora = start_adapter(config, model.config) if prepared.lora is None else prepared.lora
-    if prepared.mesh is None or prepared.layout is None:
-        return model.with_adapters(lora)
-    return put_model(model.with_adapters(lora), prepared.mesh, prepared.layout)
+    if mesh is not None and layout is not None:
+        lora = layout.place(mesh, lora, layout.lora(lora))
+    return model.with_adapters(lora)
 
 
 def in_micro_batches(batch: Batch, accumulate: int) -> Batch:

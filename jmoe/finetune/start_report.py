@@ -16,7 +16,7 @@ from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.examples import Example, Examples
 from jmoe.finetune.memory import MemoryEstimate, warning
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.layout import Layout
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
@@ -98,10 +98,10 @@ def say_start(
         say(console, warned)
 
 
-def devices(mesh: Mesh, layout: Layout, model: Config, batch_size: int) -> str:
+def devices(mesh: AnyMesh, layout: Layout, model: Config, batch_size: int) -> str:
     """The mesh, and each device's share, in words."""
     sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-    processes = len({device.process_index for device in mesh.devices.flat})
+    processes = len({device.process_index for device in mesh.devices.flat}) if isinstance(mesh, Mesh) else 1
     where = f"{mesh.size} devices" + (f" of {processes} processes" if processes > 1 else "")
     stored, computed = (layout.size(mesh, *axes) for axes in (layout.of_experts, (layout.experts,)))
     experts = f"holds {model.num_local_experts // stored} of {model.num_local_experts} experts"

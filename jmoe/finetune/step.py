@@ -155,7 +155,7 @@ class Trainer:
             self.start = TrainState(factors, optimizer.init(factors))
         else:
             lie = TrainState(self.on_mesh.factors, self.on_mesh.of_optimizer(optimizer, factors))
-            state, outcome = self.on_mesh.shardings((lie, P()))
+            state, outcome = self.on_mesh.layout.shardings(self.on_mesh.mesh, (lie, P()))
             self.start = TrainState(factors, jax.jit(optimizer.init, out_shardings=state.optimizer)(factors))
             shardings = {"out_shardings": (state, outcome)}
         dropped = LoraDropout.of(dropout, seed)

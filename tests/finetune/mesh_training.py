@@ -16,7 +16,6 @@ if __name__ == "__main__":  # else tests/conftest.py says it
 
 from jmoe.device_mesh import make_mesh, parse_mesh_sizes
 from jmoe.finetune.batches import Batch
-from jmoe.finetune.on_mesh import put_model
 from jmoe.finetune.step import Trainer, make_optimizer
 from jmoe.gpt_oss.layout import Layout
 from tests.finetune.test_step import CONFIG, model, random_batch
@@ -33,7 +32,7 @@ def trainer_on(
     if sizes:
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         mesh = make_mesh(text, jax.devices()[: math.prod(sizes.values())])
-        base = put_model(base, mesh, Layout.of(mesh, base.config, fsdp=fsdp))
+        base = base.on_mesh(mesh, Layout.of(mesh, base.config, fsdp=fsdp))
     config = dataclasses.replace(CONFIG, learning_rate=1e-3)
     return Trainer(base, make_optimizer(config, STEPS), loss_chunk=16, dropout=dropout, seed=1)
 
