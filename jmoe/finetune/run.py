@@ -232,7 +232,8 @@ def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:
     Raises:
       FileNotFoundError, ValueError: as finetune.
     """
-    prepare(config, day_begun(Path(config.out)), console or Console(), whole_report=True)
+    console = Console(quiet=not writes()) if console is None else console
+    prepare(config, day_begun(Path(config.out)), console, whole_report=True)
 
 
 def day_begun(out: Path) -> datetime.date:
