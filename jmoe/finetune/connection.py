@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jmoe.__main__ import INTERRUPTED
 from jmoe.errors import first_line
 
 LOST_SECONDS = 30.0
@@ -80,9 +81,9 @@ def connected(connection: Connection) -> Iterator[None]:
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
         if isinstance(error, jax.errors.JaxRuntimeError) and not out_of_memory:
             time.sleep(LOST_SECONDS + GRACE_SECONDS)  # of another that ended, most likely: the watch will say so
-        watch.leave("interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error))
+        watch.leave(first_line(error) if isinstance(error, Exception) else "interrupted")
         # JAX's own end would wait for the other processes, which wait for this one.
-        atexit.register(end_process, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        atexit.register(end_process, 1 if isinstance(error, Exception) else INTERRUPTED)
         raise
     watch.leave("")
     jax.distributed.shutdown()

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Int32, Int64
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.display import Display
+from jmoe.finetune.processes import compiled_by_all
 from jmoe.finetune.step import Attention, Outcome, Trainer, TrainState, experts_not_zero
 from jmoe.gpt_oss.expert_counts import expert_counts
 from jmoe.gpt_oss.model import GptOss
@@ -28,7 +29,7 @@ class ExpertCheck:
         """A check of the trainer's steps that says on the display what it finds."""
         self.trainer = trainer
         self.display = display
-        self._count = jax.jit(count, static_argnames="attention")
+        self._count = compiled_by_all(jax.jit(count, static_argnames="attention"))
         self._counts: Int64[np.ndarray, "L E"] = np.zeros((0, 0), np.int64)
         self._not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
         self._scaled: dict[str, Bool[np.ndarray, "L 1"]] = {}

@@ -77,9 +77,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
         console = Console(quiet=True)
     notices = Console(quiet=True) if config.quiet else console
     with run_folder(config) if writes() else nullcontext(Path(config.out)) as out:
-        wait_for_all("folder")
+        wait_for_all()
         result = run_in(out, config, notices, owns_process)
-        wait_for_all("written")
+        wait_for_all()
     by = f" by {signal.Signals(result.signal).name}" if result.signal is not None else ""
     adapter = f"adapter in {result.adapter}" if result.adapter.is_dir() else "no adapter yet"
     on = "; the same command goes on" if result.ending == "interrupted" else ""

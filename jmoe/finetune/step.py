@@ -19,6 +19,7 @@ from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loss import cross_entropy
 from jmoe.finetune.on_mesh import OnMesh
+from jmoe.finetune.processes import compiled_by_all
 from jmoe.gpt_oss.attention import Implementation
 from jmoe.gpt_oss.flash_attention import SEGMENTS, segments_a_row, why_not
 from jmoe.gpt_oss.lora_dropout import LoraDropout
@@ -150,7 +151,7 @@ class Trainer:
         self.on_mesh = OnMesh.of(model, factors, frozen)
         merge = functools.partial(nnx.merge, graph)
         self._merge: Callable[..., GptOss] = merge
-        shardings = {}
+        shardings: dict[str, Any] = {}
         if self.on_mesh is None:
             self.start = TrainState(factors, optimizer.init(factors))
         else:
@@ -173,7 +174,8 @@ class Trainer:
             of_all = of_device if self.on_mesh is None else self.on_mesh.sum_loss(of_device)
             return of_all(factors, frozen, batch)
 
-        self._loss = jax.jit(loss, static_argnames="attention")
+        self._step_by_all = compiled_by_all(self._step)
+        self._loss = compiled_by_all(jax.jit(loss, static_argnames="attention"))
 
     def model(self, state: TrainState) -> GptOss:
         """The model with the factors of this state."""
@@ -195,7 +197,7 @@ class Trainer:
         Raises:
           ValueError: on a mesh, whose devices B does not divide among.
         """
-        return self._step(state, self.frozen, self.put(batches), attention=self.attention_for(batches))
+        return self._step_by_all(state, self.frozen, self.put(batches), attention=self.attention_for(batches))
 
     def loss(self, state: TrainState, batch: Batch) -> Float[Array, ""]:
         """The sum of the losses of one batch, whose arrays are [B, T]; errors as in `step`."""

@@ -143,10 +143,10 @@ with connected(Connection(sys.argv[2], number, int(sys.argv[6]))):
     stop.signal = 15 if number == 1 else None
     assert agreed() and stop.signal == 15
     check_alike(pathlib.Path("out"), options="same", data="same")
-    wait_for_all("here")
+    wait_for_all()
     if number == 1:
         raise ValueError("the disk is full")
-    wait_for_all("never")
+    wait_for_all()
 """
 
 
