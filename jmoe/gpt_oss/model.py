@@ -116,7 +116,11 @@ class GptOss(nnx.Module):
         return values_of(self.layers)
 
     def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
-        """The same weights with these adapters instead of its own."""
+        """The same weights with these adapters instead of its own; on a mesh they go where its layout has them."""
+        sharding = getattr(self.embedding.get_value(), "sharding", None)
+        if self.layout is not None and lora is not None and isinstance(getattr(sharding, "mesh", None), Mesh):
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(lora)):
+                lora = self.layout.place(sharding.mesh, lora, self.layout.lora(lora))
         return GptOss(
             self.config,
             embedding=self.embedding.get_value(),
