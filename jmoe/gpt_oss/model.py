@@ -117,10 +117,9 @@ class GptOss(nnx.Module):
 
     def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
         """The same weights with these adapters instead of its own; on a mesh they go where its layout has them."""
-        sharding = getattr(self.embedding.get_value(), "sharding", None)
-        if self.layout is not None and lora is not None and isinstance(getattr(sharding, "mesh", None), Mesh):
-            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(lora)):
-                lora = self.layout.place(sharding.mesh, lora, self.layout.lora(lora))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((lora, self.embedding)))
+        if self.layout is not None and lora is not None and not traced:
+            lora = self.layout.place(self.embedding.get_value().sharding.mesh, lora, self.layout.lora(lora))
         return GptOss(
             self.config,
             embedding=self.embedding.get_value(),
