@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jmoe
-from jmoe.ops.random_layer import LayerShape, random_layer
+from jmoe.ops.random_layer import Layer, LayerShape, random_layer
 from tests import torch_layers
 from tests.gpu.test_gradient import in_torch, jax_gradients
 from tests.tolerances import BFLOAT16, GRADIENT, GRADIENT_OF_TORCH
@@ -19,9 +19,20 @@ pytestmark = pytest.mark.gpu
 ACTIVATIONS = {
     "silu(gate) * up": jmoe.SiluAndMul(),
     "halves": jmoe.SiluAndMul(interleaved=False),
-    # Few results are near the limit: what LoRA's rounding puts on its other side has no gradient, in torch's bf16 too.
-    "clamped": jmoe.SwiGLU(alpha=0.7, limit=2.0, offset=-0.5),
+    "clamped": jmoe.SwiGLU(alpha=0.7, limit=16.0, offset=-0.5),
 }
+
+
+def far_from_the_limit(layer: Layer) -> Layer:
+    """With some columns of gate and up past the clamp's limit by their bias, on either side, and none near it.
+
+    The gradient jumps at the limit: a result that roundings put on its other side would count as an error.
+    """
+    column = jnp.arange(layer.experts.gate_up_bias.shape[1])
+    bias = jnp.where(column % 5 == 0, 32, jnp.where(column % 7 == 0, -32, layer.experts.gate_up_bias))
+    return dataclasses.replace(
+        layer, experts=dataclasses.replace(layer.experts, gate_up_bias=bias.astype(jnp.bfloat16))
+    )
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 1000])
@@ -38,6 +49,8 @@ def test_y_and_gradients_agree_with_float64(activation: jmoe.SwiGLU, weights: st
     if packed and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("kernels for packed weights need compute capability 9.0")
     layer = random_layer(LayerShape(tokens, experts=8, adapters=2, rank=16, mixed=True, mxfp4=weights != "bf16"))
+    if activation.limit is not None:
+        layer = far_from_the_limit(layer)
     run = dataclasses.replace(layer, experts=jmoe.pack(layer.experts)) if packed else layer
     dy = jax.random.normal(jax.random.key(7), layer.x.shape, jnp.bfloat16)
     plain = dataclasses.replace(in_torch(layer), activation=activation)

@@ -1,6 +1,7 @@
 """Plans as calls of jax-triton, and primitives that become such calls when they are lowered for CUDA."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,36 @@ if TYPE_CHECKING:
     from jmoe.triton_src.plan import Plan
 
 
+ALIGNMENT = 16
+"""Bytes. The kernels are compiled for addresses that are multiples of it; jax-triton refuses to launch on others."""
+
+MAY_BE_A_SLICE = 2**16
+"""Bytes of an array that is cheap to copy if it turns out to be a slice of another one."""
+
+
+def _aligned(array: jax.Array) -> jax.Array:
+    """The array, which XLA will not place within another one unless it begins at a multiple of ALIGNMENT there.
+
+    A contiguous slice of 256 bytes or more, x[1:65] for one, needs no copy: XLA gives the kernel an address inside x,
+    and likewise for a result that is put into a larger array (dynamic-slice fusion, which XLA does by default since
+    2026). Behind a barrier it is an array of its own. Large arrays whose rows are multiples of ALIGNMENT have none, so
+    that a layer's weights are not copied out of all layers'.
+    """
+    row = math.prod(array.shape[1:]) * array.dtype.itemsize
+    if array.size * array.dtype.itemsize > MAY_BE_A_SLICE and array.ndim > 1 and row % ALIGNMENT == 0:
+        return array
+    return lax.optimization_barrier(array)
+
+
 def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> None:
     """Lowers the primitive to these launches for CUDA, and to an error elsewhere."""
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     mlir.register_lowering(primitive, _elsewhere)
-    lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
+
+    def aligned(*operands: jax.Array, **params: Any) -> Any:
+        return jax.tree.map(_aligned, launches(*map(_aligned, operands), **params))
+
+    lowering = mlir.lower_fun(aligned, multiple_results=primitive.multiple_results)
     mlir.register_lowering(primitive, lowering, platform="cuda")
 
 

@@ -23,9 +23,9 @@ def test_a_product_of_few_rows(rows: int, n: int, k: int, rank: int | None) -> N
     call = jax.jit(decode_linear)
     got = call(x, weight, bias, jnp.int32(1), lora)
     assert jnp.array_equal(got, call(x, weight, bias, jnp.int32(1), lora))
-    wide = [array.astype(jnp.float32) for array in (x, weight, bias)]
+    wide, wide_lora = jax.tree.map(lambda array: array.astype(jnp.float32), ((x, weight, bias), lora))
     with jax.default_matmul_precision("highest"):
-        want = linear_by_xla(*wide, jnp.ones(1, jnp.int32), *(part.astype(jnp.float32) for part in lora or ()))
+        want = linear_by_xla(*wide, jnp.ones(1, jnp.int32), *jax.tree.leaves(wide_lora))
     assert relative_error(got, want) <= BFLOAT16.relative
 
 
