@@ -64,7 +64,7 @@ class Runner:
         if settings.max_loras:
             room = settings.lora_targets, settings.max_loras, settings.max_lora_rank
             empty = functools.partial(AdapterPlaces.empty, config, *room, model.dtype)
-            self.places = made(empty, self._placement and self._placement.places)
+            self.places = made(empty, None if self._placement is None else self._placement.places)
             form = next(padded_layers(None, config, settings.lora_targets, settings.max_lora_rank, model.dtype))
         of_device = config if self._placement is None else self._placement.config(config)
         self.geometry = plan_geometry(of_device, model.dtype, settings, cache_budget(settings))
@@ -154,7 +154,7 @@ class Runner:
 
     def _empty(self) -> DeviceState:
         empty = functools.partial(DeviceState.empty, self._config, self.geometry, self._nobody, self._dtype)
-        return made(empty, self._placement and self._placement.state)
+        return made(empty, None if self._placement is None else self._placement.state)
 
 
 def sizes_up_to(rows: int) -> tuple[int, ...]:
