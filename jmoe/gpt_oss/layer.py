@@ -201,7 +201,8 @@ def moe_block(
     experts: of all layers.
     lora: of this layer or of all.
     """
-    split, layer = call.split, index
+    split = call.split
+    layer: Int32[Array, ""] | None = index
     if split.experts is not None:  # the logits' gradient is a sum over devices, and rounded once then
         router_logits = router_logits.astype(jnp.float32)
     adapter_ids = None if lora is None else call.adapter_ids

@@ -77,6 +77,15 @@ class Layout:
             layout.check(mesh, config)
         return layout
 
+    def config_of_device(self, mesh: AnyMesh, config: Config) -> Config:
+        """The model's with the heads that each device has."""
+        parts = self.size(mesh, self.heads)
+        return dataclasses.replace(
+            config,
+            num_attention_heads=config.num_attention_heads // parts,
+            num_key_value_heads=config.num_key_value_heads // parts,
+        )
+
     @property
     def axes(self) -> tuple[str, ...]:
         """All axes that split something."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class MeshReader:
     def empty(self, of_layer: LayerWeights) -> LayerWeights:
         """Room for all layers, whose arrays are like these."""
 
-        def experts(name: str) -> Array | Mxfp4:
+        def experts(name: str) -> Any:
             n, k = sizes(self.config)[name]
             shape = self.config.num_local_experts, n, k
             spec = split_along(None, self.layout.of_experts)
@@ -116,11 +117,10 @@ class MeshReader:
                 return self.room.empty_mxfp4(shape, spec, packed=self.packed)
             return self.room.empty(shape, jnp.bfloat16, spec)
 
-        there = dataclasses.replace(of_layer.experts, **{name: experts(name) for name in EXPERTS})
         specs = self.layout.layers(of_layer.experts)
         room = jax.tree.map(lambda leaf, spec: self.room.empty(leaf.shape, leaf.dtype, spec), of_layer, specs)
-        biases = {f"{name}_bias": getattr(room.experts, f"{name}_bias") for name in EXPERTS}
-        return dataclasses.replace(room, experts=dataclasses.replace(there, **biases))
+        there = dataclasses.replace(room.experts, gate_up=experts("gate_up"), down=experts("down"))
+        return dataclasses.replace(room, experts=there)
 
     def put_experts[Stack](self, stack: Stack, layer: int, projection: str) -> Stack:
         """The stack of one projection with a layer's experts, of which a device holds one beside it at a time."""

@@ -22,9 +22,9 @@ from jmoe.gpt_oss.layout import Layout, with_auto_axes
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import Heads
-from jmoe.gpt_oss.run import Arrays, Inputs, Run, adapters_of
+from jmoe.gpt_oss.run import Arrays, Inputs, Run, adapters_of, logits_on_mesh
 from jmoe.gpt_oss.weights import LayerWeights, Linear, LoraWeights, qkv_rows
-from jmoe.nn.variables import Frozen, values_of, variables_of
+from jmoe.nn.variables import Frozen, values_of, variable_of, variables_of
 from jmoe.ops.mesh_axes import mesh_of
 
 
@@ -94,10 +94,10 @@ class GptOss(nnx.Module):
         self.remat = remat
         self.layout = layout
         whole = None if layout is None else PartitionSpec()
-        self.embedding = variables_of(Frozen, embedding, whole)
+        self.embedding = variable_of(Frozen, embedding, whole)
         self.layers = nnx.data(variables_of(Frozen, layers, layout and layout.layers(layers.experts)))
-        self.norm = variables_of(Frozen, norm, whole)
-        self.head = variables_of(Frozen, head, whole)
+        self.norm = variable_of(Frozen, norm, whole)
+        self.head = variable_of(Frozen, head, whole)
         specs = None if layout is None or lora is None else layout.lora(lora)
         self.lora_a = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.a, specs and specs.a))
         self.lora_b = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.b, specs and specs.b))
@@ -108,7 +108,7 @@ class GptOss(nnx.Module):
         """The adapters, or None."""
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
             return None
-        return LoraWeights(*map(values_of, (self.lora_a, self.lora_b, self.lora_scale)))
+        return LoraWeights(values_of(self.lora_a), values_of(self.lora_b), values_of(self.lora_scale))
 
     @property
     def stack(self) -> LayerWeights:
@@ -116,7 +116,10 @@ class GptOss(nnx.Module):
         return values_of(self.layers)
 
     def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
-        """The same weights with these adapters instead of its own."""
+        """The same weights with these adapters instead of its own; on a mesh they go where its layout has them."""
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((lora, self.embedding)))
+        if self.layout is not None and lora is not None and not traced:
+            lora = self.layout.place(self.embedding.get_value().sharding.mesh, lora, self.layout.lora(lora))
         return GptOss(
             self.config,
             embedding=self.embedding.get_value(),
@@ -180,8 +183,11 @@ class GptOss(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
         """float32 logits of what `hidden` returns."""
+        head = self.head.get_value()
         with jax.named_scope("head"):
-            return product("bth,vh->btv", hidden, self.head.get_value())
+            if self.layout is None or mesh_of(head).manual_axes:
+                return product("bth,vh->btv", hidden, head)
+            return logits_on_mesh(self.layout, mesh_of(head), hidden, head)
 
     def hidden(
         self,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
@@ -16,6 +16,7 @@ from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Remat, run_groups
 from jmoe.gpt_oss.layout import Layout
 from jmoe.gpt_oss.lora_dropout import LoraDropout
+from jmoe.gpt_oss.products import product
 from jmoe.gpt_oss.rope import cosine_and_sine
 from jmoe.gpt_oss.split import WHOLE, Split
 from jmoe.gpt_oss.weights import LayerWeights, LoraWeights
@@ -114,14 +115,13 @@ class Run:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def on_mesh(run: Run, layout: Layout, mesh: AbstractMesh, arrays: Arrays) -> tuple[Array, tuple[Any, ...]]:
     """The run of each device's part."""
-    attention, batch = arrays.attention, ()
-    if attention.splits_batch:
-        batch = layout.batch_axes(mesh, arrays.inputs.tokens.shape[0])
+    attention, sequences = arrays.attention, arrays.inputs.tokens.shape[0]
+    batch = layout.batch_axes(mesh, sequences) if attention.splits_batch else ()
     state = attention.state_spec(batch, layout.heads)
-    specs = Arrays(
-        embedding=P(),
+    specs: Any = Arrays(
+        embedding=P(),  # type: ignore[arg-type]
         layers=layout.layers(arrays.layers.experts),
-        norm=P(),
+        norm=P(),  # type: ignore[arg-type]
         lora=arrays.lora and layout.lora(arrays.lora),
         inputs=jax.tree.map(lambda _: P(batch or None), arrays.inputs),
         attention=attention.specs(batch, layout.heads),
@@ -152,3 +152,16 @@ def embed(embedding: Float[Array, "V H"], inputs: Inputs, adapters: int, dtype: 
 def adapters_of(lora: LoraWeights | None) -> int:
     """How many adapters there are."""
     return 0 if lora is None else next(iter(lora.scale.values())).shape[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits_on_mesh(
+    layout: Layout, mesh: AbstractMesh, hidden: Float[Array, "B T H"], head: Float[Array, "V H"]
+) -> Float[Array, "B T V"]:
+    """The model's logits: devices that have the same sequences each multiply by a part of the vocabulary."""
+    batch = layout.batch_axes(mesh, hidden.shape[0])
+    others = tuple(name for name in layout.axes if name not in batch)
+    if head.shape[0] % layout.size(mesh, *others):
+        others = ()
+    split = NamedSharding(mesh, P(batch or None, None, others or None))
+    return jax.lax.with_sharding_constraint(product("bth,vh->btv", hidden, head), split)

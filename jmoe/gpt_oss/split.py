@@ -93,7 +93,7 @@ class Split:
             return tokens
         return jax.tree.map(lambda leaf: lax.all_gather(leaf, self.experts, axis=0, tiled=True), tokens)
 
-    def sum_over_experts(self, y: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+    def sum_over_experts(self, y: Float[Array, "all T H"]) -> Float[Array, "B T H"]:
         """Of this device's tokens what all experts make of them."""
         if self.experts is None:
             return y

@@ -50,7 +50,8 @@ class Room:
         """An array of which each process reads what its devices have, each part once."""
         parts: dict[Index, np.ndarray] = {}
 
-        def part(index: Index) -> np.ndarray:
+        def part(index: Index | None) -> np.ndarray:
+            assert index is not None
             if index not in parts:
                 parts[index] = read(index)
             return parts[index]

@@ -1,5 +1,6 @@
 """Kinds of variables, and trees of them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,19 +12,18 @@ class Frozen(nnx.Variable):
     """A weight that no optimizer sees: not an nnx.Param. May hold a pytree, as MXFP4 experts are."""
 
 
-def variables_of[T](kind: type[nnx.Variable], tree: T, specs: T | None = None) -> T:
-    """The tree with a variable of this kind in place of each array.
+def variable_of[V: nnx.Variable](kind: type[V], array: Any, spec: PartitionSpec | None = None) -> V:
+    """A variable of this kind.
 
-    specs: a PartitionSpec for each, which becomes the variable's metadata: nnx.get_partition_spec finds it, and nothing
-      is moved for it. None: without.
+    spec: becomes the variable's metadata: nnx.get_partition_spec finds it, and nothing is moved for it. None: without.
     """
-    if specs is None:
-        return jax.tree.map(kind, tree)
+    return kind(array) if spec is None else kind(array, out_sharding=tuple(spec), eager_sharding=False)
 
-    def variable(array: Any, spec: PartitionSpec) -> nnx.Variable:
-        return kind(array, out_sharding=tuple(spec), eager_sharding=False)
 
-    return jax.tree.map(variable, tree, specs)
+def variables_of[T](kind: type[nnx.Variable], tree: T, specs: Any = None) -> T:
+    """The tree with a variable of this kind in place of each array; specs: of each, as in variable_of, or None."""
+    variable = functools.partial(variable_of, kind)
+    return jax.tree.map(variable, tree) if specs is None else jax.tree.map(variable, tree, specs)
 
 
 def values_of[T](tree: T) -> T:

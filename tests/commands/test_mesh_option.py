@@ -17,7 +17,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
     [
         ["generate", "--model", str(TINY), "Hi"],
         ["eval", "--model", str(TINY), "--tasks", "arc_easy"],
-        ["serve", str(TINY)],
+        ["serve", "--model", str(TINY)],
         ["bench-model", "--kinds", "generate"],
     ],
 )

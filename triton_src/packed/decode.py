@@ -175,6 +175,10 @@ def plan_packed_decode(problem: MoeProblem, tile: DecodeTile) -> Plan:
     down = cdiv(p.hidden, 16 * tile.down_column_warps)
     tail_down = cdiv(p.hidden, 16 * tile.tail_column_warps)
     tail_tiles = min(first_wave_tiles, tile.tail_tiles) if tile.tail_column_warps < tile.down_column_warps else 0
+    if p.adapter_ids:
+        # Sums along K are split otherwise in the tail, and which rows lie there depends on where all rows are routed:
+        # a row would have other bits beside rows of other adapters.
+        tail_tiles = 0
     outputs = {
         "activations_ptr": Buffer("activations", (p.pairs, width), "bfloat16"),
         "pair_out_ptr": Buffer("pair_out", (p.pairs, p.hidden), "bfloat16"),

@@ -28,10 +28,10 @@ MAY_BE_A_SLICE = 2**16
 def _aligned(array: jax.Array) -> jax.Array:
     """The array, which XLA will not place within another one unless it begins at a multiple of ALIGNMENT there.
 
-    A contiguous slice, x[1:17] for one, needs no copy: XLA gives the kernel an address inside x, and likewise for a
-    result that is put into a larger array (dynamic-slice fusion, which XLA does by default since 2026). Behind a
-    barrier it is an array of its own. Large arrays whose rows are multiples of ALIGNMENT have none, so that a layer's
-    weights are not copied out of all layers'.
+    A contiguous slice of 256 bytes or more, x[1:65] for one, needs no copy: XLA gives the kernel an address inside x,
+    and likewise for a result that is put into a larger array (dynamic-slice fusion, which XLA does by default since
+    2026). Behind a barrier it is an array of its own. Large arrays whose rows are multiples of ALIGNMENT have none, so
+    that a layer's weights are not copied out of all layers'.
     """
     row = math.prod(array.shape[1:]) * array.dtype.itemsize
     if array.size * array.dtype.itemsize > MAY_BE_A_SLICE and array.ndim > 1 and row % ALIGNMENT == 0:

@@ -1,6 +1,7 @@
 """Plans put into effect: what the programs get, and what of their results is read."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -13,6 +14,7 @@ from jmoe.serve.engine.adapter_places import AdapterPlaces, padded_layers
 from jmoe.serve.engine.budget import cache_budget, model_len, plan_geometry
 from jmoe.serve.engine.device_state import DeviceState
 from jmoe.serve.engine.pages import Pages
+from jmoe.serve.engine.placement import Placement, made
 from jmoe.serve.engine.programs import DRAWINGS, Drawing, Programs
 from jmoe.serve.engine.row_logprobs import RowLogprobs
 from jmoe.serve.engine.running import Running
@@ -51,18 +53,21 @@ class Runner:
         """Takes the memory, and compiles all programs or reads them from JAX's cache.
 
         Raises:
-          ValueError: the memory does not hold one sequence of max_model_len.
+          ValueError: the memory does not hold one sequence of max_model_len, or the model's layout splits batches.
         """
         config = model.config
         self._config, self._dtype, self._settings = config, model.dtype, settings
+        self._placement = Placement.of(model)
         row_sizes = sizes_up_to(settings.max_sequences)
         self._nobody = row_sizes[-1]
         self.places, form = None, None
         if settings.max_loras:
             room = settings.lora_targets, settings.max_loras, settings.max_lora_rank
-            self.places = AdapterPlaces.empty(config, *room, model.dtype)
+            empty = functools.partial(AdapterPlaces.empty, config, *room, model.dtype)
+            self.places = made(empty, None if self._placement is None else self._placement.places)
             form = next(padded_layers(None, config, settings.lora_targets, settings.max_lora_rank, model.dtype))
-        self.geometry = plan_geometry(config, model.dtype, settings, cache_budget(settings))
+        of_device = config if self._placement is None else self._placement.config(config)
+        self.geometry = plan_geometry(of_device, model.dtype, settings, cache_budget(settings))
         self.max_model_len = model_len(config, settings, self.geometry)
         chunk_sizes = tuple(sorted(set(settings.chunk_sizes)))
         pieces = min(MOST_PIECES, row_sizes[-1])
@@ -148,7 +153,8 @@ class Runner:
         return InFlight(plan, drawn, prompt)
 
     def _empty(self) -> DeviceState:
-        return DeviceState.empty(self._config, self.geometry, self._nobody, self._dtype)
+        empty = functools.partial(DeviceState.empty, self._config, self.geometry, self._nobody, self._dtype)
+        return made(empty, None if self._placement is None else self._placement.state)
 
 
 def sizes_up_to(rows: int) -> tuple[int, ...]:
