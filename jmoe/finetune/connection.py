@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -82,8 +82,8 @@ def connected(connection: Connection) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and not out_of_memory:
             time.sleep(LOST_SECONDS + GRACE_SECONDS)  # of another that ended, most likely: the watch will say so
         watch.leave(first_line(error) if isinstance(error, Exception) else "interrupted")
-        # JAX's own end would wait for the other processes, which wait for this one.
-        atexit.register(end_process, 1 if isinstance(error, Exception) else INTERRUPTED)
+        # After what is wrong has been said. JAX's own end would wait for the other processes, which wait for this one.
+        atexit.register(watch.end_after_others, 1 if isinstance(error, Exception) else INTERRUPTED)
         raise
     watch.leave("")
     jax.distributed.shutdown()
@@ -119,10 +119,20 @@ class Watch:
         """Tells the others that this process ends, and why; an empty reason: its work is done."""
         with self._lock:
             self._left.set()
-            try:
-                self._store.key_value_set(f"{ENDED}{self._process}", f"{socket.gethostname()}\n{reason}")
-            except Exception:  # the store is process 0's, which may have ended
-                return
+            self._tell(reason)
+
+    def end_after_others(self, status: int) -> None:
+        """Ends the process; the first once the others have ended, since what they are told is kept by it."""
+        deadline = time.monotonic() + 3 * GRACE_SECONDS
+        while self._process == 0 and time.monotonic() < deadline:
+            if len(self._store.key_value_dir_get(ENDED)) == self._processes:
+                break
+            time.sleep(BEAT_SECONDS)
+        self._end(status)
+
+    def _tell(self, reason: str) -> None:
+        with suppress(Exception):  # the store is process 0's, which may have ended
+            self._store.key_value_set(f"{ENDED}{self._process}", f"{socket.gethostname()}\n{reason}")
 
     def _watch(self) -> None:
         heard = dict.fromkeys(range(self._processes), ("", time.monotonic()))
@@ -158,6 +168,7 @@ class Watch:
                 return
             line = f"process {process} of {self._processes} has ended, {reason}"
             print(f"jmoe: {line}; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+            self._tell(line)
             self._end(1)
 
 

@@ -144,7 +144,7 @@ with connected(Connection(sys.argv[2], number, int(sys.argv[6]))):
     assert agreed() and stop.signal == 15
     check_alike(pathlib.Path("out"), options="same", data="same")
     wait_for_all()
-    if number == 1:
+    if number == 0:
         raise ValueError("the disk is full")
     wait_for_all()
 """
@@ -152,11 +152,11 @@ with connected(Connection(sys.argv[2], number, int(sys.argv[6]))):
 
 def test_processes_agree_and_when_one_fails_the_other_says_why() -> None:
     with two_processes([sys.executable, "-c", AGREEING]) as (first, second):
-        said, failed = first.communicate(timeout=120)[1], second.communicate(timeout=120)[1]
-    assert second.returncode == 1
-    assert "ValueError: the disk is full" in failed
+        failed, said = first.communicate(timeout=120)[1], second.communicate(timeout=120)[1]
     assert first.returncode == 1
-    assert re.search(r"jmoe: process 1 of 2 has ended, on .*: the disk is full; the same command goes on", said)
+    assert "ValueError: the disk is full" in failed
+    assert second.returncode == 1
+    assert re.search(r"jmoe: process 0 of 2 has ended, on .*: the disk is full; the same command goes on", said)
 
 
 class Store:
