@@ -121,11 +121,14 @@ class Watch:
             self._left.set()
             self._tell(reason)
 
-    def end_after_others(self, status: int) -> None:
-        """Ends the process; the first once the others have ended, since what they are told is kept by it."""
+    def end_after_others(self, status: int, dead: int | None = None) -> None:
+        """Ends the process; the first once the others have ended, since what they are told is kept by it.
+
+        dead: the number of one that will not say that it has.
+        """
         deadline = time.monotonic() + 3 * GRACE_SECONDS
         while self._process == 0 and time.monotonic() < deadline:
-            if len(self._store.key_value_dir_get(ENDED)) == self._processes:
+            if len({dead, *numbered(self._store.key_value_dir_get(ENDED))} - {None}) == self._processes:
                 break
             time.sleep(BEAT_SECONDS)
         self._end(status)
@@ -169,7 +172,7 @@ class Watch:
             line = f"process {process} of {self._processes} has ended, {reason}"
             print(f"jmoe: {line}; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
             self._tell(line)
-            self._end(1)
+            self.end_after_others(1, dead=process)
 
 
 def numbered(entries: list[tuple[str, str]]) -> dict[int, str]:

@@ -58,7 +58,9 @@ def all_reduces(program: str) -> tuple[int, int]:
         name = waiting.pop()
         if name not in looped:
             looped.add(name)
-            waiting += re.findall(r"(?:body|calls|to_apply|condition)=%([\w.\-]+)", bodies[name])
+            waiting += re.findall(r"(?:body|calls|to_apply|condition|_computation)=%([\w.\-]+)", bodies[name])
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", bodies[name]):
+                waiting += re.findall(r"%([\w.\-]+)", branches)
     counts = {name: len(re.findall(r" all-reduce(?:-start)?\(", body)) for name, body in bodies.items()}
     assert looped
     assert sum(counts.values()) == len(re.findall(r" all-reduce(?:-start)?\(", program))
