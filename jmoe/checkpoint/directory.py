@@ -199,10 +199,23 @@ class Checkpoint:
           FileNotFoundError: the shard that the index places the tensor in does not exist.
           ValueError: no such tensor in the checkpoint or in its shard, or the shard is truncated or corrupt.
         """
+        return self.slices(name)
+
+    def slices(self, name: str, *index: slice) -> np.ndarray:
+        """Slices along the first axes of a tensor of the view, as `tensor` has it; the rest is not read.
+
+        index: without steps. Raises as `tensor`.
+        """
         part = self.part(name)
-        rows = slice(None) if part.rows is None else slice(*part.rows[:2])
+        if part.swapped and len(index) > 1:
+            whole = [*index, *[slice(None)] * (len(self.stored(part.name).shape) - len(index))]
+            index = (*whole[:-2], whole[-1], whole[-2])
+        if part.rows is not None:
+            first, end, _ = part.rows
+            start, stop, _ = (index[0] if index else slice(None)).indices(end - first)
+            index = (slice(first + start, first + stop), *index[1:])
         with self._shard_of(part.name) as shard:
-            array = read_tensor(self._file_of[part.name], shard, part.name, rows)
+            array = read_tensor(self._file_of[part.name], shard, part.name, index)
         return array.swapaxes(-1, -2) if part.swapped else array
 
     def expert(self, name: str, expert: int) -> np.ndarray:

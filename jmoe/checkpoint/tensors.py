@@ -42,20 +42,25 @@ def tensor_spec(shard: "safe_open", name: str) -> Spec:
     return Spec(header.get_dtype(), tuple(header.get_shape()))
 
 
-def read_tensor(file: Path, shard: "safe_open", name: str, rows: slice = slice(None)) -> np.ndarray:
-    """Rows of a tensor of an open safetensors file: float32 and float16 as bfloat16, E8M0 scales as their bytes."""
+def read_tensor(file: Path, shard: "safe_open", name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """Slices of a tensor of an open safetensors file: float32 and float16 as bfloat16, E8M0 scales as their bytes.
+
+    index: of the first axes; what is outside it is not read.
+    """
     spec = tensor_spec(shard, name)
     if spec.dtype == "F8_E8M0":
-        return read_bytes(file, name)[rows]
+        return read_bytes(file, name, index[0] if index else slice(None))[(slice(None), *index[1:])]
     if spec.dtype not in READ_AS:
-        return shard.get_tensor(name) if rows == slice(None) else shard.get_slice(name)[rows]
+        return shard.get_slice(name)[index] if index else shard.get_tensor(name)
     table = shard.get_slice(name)
+    rows, *others = index or (slice(None),)
     first, end, _ = rows.indices(spec.shape[0])
-    result = np.empty((end - first, *spec.shape[1:]), BFLOAT16)
-    step = max(1, CHUNK // max(1, math.prod(spec.shape[1:])))
+    shape = [len(range(*part.indices(size))) for part, size in zip(others, spec.shape[1:], strict=False)]
+    result = np.empty((end - first, *shape, *spec.shape[1 + len(shape) :]), BFLOAT16)
+    step = max(1, CHUNK // max(1, math.prod(result.shape[1:])))
     for start in range(first, end, step):
         stop = min(start + step, end)
-        result[start - first : stop - first] = as_bfloat16(table[start:stop])
+        result[start - first : stop - first] = as_bfloat16(table[(slice(start, stop), *others)])
     return result
 
 
@@ -65,14 +70,16 @@ def as_bfloat16(array: np.ndarray) -> np.ndarray:
         return array.astype(BFLOAT16)
 
 
-def read_bytes(file: Path, name: str) -> np.ndarray:
-    """A tensor of one byte an element as uint8: safetensors has no numpy dtype for some of those, E8M0 among them.
+def read_bytes(file: Path, name: str, rows: slice = slice(None)) -> np.ndarray:
+    """Rows of a tensor of one byte an element as uint8: safetensors has no numpy dtype for some, E8M0 among them.
 
     The file is [length of the header, header, data]: https://github.com/huggingface/safetensors#format.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))[name]
-        first, end = header["data_offsets"]
-        stream.seek(8 + length + first)
-        return np.frombuffer(stream.read(end - first), np.uint8).reshape(header["shape"])
+        count, *shape = header["shape"]
+        first, end, _ = rows.indices(count)
+        width = math.prod(shape)
+        stream.seek(8 + length + header["data_offsets"][0] + first * width)
+        return np.frombuffer(stream.read((end - first) * width), np.uint8).reshape(end - first, *shape)

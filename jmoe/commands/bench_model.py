@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from jmoe.commands.comma_lists import words
+from jmoe.commands.model_options import MeshOption
 from jmoe.commands.paths import output_path
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def bench_model(
     kinds: Annotated[
         str, typer.Option(help="Only these, with commas between: generate, parts, finetune, transformers, load.")
     ] = "",
+    mesh: MeshOption = None,
     sizes: Annotated[str, typer.Option(help="Only these: 20b, 120b; tiny without a GPU.")] = "",
     out: Annotated[
         Path | None,
@@ -30,21 +32,27 @@ def bench_model(
 ) -> None:
     """Times a whole gpt-oss with random weights: prefill, decoding, a step of fine-tuning beside transformers and PEFT.
 
-    Each case runs in a process of its own. On a machine without a GPU a tiny model is measured. Exits with 1 if a case
-    of jmoe's own fails.
+    Each case runs in a process of its own; with --mesh those of prefill and decoding alone, over all GPUs. On a machine
+    without a GPU a tiny model is measured. Exits with 1 if a case of jmoe's own fails.
     """
+    import dataclasses
     import json
 
     from jmoe.bench.model.case import CPU_CASES, GPU_CASES
     from jmoe.bench.model.run import MODULES, add, run
     from jmoe.bench.record import certificate_elsewhere, start, write
     from jmoe.bench.source_hash import MODEL
+    from jmoe.gpt_oss.layout import mesh_and_layout
 
     results = start(certificate_elsewhere(MODEL), out)
     every = CPU_CASES if results["device"] == "cpu" else GPU_CASES
     wanted_kinds = known_words("--kinds", kinds, MODULES)
     wanted_sizes = known_words("--sizes", sizes, ("20b", "120b", "tiny"))
     cases = [case for case in every if case.kind in wanted_kinds and case.size in wanted_sizes]
+    if mesh is not None:
+        cases = [dataclasses.replace(case, mesh=mesh) for case in cases if case.kind == "generate"]
+        for case in cases:
+            mesh_and_layout(mesh, case.config)  # an error now, not of each case
     if not cases:
         raise typer.BadParameter(f"there are no such cases on this machine, whose device is {results['device']}")
     console = Console(width=max(150, Console().width))

@@ -45,6 +45,13 @@ def doctor(
         bool,
         typer.Option("--loss", help="Load the model, and take its loss on an English paragraph: do the weights fit?"),
     ] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="Say what each device of this mesh holds, as of data=2,expert=4; they need not be here.",
+        ),
+    ] = None,
     finetune_length: FinetuneLengthOption = 4096,
     finetune_batch_size: FinetuneBatchOption = 1,
     finetune_rank: FinetuneRankOption = 16,
@@ -57,7 +64,10 @@ def doctor(
     """
     if loss and model is None:
         raise typer.BadParameter("--loss needs --model")
+    if mesh is not None and model is None:
+        raise typer.BadParameter("--mesh needs --model")
     allow_whole_gpu()
+    from jmoe.device_mesh import planned_mesh
     from jmoe.doctor.machine import examine_machine
     from jmoe.doctor.model import examine_model
     from jmoe.gpt_oss.adapter import layouts_of
@@ -76,17 +86,19 @@ def doctor(
             context=context,
             lora_b_layout=lora_b_layout,
             quantize=quantize,
+            mesh=None if mesh is None else planned_mesh(mesh),
         )
         tables += [parts_table(report, batch, batch * context), memory_table(report)]
-        tables.append(
-            finetune_table(
-                model,
-                length=finetune_length,
-                batch_size=finetune_batch_size,
-                rank=finetune_rank,
-                quantize=quantize,
+        if mesh is None:  # the estimate is of one device
+            tables.append(
+                finetune_table(
+                    model,
+                    length=finetune_length,
+                    batch_size=finetune_batch_size,
+                    rank=finetune_rank,
+                    quantize=quantize,
+                )
             )
-        )
         reports = report.adapters
         lines += loss_lines(model, adapter or [], lora_b_layout, quantize) if loss else []
     else:
@@ -130,7 +142,8 @@ def parts_table(report: "ModelReport", rows: int, prompt_tokens: int) -> Table:
 
 def memory_table(report: "ModelReport") -> Table:
     """Bytes by what they are for, and whether the device has room for them, where JAX says how much it has."""
-    table = Table(title="memory", box=box.SIMPLE_HEAD, show_header=False)
+    of_each = f" of each of {report.devices} devices" if report.devices > 1 else ""
+    table = Table(title=f"memory{of_each}", box=box.SIMPLE_HEAD, show_header=False)
     total = sum(report.resident.values())
     for kind, size in report.resident.items():
         table.add_row(kind, byte_size(size))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmoe.commands.comma_lists import words
-from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption, ReasoningEffortOption
+from jmoe.commands.model_options import LoraBLayoutOption, MeshOption, QuantizeOption, ReasoningEffortOption
 from jmoe.commands.paths import input_path, output_path
 from jmoe.device_memory import allow_whole_gpu
 
@@ -63,6 +63,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of context and answer; longer contexts are cut from the left.", min=2)
     ] = None,
     quantize: QuantizeOption = None,
+    mesh: MeshOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -97,6 +98,7 @@ def evaluate(
             max_gen_toks=max_gen_toks,
             gen_kwargs=parse(gen_kwargs),
             quantize=quantize,
+            mesh=mesh,
             out=out,
         )
     )

@@ -5,6 +5,7 @@ import inspect
 import signal
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -13,9 +14,11 @@ from rich.console import Console
 
 from jmoe.device_memory import allow_whole_gpu
 from jmoe.finetune.config import FinetuneConfig, choices_of, plain_types
+from jmoe.finetune.connection import Connection, connected
 from jmoe.finetune.options_file import read_file, write_example
 from jmoe.finetune.stopping import exit_status
 
+PROCESSES = "Several processes, each started by this command"
 REQUIRED = "Required, here or in --config's file"
 
 
@@ -30,6 +33,24 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
     function.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *own)}
     return function
+
+
+def connection_of(
+    options: FinetuneConfig, distributed: bool, coordinator: str | None, process: int | None, processes: int | None
+) -> Connection | None:
+    """How the processes of the run find each other; None for one process.
+
+    Raises:
+      ValueError: the flags do not go together, or there is no mesh.
+    """
+    connection = Connection(coordinator, process, processes)
+    if not distributed:
+        if connection != Connection():
+            raise ValueError("--coordinator, --process and --processes are of several processes: add --distributed")
+        return None
+    if options.mesh is None:
+        raise ValueError("several processes share a mesh of all their devices: add --mesh, as --mesh data=-1")
+    return connection
 
 
 def annotation_of(field: dataclasses.Field) -> Any:
@@ -71,6 +92,22 @@ def finetune(
             "--dry-run", help="Read the data, say what would be trained, how long and in what memory, and end."
         ),
     ] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="This is one of several processes, which find each other under Slurm, MPI or Kubernetes, or by:",
+            rich_help_panel=PROCESSES,
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT at which process 0 listens.", rich_help_panel=PROCESSES),
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(help="Number of this process, from 0.", rich_help_panel=PROCESSES)
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.", rich_help_panel=PROCESSES)] = None,
     **flags: Any,
 ) -> None:
     """Trains LoRA on a gpt-oss checkpoint's experts and attention, from rows of text to an adapter in PEFT's format.
@@ -86,14 +123,16 @@ def finetune(
         return
     allow_whole_gpu()
     options = FinetuneConfig.create(entries)
+    connection = connection_of(options, distributed, coordinator, process, processes)
     try:
         from jmoe.finetune.run import finetune as run
         from jmoe.finetune.run import rehearse
 
-        if dry_run:
-            rehearse(options)
-            return
-        result = run(options, owns_process=True)
+        with nullcontext() if connection is None else connected(connection):
+            if dry_run:
+                rehearse(options)
+                return
+            result = run(options, owns_process=True)
     except KeyboardInterrupt:  # before the first step: what is there is as it was
         Console(stderr=True).print("jmoe: interrupted", highlight=False)
         raise typer.Exit(exit_status(signal.SIGINT)) from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption, ReasoningEffortOption
+from jmoe.commands.model_options import LoraBLayoutOption, MeshOption, QuantizeOption, ReasoningEffortOption
 from jmoe.commands.paths import input_path, output_path
 from jmoe.device_memory import allow_whole_gpu
 
@@ -87,6 +87,7 @@ def generate(
     samples: Annotated[int, typer.Option(help="Replies to each prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, max=2**32 - 1)] = 0,
     quantize: QuantizeOption = None,
+    mesh: MeshOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -131,6 +132,7 @@ def generate(
     from jmoe import gpt_oss
     from jmoe.generation.batches import Generation, Request, answers
     from jmoe.generation.output import Printer, as_row, echo, json_line
+    from jmoe.gpt_oss.layout import mesh_and_layout
     from jmoe.gpt_oss.load import local_directory
     from jmoe.gpt_oss.sample import Sampling
     from jmoe.text import load_tokenizer
@@ -138,6 +140,7 @@ def generate(
     Sampling.create(temperature, top_p, top_k, min_p, repetition_penalty)  # an error now, not once weights are loaded
 
     directory = local_directory(model)
+    devices, layout = mesh_and_layout(mesh, gpt_oss.Config.load(directory))
     tokenizer = load_tokenizer(directory)
     requests = [
         Request(i, sample, tokens, i if len(adapters) > 1 else None)
@@ -160,7 +163,9 @@ def generate(
             "repetition_penalty": repetition_penalty,
         },
     )
-    loaded = gpt_oss.load(directory, adapter=adapters, lora_b_layout=lora_b_layout, quantize=quantize)
+    loaded = gpt_oss.load(
+        directory, mesh=devices, layout=layout, adapter=adapters, lora_b_layout=lora_b_layout, quantize=quantize
+    )
     printer = Printer()
     done = 0
     streams = len(requests) == 1 and rows is None and not as_json

@@ -25,6 +25,16 @@ QuantizeOption = Annotated[
 ]
 """--quantize."""
 
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="Split the model over all GPUs, as data=2,expert=4: sizes multiply to their number, and -1 is the rest. "
+        "Axes are data (batches), expert, heads, and model (experts and heads at once).",
+    ),
+]
+"""--mesh."""
+
 ReasoningEffortOption = Annotated[
     ReasoningEffort | None,
     typer.Option(help="How much the model shall think; the chat template's own if not given."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jmoe.commands.model_options import LoraBLayoutOption, QuantizeOption
+from jmoe.commands.model_options import LoraBLayoutOption, MeshOption, QuantizeOption
 from jmoe.commands.paths import input_path
 from jmoe.device_memory import allow_whole_gpu
 from jmoe.extras import require
@@ -105,6 +105,7 @@ def serve(
         int, typer.Option(help="Requests that may wait; more are told to come later.", min=1)
     ] = 1024,
     quantize: QuantizeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Serves a model and adapters of it to OpenAI's clients, and a page at / that compares two of them.
 
@@ -130,13 +131,20 @@ def serve(
     if missing := [str(each) for each in directories if not each.is_dir()]:
         raise typer.BadParameter(f"--adapter-directory {missing[0]} is not a directory")
     allow_whole_gpu()
+    from jmoe.gpt_oss.config import Config
+    from jmoe.gpt_oss.layout import mesh_and_layout
     from jmoe.gpt_oss.load import local_directory
+    from jmoe.serve.engine.placement import check_layout
     from jmoe.serve.load import Served, load_service
     from jmoe.serve.run import serve as run
     from jmoe.serve.settings import Settings
 
+    directory = local_directory(model)
+    devices, layout = mesh_and_layout(mesh, Config.load(directory))  # an error now, not once it listens
+    if devices is not None and layout is not None:
+        check_layout(devices, layout)
     served = Served(
-        directory=local_directory(model),
+        directory=directory,
         root=model,
         names=names,
         adapters=adapters,
@@ -144,6 +152,7 @@ def serve(
         max_lora_rank=max_lora_rank,
         lora_b_layout=lora_b_layout,
         quantize=quantize,
+        mesh=mesh,
     )
     http = Settings(
         host=host,

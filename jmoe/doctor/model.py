@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax.sharding import AbstractMesh
+
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.checkpoint.directory import EMBEDDING, Checkpoint
 from jmoe.checkpoint.tensors import Spec
@@ -16,6 +18,7 @@ from jmoe.gpt_oss.adapter import layouts_of
 from jmoe.gpt_oss.adapter_report import AdapterReport, examine_adapter
 from jmoe.gpt_oss.cache import cache_bytes
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 from jmoe.gpt_oss.load import HEAD, Quantize, check_layers, local_directory
 from jmoe.ops.decode.linear import MOST_ROWS
 from jmoe.ops.launch.local_gpu import kernel_of_experts_here
@@ -42,14 +45,17 @@ class Part:
 class ModelReport:
     """A model on this machine: its layers' parts, and bytes by what they are for, activations left out.
 
-    limit: bytes that JAX may take of the first device, where a model goes; None where JAX does not say.
+    limit: bytes that JAX may take of the first device, where a model goes; None where JAX does not say. On a mesh it is
+      the least of the devices', and `resident` are the bytes of each.
     adapters: those that were given.
+    devices: of the mesh; 1 without.
     """
 
     parts: tuple[Part, ...]
     resident: dict[str, int]
     limit: int | None
     adapters: tuple[AdapterReport, ...] = ()
+    devices: int = 1
 
 
 def examine_model(
@@ -61,6 +67,7 @@ def examine_model(
     context: int,
     quantize: Quantize | None = None,
     lora_b_layout: LoraBLayout | None = None,
+    mesh: AnyMesh | None = None,
 ) -> ModelReport:
     """What a checkpoint's layers run by and what it takes, in bfloat16: from config.json, headers, and whole adapters.
 
@@ -69,6 +76,7 @@ def examine_model(
       context: tokens of each, the prompt's among them.
       quantize: as in jmoe.gpt_oss.load.
       lora_b_layout: of adapters that do not say it themselves; see jmoe.gpt_oss.load_adapter.
+      mesh: over which the model is split as Layout.of says, of devices that need not be here.
 
     Raises:
       FileNotFoundError: the directory or a file of it is missing.
@@ -77,22 +85,29 @@ def examine_model(
     directory = local_directory(path)
     config = Config.load(directory)
     checkpoint = Checkpoint(directory)
+    layout = Layout() if mesh is None else Layout.of(mesh, config)
+    mesh = AbstractMesh((1,), ("data",)) if mesh is None else mesh
     resident: Counter[str] = Counter()
     for name, spec in check_layers(checkpoint, config, quantize).items():
+        parts_of_tensor = layout.size(mesh, *layout.of_tensor(name))
         if quantize is not None and kind_of(name, spec) == DENSE:
-            resident[PACKED] += math.prod(spec.shape) // BLOCK * (BLOCK // 2 + 1)
+            resident[PACKED] += math.prod(spec.shape) // BLOCK * (BLOCK // 2 + 1) // parts_of_tensor
         else:
-            resident[kind_of(name, spec)] += bytes_of(spec)
-    resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context)
+            resident[kind_of(name, spec)] += bytes_of(spec) // parts_of_tensor
+    of_cache = layout.size(mesh, *layout.batch_axes(mesh, batch), layout.heads)
+    resident[f"KV cache of {batch} x {context} tokens"] = cache_bytes(config, batch, context) // of_cache
     reports = tuple(
         examine_adapter(adapter, checkpoint, config, lora_b_layout=layout)
         for adapter, layout in zip(adapters, layouts_of(adapters, lora_b_layout), strict=True)
     )
     if reports:
-        resident["adapters"] = sum(report.size for report in reports)
+        resident["adapters"] = sum(
+            layout.bytes_of_device(mesh, report.shapes, layout.lora(report.shapes)) for report in reports
+        )
     parts = parts_of(config, machine, batch, batch * context, mxfp4=DENSE not in resident)
-    limit = machine.devices[0].memory if machine.devices else None
-    return ModelReport(parts, dict(resident), limit, reports)
+    limits = [device.memory for device in machine.devices[: mesh.size]]
+    limit = min((each for each in limits if each is not None), default=None)
+    return ModelReport(parts, dict(resident), limit, reports, mesh.size)
 
 
 def kind_of(name: str, spec: Spec) -> str:

@@ -19,6 +19,7 @@ from jmoe.evaluate.generation_options import LIMITS, check, limit, overrides
 from jmoe.evaluate.harness import HarnessModel
 from jmoe.evaluate.metrics import Metric, counts_of, metrics_of
 from jmoe.evaluate.tasks import NO_TASK, TaskError, broken_files, load_tasks, reason, tasks_of, title
+from jmoe.gpt_oss.layout import mesh_and_layout
 from jmoe.gpt_oss.load import Quantize, local_directory
 from jmoe.text import ReasoningEffort, load_tokenizer, without_marks
 
@@ -53,6 +54,7 @@ class EvaluateOptions:
         2048 where the task has none, or less and the model thinks in channels.
       gen_kwargs: generation options that win over each task's own, as jmoe.evaluate.generation_options knows them.
       quantize: as in jmoe.gpt_oss.load.
+      mesh: axes that the devices are split in, as data=2,expert=4; None: one device.
       out: a directory for results and samples in the harness's format, or None.
     """
 
@@ -71,6 +73,7 @@ class EvaluateOptions:
     max_gen_toks: int | None = None
     gen_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quantize: Quantize | None = None
+    mesh: str | None = None
     out: Path | None = None
 
 
@@ -90,6 +93,7 @@ def evaluate(options: EvaluateOptions) -> list[list[Metric]]:
     if options.max_length is not None and wanted.get("max_gen_toks", 0) >= options.max_length:
         raise ValueError(f"max_gen_toks must be below max_length {options.max_length}, got {wanted['max_gen_toks']}")
     directory = local_directory(options.model)
+    devices, layout = mesh_and_layout(options.mesh, gpt_oss.Config.load(directory))
     tokenizer = load_tokenizer(directory)
     check_template(tokenizer, options)
     manager = task_manager(options)
@@ -99,7 +103,12 @@ def evaluate(options: EvaluateOptions) -> list[list[Metric]]:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()  # an error now, not after hours
     model = gpt_oss.load(
-        directory, adapter=options.adapter, lora_b_layout=options.lora_b_layout, quantize=options.quantize
+        directory,
+        mesh=devices,
+        layout=layout,
+        adapter=options.adapter,
+        lora_b_layout=options.lora_b_layout,
+        quantize=options.quantize,
     )
     variables = {} if options.reasoning_effort is None else {"reasoning_effort": options.reasoning_effort}
     found = []

@@ -89,6 +89,12 @@ class FinetuneConfig:
     keep: int = option(2, help="Checkpoints kept.")
     seed: int = option(0, help="Of adapters, order, dropout and split.")
     quantize: Quantize | None = option(None, help="mxfp4: round dense experts to MXFP4 while they are loaded.")
+    mesh: str | None = option(
+        None, help="Devices by axes, as data=2,expert=4, -1 for the rest: data, expert, heads, model; none: one device."
+    )
+    fsdp: bool = option(
+        False, help="Experts are split over the mesh's data axis too, and gathered layer by layer in four bits."
+    )
     log_every: int | None = option(None, help="Steps between lines of figures; none: 20 lines, and one each 30 s.")
     quiet: bool = option(False, help="Print the last line and errors alone.")
     log_to: str | None = option(
@@ -108,6 +114,8 @@ class FinetuneConfig:
         self._check_numbers()
         self._check_lora()
         self._check_trackers()
+        if self.fsdp and self.mesh is None:
+            raise ValueError("fsdp splits experts over a mesh's data axis, and no mesh is given")
 
     def _check_numbers(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Int32, Int64
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.display import Display
+from jmoe.finetune.processes import compiled_by_all
 from jmoe.finetune.step import Attention, Outcome, Trainer, TrainState, experts_not_zero
 from jmoe.gpt_oss.expert_counts import expert_counts
 from jmoe.gpt_oss.model import GptOss
@@ -28,7 +29,7 @@ class ExpertCheck:
         """A check of the trainer's steps that says on the display what it finds."""
         self.trainer = trainer
         self.display = display
-        self._count = jax.jit(count, static_argnames="attention")
+        self._count = compiled_by_all(jax.jit(count, static_argnames="attention"))
         self._counts: Int64[np.ndarray, "L E"] = np.zeros((0, 0), np.int64)
         self._not_zero: dict[str, Bool[np.ndarray, "L E"]] = {}
         self._scaled: dict[str, Bool[np.ndarray, "L 1"]] = {}
@@ -38,11 +39,14 @@ class ExpertCheck:
         if step > 1:
             return
         model = self.trainer.model(state)
-        micro_batches = zip(batch.tokens, batch.weights, batch.segment_ids, strict=True)
-        attention = self.trainer.attention_for(batch)
-        counts = [self._count(model, *arrays, attention=attention) for arrays in micro_batches]
+        attention, on_host = self.trainer.attention_for(batch), self.trainer.on_host
+        parts = [self.trainer.put(Batch(*arrays)) for arrays in zip(*batch, strict=True)]
+        counts = [
+            on_host(self._count(model, part.tokens, part.weights, part.segment_ids, attention=attention))
+            for part in parts
+        ]
         self._counts = np.sum(counts, axis=0)
-        self._not_zero = jax.tree.map(np.asarray, experts_not_zero(model))
+        self._not_zero = jax.tree.map(on_host, experts_not_zero(model))
         assert model.lora is not None
         self._scaled = {name: np.asarray(scale) != 0 for name, scale in model.lora.scale.items()}
 

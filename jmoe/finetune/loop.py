@@ -16,7 +16,8 @@ from jmoe.finetune.checkpoint import Checkpoints, Standing
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.display import Display
 from jmoe.finetune.flops import PEAK, flops_per_token
-from jmoe.finetune.metrics import Metrics
+from jmoe.finetune.metrics import Metrics, NoMetrics
+from jmoe.finetune.processes import writes
 from jmoe.finetune.step import Outcome, Trainer, TrainState, learning_rate
 
 type Ending = Literal["finished", "early stop", "interrupted"]
@@ -51,7 +52,12 @@ class Run:
 
 
 def run_steps(
-    run: Run, state: TrainState, standing: Standing, checkpoints: Checkpoints, metrics: Metrics, display: Display
+    run: Run,
+    state: TrainState,
+    standing: Standing,
+    checkpoints: Checkpoints,
+    metrics: Metrics | NoMetrics,
+    display: Display,
 ) -> tuple[TrainState, Standing, Ending]:
     """Goes on from `standing` to the end: (the last state, where it stands, why it ended).
 
@@ -107,7 +113,7 @@ def run_steps(
 
 
 def validate_before(
-    run: Run, state: TrainState, standing: Standing, metrics: Metrics, display: Display
+    run: Run, state: TrainState, standing: Standing, metrics: Metrics | NoMetrics, display: Display
 ) -> tuple[Standing, bool]:
     """(where the run stands, whether it shall stop) after the validation before its first step, or one that was due."""
     figures: dict[str, Any] = {}
@@ -190,8 +196,11 @@ def stop_at(
 ) -> None:
     """Saves what shows the fault, and raises NonFiniteLossError."""
     file = run.out / f"nonfinite_step_{standing.step + 1}.npz"
-    with naming(file):
-        np.savez(file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids)
+    if writes():
+        with naming(file):
+            np.savez(
+                file, tokens=batch.tokens, targets=batch.targets, weights=batch.weights, segment_ids=batch.segment_ids
+            )
     checkpoints.save(state, standing)
     raise NonFiniteLossError(
         f"step {standing.step + 1}: loss {loss}, norm of the gradient {norm}. Its batch is in {file}, and the factors "
@@ -200,14 +209,15 @@ def stop_at(
 
 
 def speed(run: Run, batch: Batch, seconds: float) -> dict[str, float]:
-    """Tokens a second, padding included; on a GPU MFU and the most memory held so far."""
+    """Tokens a second, padding included; on a GPU MFU, and the most memory held so far by one of this process's."""
     rate = batch.tokens.size / seconds
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     figures = {"seconds": seconds, "tokens_per_second": rate}
     if device.device_kind in PEAK:
-        config = run.trainer.config
-        figures["mfu"] = rate * flops_per_token(config, run.config.length) / PEAK[device.device_kind]
+        config, on_mesh = run.trainer.config, run.trainer.on_mesh
+        peak = PEAK[device.device_kind] * (1 if on_mesh is None else on_mesh.mesh.size)
+        figures["mfu"] = rate * flops_per_token(config, run.config.length) / peak
     memory = device.memory_stats()
-    if memory and math.isfinite(peak := memory.get("peak_bytes_in_use", math.nan)):
-        figures["memory_gib"] = peak / 2**30
+    if memory and math.isfinite(most := memory.get("peak_bytes_in_use", math.nan)):
+        figures["memory_gib"] = most / 2**30
     return figures

@@ -7,7 +7,7 @@ models hold on a Hopper GPU, with FlashAttention, for 512 to 16384 tokens at onc
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -15,6 +15,7 @@ from jmoe.checkpoint import Checkpoint
 from jmoe.device_memory import byte_size
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.new_adapter import new_adapter
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LoraWeights, sizes
@@ -56,15 +57,39 @@ class MemoryEstimate:
         return f"about {byte_size(self.total)} ({parts})"
 
 
-def estimate(options: FinetuneConfig, config: Config, lora: LoraWeights, *, mxfp4: bool = True) -> MemoryEstimate:
-    """What a step of fine-tuning holds.
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Devices of a mesh among which is split: a batch, the stored experts, and those that are computed, with LoRA."""
+
+    batch: int = 1
+    stored_experts: int = 1
+    computed_experts: int = 1
+
+    @classmethod
+    def of(cls, layout: Layout | None, mesh: AnyMesh | None) -> Self:
+        """Of a layout on its mesh; of one device without."""
+        if layout is None or mesh is None:
+            return cls()
+        split = (layout.axes_of_batch, layout.of_experts, (layout.experts,))
+        return cls(*(layout.size(mesh, *axes) for axes in split))
+
+
+def estimate(
+    options: FinetuneConfig, config: Config, lora: LoraWeights, *, mxfp4: bool = True, shares: Shares = Shares()
+) -> MemoryEstimate:
+    """What a step of fine-tuning holds, on each device of a mesh.
 
     Args:
       lora: the adapter that is trained, or its shapes alone.
       mxfp4: whether experts are in four bits; else in bfloat16.
+      shares: of a mesh; heads of attention are taken as if each device had all of them.
     """
-    tokens = options.batch_size * options.length
-    factors = FLOAT32 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((lora.a, lora.b)))
+    tokens = options.batch_size * options.length // shares.batch
+    factors = FLOAT32 * sum(
+        math.prod(leaf.shape) // (shares.computed_experts if name in EXPERTS else 1)
+        for factor in (lora.a, lora.b)
+        for name, leaf in factor.items()
+    )
     item = FLOAT32 if options.dtype == "float32" else BFLOAT16
     hidden, layers = config.hidden_size, config.num_hidden_layers
     kept, gate_up, backward = activations(config, lora, dropout=options.lora_dropout > 0)
@@ -85,7 +110,7 @@ def estimate(options: FinetuneConfig, config: Config, lora: LoraWeights, *, mxfp
     in_head = min(options.loss_chunk, tokens) * config.vocab_size * (FLOAT32 + item)
     return MemoryEstimate(
         {
-            "weights": weight_bytes(config, mxfp4=mxfp4),
+            "weights": weight_bytes(config, mxfp4=mxfp4, shares=shares),
             "LoRA and AdamW": 3 * factors,
             "kept for the backward pass": int(item * tokens * saved + copies),
             "backward pass of a layer or loss of a chunk": int(max(in_layer, in_head)),
@@ -107,16 +132,23 @@ def activations(config: Config, lora: LoraWeights, *, dropout: bool) -> tuple[fl
     return kept, 2 * top * inner, backward
 
 
-def weight_bytes(config: Config, *, mxfp4: bool) -> int:
-    """A model's weights on the device: experts in four bits or in bfloat16, all else in bfloat16."""
-    experts = sum(n * k for name, (n, k) in sizes(config).items() if name in EXPERTS) * config.num_local_experts
-    biases = (2 * config.intermediate_size + config.hidden_size) * config.num_local_experts
+def weight_bytes(config: Config, *, mxfp4: bool, shares: Shares = Shares()) -> int:
+    """A model's weights on the device: experts in four bits or in bfloat16, all else in bfloat16.
+
+    Of experts that are gathered layer by layer, those of two layers are counted: one may come while one is computed.
+    """
+    own = config.num_local_experts // shares.stored_experts
+    gathered = (
+        config.num_local_experts // shares.computed_experts if shares.stored_experts > shares.computed_experts else 0
+    )
+    of_expert = sum(n * k for name, (n, k) in sizes(config).items() if name in EXPERTS)
+    experts, biases = of_expert * own, (2 * config.intermediate_size + config.hidden_size) * own
     rows = sum(n for n, _ in dense_matrices(config))
     small = rows + biases + 2 * config.hidden_size + config.num_attention_heads
     dense = sum(n * k for n, k in dense_matrices(config)) + small
     vocabulary = 2 * config.vocab_size * config.hidden_size + config.hidden_size
     in_bfloat16 = config.num_hidden_layers * dense + vocabulary
-    of_experts = config.num_hidden_layers * experts * (MXFP4_BYTES if mxfp4 else BFLOAT16)
+    of_experts = (config.num_hidden_layers * experts + 2 * of_expert * gathered) * (MXFP4_BYTES if mxfp4 else BFLOAT16)
     return BFLOAT16 * in_bfloat16 + int(of_experts)
 
 

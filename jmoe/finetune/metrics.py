@@ -67,6 +67,22 @@ class Metrics:
             tracker.log(step, numbers)
 
 
+class NoMetrics:
+    """Of a process that writes none, as another of its run does."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def add(self, step: int, figures: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def read(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that was cut off is left out."""
     file = directory / FILE

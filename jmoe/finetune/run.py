@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ from jmoe.finetune.display import Display, stderr_console
 from jmoe.finetune.expert_check import ExpertCheck
 from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
-from jmoe.finetune.metrics import Metrics, check_plot, plot
-from jmoe.finetune.prepare import prepare
+from jmoe.finetune.metrics import Metrics, NoMetrics, check_plot, plot
+from jmoe.finetune.prepare import Prepared, prepare
+from jmoe.finetune.processes import AgreedStop, check_alike, first_day, wait_for_all, writes
 from jmoe.finetune.start_adapter import start_adapter
 from jmoe.finetune.start_report import say
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
@@ -31,7 +33,6 @@ from jmoe.finetune.trackers import check_trackers, make_trackers
 from jmoe.gpt_oss.load import load
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.save import save_adapter
-from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.nn.report import trainable_report
 
 
@@ -72,9 +73,13 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
     check_plot()
     check_trackers(config.trackers)
     console = stderr_console() if console is None else console
+    if not writes():
+        console = Console(quiet=True)
     notices = Console(quiet=True) if config.quiet else console
-    with run_folder(config) as out:
+    with run_folder(config) if writes() else nullcontext(Path(config.out)) as out:
+        wait_for_all()
         result = run_in(out, config, notices, owns_process)
+        wait_for_all()
     by = f" by {signal.Signals(result.signal).name}" if result.signal is not None else ""
     adapter = f"adapter in {result.adapter}" if result.adapter.is_dir() else "no adapter yet"
     on = "; the same command goes on" if result.ending == "interrupted" else ""
@@ -86,17 +91,22 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, owns_pro
 
 def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bool) -> Result:
     """Trains in a folder that is locked, see finetune."""
-    day = day_begun(out)
-    directory, lora, batches, held_out, steps = prepare(config, day, console)
-    with Checkpoints(out / "checkpoints", config, digest(batches.packed, *held_out)) as checkpoints:
-        standing, notes = go_on(checkpoints.standing(), steps, config)
+    day = first_day(day_begun(out))
+    prepared = prepare(config, day, console)
+    batches, held_out, steps = prepared.batches, prepared.held_out, prepared.steps
+    data = digest(batches.packed, *held_out)
+    with Checkpoints(out / "checkpoints", config, data) as checkpoints:
+        found = checkpoints.standing()
+        check_alike(out, options=same_in_all(config), data=data, checkpoints=str(found))
+        standing, notes = go_on(found, steps, config)
         for note in notes:
             say(console, note)
-        trainer = make_trainer(config, new_model(config, directory, lora), steps)
+        trainer = make_trainer(config, new_model(config, prepared), steps)
         say(console, str(trainable_report(trainer.model(trainer.start))).splitlines()[-1])
         state, _ = checkpoints.restore(trainer.start)
-        write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
-        write(out / BEGUN, day.isoformat())
+        if writes():
+            write(out / OPTIONS, json.dumps(dataclasses.asdict(config), indent=2))
+            write(out / BEGUN, day.isoformat())
 
         saver = AdapterSaver(out / "adapter", config, trainer, console)
 
@@ -107,7 +117,7 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
         display = Display(steps, standing.step, console, log_every=config.log_every)
         with (
             stop_signals(display.say, end_process if owns_process else None) as stop,
-            Metrics(out, standing.step, make_trackers(config, out, standing.step)) as metrics,
+            open_metrics(out, config, standing.step) as metrics,
         ):
             experts = ExpertCheck(trainer, display)
             run = Run(
@@ -120,15 +130,27 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
                 save_adapter=saver.save,
                 before_step=experts.before,
                 after_step=experts.after,
-                stop=stop,
+                stop=AgreedStop(stop),
             )
             with display:
                 state, standing, ending = run_steps(run, state, standing, checkpoints, metrics, display)
             if standing.step:  # else nothing was learnt, and the run begins again
                 saver.save_last(state, standing, display)
-                plot(out)
+                if writes():
+                    plot(out)
     signal_number = stop.signal if ending == "interrupted" else None
     return Result(ending, standing.step, saver.directory, standing.best_loss, signal_number)
+
+
+def open_metrics(out: Path, config: FinetuneConfig, step: int) -> Metrics | NoMetrics:
+    """The run's metrics, to go on after this step, where this process writes them."""
+    return Metrics(out, step, make_trackers(config, out, step)) if writes() else NoMetrics()
+
+
+def same_in_all(config: FinetuneConfig) -> str:
+    """The options that all processes of a run must have."""
+    options = dataclasses.asdict(config)
+    return json.dumps({name: options[name] for name in options if name not in ("quiet", "log_every", "log_to")})
 
 
 def make_trainer(config: FinetuneConfig, model: GptOss, steps: int) -> Trainer:
@@ -155,8 +177,9 @@ class AdapterSaver:
 
     def save(self, state: TrainState) -> None:
         """Saves the adapter of this state in place of another; OSError names the file."""
-        lora = self._trainer.model(state).lora
-        assert lora is not None
+        lora = self._trainer.adapter(state)
+        if not writes():
+            return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", AdapterWarning)
             save_adapter(self.directory, lora, base_model=self._config.model, dropout=self._config.lora_dropout)
@@ -209,7 +232,8 @@ def rehearse(config: FinetuneConfig, console: Console | None = None) -> None:
     Raises:
       FileNotFoundError, ValueError: as finetune.
     """
-    prepare(config, day_begun(Path(config.out)), console or Console(), whole_report=True)
+    console = Console(quiet=not writes()) if console is None else console
+    prepare(config, day_begun(Path(config.out)), console, whole_report=True)
 
 
 def day_begun(out: Path) -> datetime.date:
@@ -229,16 +253,22 @@ def day_begun(out: Path) -> datetime.date:
         raise ValueError(f"{file} is not a date: {error}") from error
 
 
-def new_model(config: FinetuneConfig, directory: Path, lora: LoraWeights | None = None) -> GptOss:
-    """The checkpoint with this adapter, or a new one that changes nothing yet."""
+def new_model(config: FinetuneConfig, prepared: Prepared) -> GptOss:
+    """The checkpoint with the adapter to start from, or a new one that changes nothing yet."""
+    mesh, layout = prepared.mesh, prepared.layout
     model = load(
-        directory,
+        prepared.directory,
+        mesh=mesh,
+        layout=layout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
-        progress=not config.quiet,
+        progress=not config.quiet and writes(),
         quantize=config.quantize,
     )
-    return model.with_adapters(start_adapter(config, model.config) if lora is None else lora)
+    lora = start_adapter(config, model.config) if prepared.lora is None else prepared.lora
+    if mesh is not None and layout is not None:
+        lora = layout.place(mesh, lora, layout.lora(lora))
+    return model.with_adapters(lora)
 
 
 def in_micro_batches(batch: Batch, accumulate: int) -> Batch:

@@ -7,8 +7,8 @@ from typing import Any
 
 from jmoe.finetune.config import FinetuneConfig
 
-FREE = frozenset({"out", "keep", "checkpoint_every", "log_every", "quiet", "log_to"})
-"""Options that change nothing that is computed: where the run is kept, how often, and what it shows."""
+FREE = frozenset({"out", "keep", "checkpoint_every", "log_every", "quiet", "log_to", "mesh", "fsdp"})
+"""Options that change nothing that is computed: where the run is kept, how often, what it shows, on which devices."""
 
 LENGTH = frozenset({"steps", "epochs", "patience"})
 """Options that say when a run ends: they may be others when it goes on."""

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +15,8 @@ from jmoe.finetune.batches import Batches
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.examples import Example, Examples
 from jmoe.finetune.memory import MemoryEstimate, warning
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layout import AnyMesh, Layout
 
 SHORTLY = 400
 """Characters of a row that every start shows; a dry run shows all of it."""
@@ -93,6 +96,20 @@ def say_start(
     say(console, f"memory of a step: {memory if whole else f'about {byte_size(memory.total)}'}{of_device(limit)}")
     if (warned := warning(memory.total, limit)) is not None:
         say(console, warned)
+
+
+def devices(mesh: AnyMesh, layout: Layout, model: Config, batch_size: int) -> str:
+    """The mesh, and each device's share, in words."""
+    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    processes = len({device.process_index for device in mesh.devices.flat}) if isinstance(mesh, Mesh) else 1
+    where = f"{mesh.size} devices" + (f" of {processes} processes" if processes > 1 else "")
+    stored, computed = (layout.size(mesh, *axes) for axes in (layout.of_experts, (layout.experts,)))
+    experts = f"holds {model.num_local_experts // stored} of {model.num_local_experts} experts"
+    if stored > computed:
+        experts += f" (fsdp: {model.num_local_experts // computed} of a layer while it is computed)"
+    heads = f"{model.num_attention_heads // layout.size(mesh, layout.heads)} of {model.num_attention_heads} heads"
+    own = batch_size // layout.size(mesh, *layout.axes_of_batch)
+    return f"mesh {sizes}: {where}; each computes {own} of {batch_size} sequences at once and {experts}, {heads}"
 
 
 def of_device(limit: int | None) -> str:

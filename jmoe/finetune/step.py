@@ -7,20 +7,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from jmoe.finetune.batches import Batch
 from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.loss import cross_entropy
+from jmoe.finetune.on_mesh import OnMesh
+from jmoe.finetune.processes import compiled_by_all
 from jmoe.gpt_oss.attention import Implementation
 from jmoe.gpt_oss.flash_attention import SEGMENTS, segments_a_row, why_not
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.model import GptOss
-from jmoe.gpt_oss.weights import EXPERTS
+from jmoe.gpt_oss.weights import EXPERTS, LoraWeights
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +118,11 @@ def loss_of(
 
 
 class Trainer:
-    """A model split into LoRA's factors and the rest, and the compiled functions of both."""
+    """A model split into LoRA's factors and the rest, and the compiled functions of both.
+
+    On a mesh, where the model has a layout, each device computes its own sequences of a step, and losses and gradients
+    are summed once at its end.
+    """
 
     def __init__(
         self,
@@ -140,40 +148,75 @@ class Trainer:
         self.config = model.config
         self.attention_for = functools.partial(attention_for, model.dtype, model.config.head_dim)
         self.frozen = frozen
-        self.start = TrainState(factors, optimizer.init(factors))
+        self.on_mesh = OnMesh.of(model, factors, frozen)
         merge = functools.partial(nnx.merge, graph)
         self._merge: Callable[..., GptOss] = merge
+        shardings: dict[str, Any] = {}
+        if self.on_mesh is None:
+            self.start = TrainState(factors, optimizer.init(factors))
+        else:
+            lie = TrainState(self.on_mesh.factors, self.on_mesh.of_optimizer(optimizer, factors))
+            state, outcome = self.on_mesh.layout.shardings(self.on_mesh.mesh, (lie, P()))
+            self.start = TrainState(factors, jax.jit(optimizer.init, out_shardings=state.optimizer)(factors))
+            shardings = {"out_shardings": (state, outcome)}
+        dropped = LoraDropout.of(dropout, seed)
         self._step = jax.jit(
-            functools.partial(take_step, merge, optimizer, loss_chunk, LoraDropout.of(dropout, seed)),
+            functools.partial(take_step, merge, optimizer, self.on_mesh, loss_chunk, dropped),
             donate_argnums=0,
             static_argnames="attention",
+            **shardings,
         )
 
         def loss(factors: Any, frozen: Any, batch: Batch, attention: Attention) -> Array:
-            return loss_of(merge(factors, frozen), batch, loss_chunk, attention)
+            def of_device(factors: Any, frozen: Any, batch: Batch) -> Array:
+                return loss_of(merge(factors, frozen), batch, loss_chunk, attention)
 
-        self._loss = jax.jit(loss, static_argnames="attention")
+            of_all = of_device if self.on_mesh is None else self.on_mesh.sum_loss(of_device)
+            return of_all(factors, frozen, batch)
+
+        self._step_by_all = compiled_by_all(self._step)
+        self._loss = compiled_by_all(jax.jit(loss, static_argnames="attention"))
 
     def model(self, state: TrainState) -> GptOss:
         """The model with the factors of this state."""
         return self._merge(state.factors, self.frozen)
 
+    def adapter(self, state: TrainState) -> LoraWeights:
+        """The adapter of this state, of numpy arrays; on a mesh of several processes all take part."""
+        lora = self.model(state).lora
+        assert lora is not None
+        return jax.tree.map(self.on_host, lora)
+
+    def on_host(self, array: Array) -> np.ndarray:
+        """An array of the model's devices, all of it; on a mesh of several processes all take part."""
+        return np.asarray(array if self.on_mesh is None else self.on_mesh.whole(array))
+
     def step(self, state: TrainState, batches: Batch) -> tuple[TrainState, Outcome]:
-        """(the next state, what happened) on N batches, of arrays [N, B, T]; the state given is used up."""
-        return self._step(state, self.frozen, batches, attention=self.attention_for(batches))
+        """(the next state, what happened) on N batches, of arrays [N, B, T]; the state given is used up.
+
+        Raises:
+          ValueError: on a mesh, whose devices B does not divide among.
+        """
+        return self._step_by_all(state, self.frozen, self.put(batches), attention=self.attention_for(batches))
 
     def loss(self, state: TrainState, batch: Batch) -> Float[Array, ""]:
-        """The sum of the losses of one batch, whose arrays are [B, T]."""
-        return self._loss(state.factors, self.frozen, batch, attention=self.attention_for(batch))
+        """The sum of the losses of one batch, whose arrays are [B, T]; errors as in `step`."""
+        return self._loss(state.factors, self.frozen, self.put(batch), attention=self.attention_for(batch))
 
     def compile(self, state: TrainState, batches: Batch) -> jax.stages.Compiled:
         """`step`, compiled for arrays like these: for its memory and cost."""
-        return self._step.lower(state, self.frozen, batches, attention=self.attention_for(batches)).compile()
+        attention = self.attention_for(batches)
+        return self._step.lower(state, self.frozen, self.put(batches), attention=attention).compile()
+
+    def put(self, batch: Batch) -> Batch:
+        """The batch where the compiled functions want it: on the mesh, if there is one."""
+        return batch if self.on_mesh is None else self.on_mesh.put(batch)
 
 
 def take_step(
     merge: Callable[..., GptOss],
     optimizer: optax.GradientTransformation,
+    on_mesh: OnMesh | None,
     chunk: int,
     dropout: LoraDropout | None,
     state: TrainState,
@@ -183,23 +226,20 @@ def take_step(
 ) -> tuple[TrainState, Outcome]:
     """One step on the mean loss over all trained tokens of N batches, one after another."""
     tokens = batches.weights.sum()
-    micro_batches = batches.tokens.shape[0]
     # What is left out follows from the number of the step, which the optimizer counts, and of the micro-batch.
-    dropouts = None if dropout is None else dropout.number(steps_taken(state.optimizer)).numbers(micro_batches)
+    count = batches.tokens.shape[0]
+    dropouts = None if dropout is None else dropout.number(steps_taken(state.optimizer)).numbers(count)
 
-    def mean_loss(factors: Any, batch: Batch, dropout: LoraDropout | None) -> Array:
-        return loss_of(merge(factors, frozen), batch, chunk, attention, dropout) / jnp.maximum(tokens, 1)
+    def gradient_of(factors: Any, frozen: Any, batches: Batch, rest: tuple[Array, LoraDropout | None]) -> Any:
+        tokens, dropouts = rest
 
-    def add(total: tuple[Array, Any], part: tuple[Batch, LoraDropout | None]) -> tuple[tuple[Array, Any], None]:
-        one = jax.value_and_grad(mean_loss)(state.factors, *part)
-        return jax.tree.map(jnp.add, total, one), None
+        def mean_loss(factors: Any, batch: Batch, dropout: LoraDropout | None) -> Array:
+            return loss_of(merge(factors, frozen), batch, chunk, attention, dropout) / jnp.maximum(tokens, 1)
 
-    if micro_batches == 1:
-        only = jax.tree.map(lambda array: array[0], (batches, dropouts))
-        loss, gradient = jax.value_and_grad(mean_loss)(state.factors, *only)
-    else:
-        nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.factors)
-        (loss, gradient), _ = lax.scan(add, nothing, (batches, dropouts))
+        return sum_over_micro_batches(mean_loss, factors, batches, dropouts)
+
+    of_all = gradient_of if on_mesh is None else on_mesh.sum_gradient(gradient_of)
+    loss, gradient = of_all(state.factors, frozen, batches, (tokens, dropouts))
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its count of steps, int32, by floats
@@ -210,6 +250,22 @@ def take_step(
     )
     outcome = Outcome(loss, norm, tokens, finite, experts_not_zero(merge(gradient, frozen)))
     return TrainState(factors, kept), outcome
+
+
+def sum_over_micro_batches(
+    loss: Callable[[Any, Batch, LoraDropout | None], Array], factors: Any, batches: Batch, dropouts: LoraDropout | None
+) -> tuple[Float[Array, ""], Any]:
+    """(the sum of the losses of N batches, its gradient in the factors), one batch after another."""
+
+    def add(total: tuple[Array, Any], part: tuple[Batch, LoraDropout | None]) -> tuple[tuple[Array, Any], None]:
+        one = jax.value_and_grad(loss)(factors, *part)
+        return jax.tree.map(jnp.add, total, one), None
+
+    if batches.tokens.shape[0] == 1:
+        only = jax.tree.map(lambda array: array[0], (batches, dropouts))
+        return jax.value_and_grad(loss)(factors, *only)
+    nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, factors)
+    return lax.scan(add, nothing, (batches, dropouts))[0]
 
 
 def steps_taken(optimizer: Any) -> Int32[Array, ""]:

@@ -14,6 +14,7 @@ from jmoe.gpt_oss.delta import DeltaReport as DeltaReport
 from jmoe.gpt_oss.delta import delta_report as delta_report
 from jmoe.gpt_oss.generate import Generated as Generated
 from jmoe.gpt_oss.generate import generate as generate
+from jmoe.gpt_oss.layout import Layout as Layout
 from jmoe.gpt_oss.load import load as load
 from jmoe.gpt_oss.log_probs import log_probs as log_probs
 from jmoe.gpt_oss.merge import MergeReport as MergeReport
@@ -32,6 +33,7 @@ __all__ = [
     "Generated",
     "GptOss",
     "LayerWeights",
+    "Layout",
     "Linear",
     "LoraBLayout",
     "LoraWeights",

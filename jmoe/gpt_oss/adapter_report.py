@@ -55,7 +55,7 @@ class AdapterReport(NamedTuple):
     """An adapter's directory.
 
     facts: what was found and what it means, for people. sampled: which weights were summed with their deltas.
-    size: bytes that the factors take in a model.
+    size: bytes that the factors take in a model. shapes: their forms.
     """
 
     path: Path
@@ -63,6 +63,7 @@ class AdapterReport(NamedTuple):
     targets: tuple[TargetReport, ...]
     sampled: str | None
     size: int
+    shapes: LoraWeights
 
 
 def examine_adapter(
@@ -94,7 +95,9 @@ def examine_adapter(
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(lora))
     said = None if checkpoint is None else f"up to {LAYERS} layers, {EXPERTS} experts of each"
-    return AdapterReport(Path(path), facts_of(adapter, lora_b_layout), targets, said, size)
+    return AdapterReport(
+        Path(path), facts_of(adapter, lora_b_layout), targets, said, size, jax.eval_shape(lambda: lora)
+    )
 
 
 def facts_of(adapter: AdapterFile, asked: LoraBLayout | None) -> dict[str, str]:

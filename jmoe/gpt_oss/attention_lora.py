@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.weights import LoraWeights, sizes, take
+from jmoe.gpt_oss.weights import LoraWeights, qkv_rows, sizes, take
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +37,17 @@ class AttentionLora:
     o: ProductLora | None
 
     @classmethod
-    def of(cls, lora: LoraWeights | None, config: Config, dtype: DTypeLike) -> Self | None:
-        """The adapters' part on attention, in the dtype of activations."""
+    def of(cls, lora: LoraWeights | None, config: Config, dtype: DTypeLike, parts: int = 1) -> Self | None:
+        """The adapters' part on attention, in the dtype of activations.
+
+        parts: in which a mesh splits heads, and so the rows of q, k and v.
+        """
         if lora is None:
             return None
-        return cls(*(join(lora, names, config, dtype) for names in (("q", "k", "v"), ("o",))))
+        qkv, o = (join(lora, names, config, dtype) for names in (("q", "k", "v"), ("o",)))
+        if qkv is not None and parts > 1:
+            qkv = dataclasses.replace(qkv, b=qkv.b[:, :, qkv_rows(config, parts)])
+        return cls(qkv, o)
 
     @property
     def of_all_layers(self) -> bool:

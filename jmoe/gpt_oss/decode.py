@@ -1,10 +1,12 @@
 """Text token by token: the prompt at once, then one step after another against the cache."""
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import attend
@@ -12,8 +14,9 @@ from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.cache import Cache, attend_cached, empty_cache, fill
 from jmoe.gpt_oss.chunked import attend_chunk
 from jmoe.gpt_oss.layer import LayerAttention, Place
-from jmoe.gpt_oss.model import GptOss, Inputs, check_range, check_tokens, positions_in_segments
+from jmoe.gpt_oss.model import GptOss, check_range, check_tokens, positions_in_segments
 from jmoe.gpt_oss.rope import Heads
+from jmoe.gpt_oss.run import Inputs
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +36,25 @@ class DecodeState:
     attention_lora: AttentionLora | None = None
 
 
+class AttentionWithCache(LayerAttention[Array]):
+    """Attention that keeps keys and values in a Cache."""
+
+    def specs(self, batch: tuple[str, ...], heads: str | None) -> Self:
+        """The split of each of its arrays."""
+        named = {"start": P(), "sinks": P(None, heads)}
+        return jax.tree.map_with_path(lambda path, _: named.get(path[0].name, P(batch or None)), self)
+
+    def state_spec(self, batch: tuple[str, ...], heads: str | None) -> P:
+        """The split of each array of the cache."""
+        return P(None, batch or None, heads)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptAttention(LayerAttention[Array]):
+class PromptAttention(AttentionWithCache):
     """Attention to tokens of whole prompts, which go into the cache."""
 
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     lengths: Int32[Array, " B"]
 
     def attend(self, heads: Heads, sinks: Array, state: Array, place: Place) -> tuple[Array, Array]:
@@ -47,11 +64,12 @@ class PromptAttention(LayerAttention[Array]):
         return attended, fill(state, place.group, k, v, self.lengths)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ChunkAttention(LayerAttention[Array]):
+class ChunkAttention(AttentionWithCache):
     """Attention to the cache and to tokens of a chunk of prompts, which go into it."""
 
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     start: Int32[Array, ""]
     lengths: Int32[Array, " B"]
 
@@ -61,8 +79,9 @@ class ChunkAttention(LayerAttention[Array]):
         return attend_chunk(*heads.rotated(), sinks, state, place.group, self.start, self.lengths, window=window)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CachedAttention(LayerAttention[Array]):
+class CachedAttention(AttentionWithCache):
     """Attention of each sequence's next token to the cache. Sinks are read in place from all layers'."""
 
     sinks: Float[Array, "layers N"]
@@ -166,7 +185,7 @@ def decode(model: GptOss, tokens: Int32[Array, " B"], state: DecodeState) -> tup
     A sequence may not come to have more tokens than the capacity that prefill was given: the first would be lost.
     """
     ids = None if state.adapter_ids is None else state.adapter_ids[:, None]
-    attention = CachedAttention(model.layers.get_value().sinks, state.lengths)
+    attention = CachedAttention(model.stack.sinks, state.lengths)
     inputs = Inputs(tokens[:, None], state.lengths[:, None], ids)
     hidden, cache = model.run_layers_in_place(inputs, attention, state.cache, state.attention_lora)
     return model.logits(hidden)[:, 0], dataclasses.replace(state, cache=cache, lengths=state.lengths + 1)

@@ -78,7 +78,7 @@ def decode_layer[S](
         attended = attended.reshape(-1, config.num_attention_heads * config.head_dim)
         narrow = shrinking(on_o, adapter_ids)
         shrunk = None if narrow is None else norm_linear(attended, index, narrow=narrow).product
-        addend = multiply(attended, shrunk, stack.o, on_o)
+        addend = call.split.sum_over_heads(multiply(attended, shrunk, stack.o, on_o))
     with jax.named_scope("router"):
         narrow = Narrow(stack.router.weight, stack.router.weight.shape[1], bias=stack.router.bias)
         routed = norm_linear(before.sum, index, addend=addend, norm=stack.moe_norm, eps=eps, narrow=narrow)

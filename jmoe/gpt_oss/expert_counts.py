@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from jmoe.gpt_oss.attention import Implementation
 from jmoe.gpt_oss.flash_attention import SEGMENTS
 from jmoe.gpt_oss.layer import Place
-from jmoe.gpt_oss.model import AttentionWithin, GptOss, Inputs, positions_in_segments
+from jmoe.gpt_oss.model import AttentionWithin, GptOss, positions_in_segments
+from jmoe.gpt_oss.run import Inputs
+from jmoe.gpt_oss.split import Split
 from jmoe.ops.routing import route
 
 
@@ -34,15 +37,20 @@ def expert_counts(
     return jnp.stack(counts, axis=1).reshape(config.num_hidden_layers, config.num_local_experts)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountingAttention(AttentionWithin):
     """Attention that carries counts [groups, E] of the experts that the tokens `counted` chose."""
 
     counted: Bool[Array, "B T"]
-    top_k: int
+    top_k: int = dataclasses.field(metadata={"static": True})
 
     def observe(self, router_logits: Array, state: Array, place: Place) -> Array:
         """The counts with one layer's."""
         chosen = route(router_logits.reshape(-1, router_logits.shape[-1]), self.top_k).experts
         ones = jnp.broadcast_to(self.counted.reshape(-1, 1), chosen.shape).astype(jnp.int32)
         return state.at[place.group, chosen].add(ones)
+
+    def finish(self, states: tuple[Array, ...], split: Split) -> tuple[Array, ...]:
+        """The counts of all devices' tokens."""
+        return tuple(map(split.sum_over_batch, states))

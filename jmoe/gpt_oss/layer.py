@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention_lora import AttentionLora, ProductLora
@@ -14,6 +15,7 @@ from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.lora_dropout import LoraDropout, shrink_dropped
 from jmoe.gpt_oss.products import linear_and_expand, product
 from jmoe.gpt_oss.rope import Heads
+from jmoe.gpt_oss.split import WHOLE, Split
 from jmoe.gpt_oss.weights import LayerWeights, Linear, slice_layers
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.lora.by_row import StackedFactors, lora_by_row
@@ -34,7 +36,12 @@ class Place(NamedTuple):
 
 
 class LayerAttention[S](Protocol):
-    """Attention of one call's layers, and what it carries from a group of layers to the next."""
+    """Attention of one call's layers, and what it carries from a group of layers to the next; a pytree.
+
+    splits_batch: whether sequences have states of their own, so that devices can have different ones.
+    """
+
+    splits_batch: ClassVar[bool] = True
 
     def attend(
         self, heads: Heads, sinks: Float[Array, " N"], state: S, place: Place
@@ -44,6 +51,18 @@ class LayerAttention[S](Protocol):
     def observe(self, router_logits: Float[Array, "B T E"], state: S, place: Place) -> S:
         """The state with what is kept of a layer's router."""
         return state
+
+    def finish(self, states: tuple[S, ...], split: Split) -> tuple[S, ...]:
+        """The states after the last layer, of all devices where they are not of a device's own sequences or heads."""
+        return states
+
+    def specs(self, batch: tuple[str, ...], heads: str | None) -> Self:
+        """The split of each of its arrays, where these axes split the sequences and the heads."""
+        return jax.tree.map_with_path(lambda path, _: P(batch or None), self)
+
+    def state_spec(self, batch: tuple[str, ...], heads: str | None) -> P:
+        """The split of a state's arrays."""
+        return P()
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +85,7 @@ class LayerCall[S]:
     rotary: (cosine, sine) [B, T, D/2] of the tokens' positions.
     remat: what the backward pass computes again.
     dropout: of the inputs of LoRA on attention, in training.
+    split: which part of the sequences, the heads and the experts is here; config has the heads that are.
     """
 
     config: Config
@@ -74,6 +94,7 @@ class LayerCall[S]:
     adapter_ids: Int32[Array, "B T"] | None
     remat: Remat = "nothing"
     dropout: LoraDropout | None = None
+    split: Split = WHOLE
 
 
 def linear(
@@ -145,7 +166,9 @@ def layer[S](
     """
     config, adapter_ids = call.config, call.adapter_ids
     dropout = None if call.dropout is None else call.dropout.number(place.number)
-    of_qkv, of_o = (None, None) if dropout is None else (dropout.number(0), dropout.number(1))
+    of_qkv, of_o = (None, None)
+    if dropout is not None:
+        of_qkv, of_o = dropout.number(0), dataclasses.replace(dropout.number(1), of_heads=True)
     with jax.named_scope("attention"):
         normal = rms_norm(x, weights.attention_norm, config.rms_norm_eps)
         on_qkv, on_o = (None, None) if lora.attention is None else (lora.attention.qkv, lora.attention.o)
@@ -154,7 +177,8 @@ def layer[S](
         qkv = qkv.reshape(*x.shape[:2], -1, config.head_dim)
         heads = Heads(qkv, config.num_attention_heads, *call.rotary)
         attended, state = call.attention.attend(heads, weights.sinks, state, place)
-        x = x + linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o, index)
+        by_heads = linear(attended.reshape(*x.shape[:2], -1), weights.o, on_o, adapter_ids, of_o, index)
+        x = x + call.split.sum_over_heads(by_heads)
     with jax.named_scope("router"):
         normal = rms_norm(x, weights.moe_norm, config.rms_norm_eps)
         router_logits = linear(normal, weights.router)
@@ -177,18 +201,28 @@ def moe_block(
     experts: of all layers.
     lora: of this layer or of all.
     """
-    return moe(
-        x,
+    split = call.split
+    layer: Int32[Array, ""] | None = index
+    if split.experts is not None:  # the logits' gradient is a sum over devices, and rounded once then
+        router_logits = router_logits.astype(jnp.float32)
+    adapter_ids = None if lora is None else call.adapter_ids
+    tokens, router_logits, adapter_ids = split.gather_tokens((x, router_logits, adapter_ids))
+    if split.fsdp is not None:
+        (experts, lora), layer = split.gather_layer(experts, lora, index), None
+    y = moe(
+        tokens,
         router_logits,
         experts,
         top_k=call.config.num_experts_per_tok,
         lora=lora,
-        adapter_ids=None if lora is None else call.adapter_ids,
+        adapter_ids=adapter_ids,
+        expert_offset=split.first_expert(experts),
         activation=call.config.activation,
-        layer=index,
+        layer=layer,
         recompute=call.remat == "experts",
         backend="xla" if x.dtype == jnp.float32 else None,
     )
+    return split.sum_over_experts(y)
 
 
 def run_groups[S](
@@ -226,7 +260,12 @@ def run_groups[S](
         kept = []
         for within, state in enumerate(states):
             plain = functools.partial(one, group=group, within=within)
-            run = jax.checkpoint(plain) if call.remat == "layers" else plain
+            if call.remat == "layers":
+                run = jax.checkpoint(plain)
+            elif call.split.fsdp is not None:  # a layer's experts are gathered again, not kept
+                run = jax.checkpoint(plain, policy=call.split.keeps)
+            else:
+                run = plain
             x, state = run(x, group * len(states) + within, sliced, state)
             kept.append(state)
         return (x, tuple(kept)), None

@@ -19,6 +19,8 @@ from jmoe.errors import first_line
 from jmoe.gpt_oss.adapter import load_adapters
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import Remat
+from jmoe.gpt_oss.layout import Layout, with_auto_axes
+from jmoe.gpt_oss.load_on_mesh import MeshReader
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import DenseExperts, empty_stack, put_layer
 from jmoe.gpt_oss.weights import ATTENTION, EXPERTS, LayerWeights, Linear, sizes
@@ -43,6 +45,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
+    layout: Layout | None = None,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     packed: bool | None = None,
@@ -59,8 +62,10 @@ def load(
     what is read.
 
     Args:
-      mesh: every array is whole on each of its devices, for batches that jax.shard_map splits; None: JAX's default
-        device holds them.
+      mesh: the devices, of one process or several; None: JAX's default device.
+      layout: how the mesh splits the model: each process reads only what its devices hold, and the host holds one
+        expert of each of them at a time; adapters are read whole. None: every array is whole on each device of the
+        mesh, for batches that jax.shard_map splits.
       adapter: a PEFT adapter's directory, or several, which adapter_ids count in this order; see
         jmoe.gpt_oss.load_adapter.
       dtype: as in GptOss. The weights keep their own dtypes.
@@ -77,17 +82,36 @@ def load(
       ValueError: a setting, tensor or file that does not fit; the message names it.
       ImportError: packed is None, the default device a GPU, and Triton or jax-triton is missing or too old.
     """
+    if layout is not None and mesh is None:
+        raise ValueError("a layout needs the mesh that it is of, got mesh None")
     directory = local_directory(path)
     config = Config.load(directory)
+    if layout is not None and mesh is not None:
+        layout.check(mesh, config)
     checkpoint = Checkpoint(directory)
     check_layers(checkpoint, config, quantize)
     directories = [adapter] if isinstance(adapter, str | os.PathLike) else adapter or []
     lora = load_adapters(directories, config, lora_b_layout=lora_b_layout)
     packed = reads_packed_here() if packed is None else packed
+    bar = steps(config.num_hidden_layers, f"loading {directory.name}", progress)
+    if layout is not None and mesh is not None:
+        mesh = with_auto_axes(mesh)
+        reader = MeshReader(checkpoint, config, mesh, layout, quantize is not None, packed)
+        return GptOss(
+            config,
+            embedding=reader.whole(EMBEDDING),
+            layers=reader.stack(bar),
+            norm=reader.whole(NORM),
+            head=reader.whole(HEAD),
+            lora=lora and layout.place(mesh, lora, layout.lora(lora)),
+            dtype=dtype,
+            remat=remat,
+            layout=layout,
+        )
     device = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     embedding, norm, head = (jax.device_put(checkpoint.tensor(name), device) for name in (EMBEDDING, NORM, HEAD))
     stack = None
-    for index in steps(config.num_hidden_layers, f"loading {directory.name}", progress):
+    for index in bar:
         layer = read_layer(checkpoint, config, index, quantize)
         if stack is None:
             stack = empty_stack(layer, config.num_hidden_layers, packed, device)

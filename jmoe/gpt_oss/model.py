@@ -2,47 +2,41 @@
 
 import dataclasses
 import typing
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.attention import Implementation, attend
 from jmoe.gpt_oss.attention_lora import AttentionLora
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.decode_layers import run_decode_layers
 from jmoe.gpt_oss.flash_attention import SEGMENTS
-from jmoe.gpt_oss.layer import LayerAttention, LayerCall, LayerLora, Place, Remat, run_groups
+from jmoe.gpt_oss.layer import LayerAttention, Place, Remat
+from jmoe.gpt_oss.layout import Layout, with_auto_axes
 from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.products import product
-from jmoe.gpt_oss.rope import Heads, cosine_and_sine
-from jmoe.gpt_oss.weights import LayerWeights, LoraWeights
-from jmoe.nn.variables import Frozen
-from jmoe.ops.decode.linear import MOST_ROWS
-from jmoe.ops.norm import rms_norm
+from jmoe.gpt_oss.rope import Heads
+from jmoe.gpt_oss.run import Arrays, Inputs, Run, adapters_of, logits_on_mesh
+from jmoe.gpt_oss.weights import LayerWeights, Linear, LoraWeights, qkv_rows
+from jmoe.nn.variables import Frozen, values_of, variable_of, variables_of
+from jmoe.ops.mesh_axes import mesh_of
 
 
-class Inputs(NamedTuple):
-    """Tokens, where they stand in their sequences, and their adapters, -1 for none; None: adapter 0, if any."""
-
-    tokens: Int32[Array, "B T"]
-    positions: Int32[Array, "B T"]
-    adapter_ids: Int32[Array, "B T"] | None
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionWithin(LayerAttention[Any]):
     """Attention to tokens of the same call, from which nothing is carried. Fields as in jmoe.gpt_oss.attend."""
 
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     segment_ids: Int32[Array, "B T"] | None
-    implementation: Implementation = None
-    most_segments: int = SEGMENTS
+    implementation: Implementation = dataclasses.field(default=None, metadata={"static": True})
+    most_segments: int = dataclasses.field(default=SEGMENTS, metadata={"static": True})
 
     def attend(self, heads: Heads, sinks: Array, state: Any, place: Place) -> tuple[Array, Any]:
         """(each query's values, the state as it is)."""
@@ -60,9 +54,10 @@ class AttentionWithin(LayerAttention[Any]):
 class GptOss(nnx.Module):
     """The whole model: embedding, layers, norm, head. Made by jmoe.gpt_oss.load.
 
-    Variables: `embedding` [V, H], `layers` (LayerWeights, every array with a leading axis for the layers), `norm` [H]
-    and `head` [V, H] are Frozen; with adapters `lora_a` and `lora_b` are nnx.LoRAParam, and `lora_scale` is Frozen; see
-    LoraWeights.
+    Variables: `embedding` [V, H], those of `layers` (LayerWeights, every array with a leading axis for the layers),
+    `norm` [H] and `head` [V, H] are Frozen; with adapters those of `lora_a` and `lora_b` are nnx.LoRAParam, and those
+    of `lora_scale` Frozen; see LoraWeights. On a mesh each has its PartitionSpec by the layout in its metadata, where
+    nnx.get_partition_spec and nnx.get_named_sharding find it.
     """
 
     def __init__(
@@ -76,6 +71,7 @@ class GptOss(nnx.Module):
         lora: LoraWeights | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         remat: Remat = "nothing",
+        layout: Layout | None = None,
     ) -> None:
         """A model of these weights.
 
@@ -83,6 +79,8 @@ class GptOss(nnx.Module):
           dtype: of activations: bfloat16, or float32, for which experts run by XLA.
           remat: what the backward pass computes again, which takes time and saves memory: "nothing"; "experts", as
             recompute in jmoe.moe; or "layers", of which it keeps the input alone.
+          layout: how the weights are split on the mesh that they are on; None: they are on one device, or whole on each
+            device of a mesh.
 
         Raises:
           ValueError: another dtype or remat.
@@ -94,37 +92,75 @@ class GptOss(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        self.embedding = Frozen(embedding)
-        self.layers = nnx.data(Frozen(layers))
-        self.norm = Frozen(norm)
-        self.head = Frozen(head)
-        self.lora_a = None if lora is None else nnx.data(nnx.LoRAParam(lora.a))
-        self.lora_b = None if lora is None else nnx.data(nnx.LoRAParam(lora.b))
-        self.lora_scale = None if lora is None else nnx.data(Frozen(lora.scale))
+        self.layout = layout
+        whole = None if layout is None else PartitionSpec()
+        self.embedding = variable_of(Frozen, embedding, whole)
+        self.layers = nnx.data(variables_of(Frozen, layers, layout and layout.layers(layers.experts)))
+        self.norm = variable_of(Frozen, norm, whole)
+        self.head = variable_of(Frozen, head, whole)
+        specs = None if layout is None or lora is None else layout.lora(lora)
+        self.lora_a = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.a, specs and specs.a))
+        self.lora_b = None if lora is None else nnx.data(variables_of(nnx.LoRAParam, lora.b, specs and specs.b))
+        self.lora_scale = None if lora is None else nnx.data(variables_of(Frozen, lora.scale, specs and specs.scale))
 
     @property
     def lora(self) -> LoraWeights | None:
         """The adapters, or None."""
         if self.lora_a is None or self.lora_b is None or self.lora_scale is None:
             return None
-        return LoraWeights(self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale.get_value())
+        return LoraWeights(values_of(self.lora_a), values_of(self.lora_b), values_of(self.lora_scale))
+
+    @property
+    def stack(self) -> LayerWeights:
+        """All layers' arrays."""
+        return values_of(self.layers)
 
     def with_adapters(self, lora: LoraWeights | None) -> "GptOss":
-        """The same weights with these adapters instead of its own."""
+        """The same weights with these adapters instead of its own; on a mesh they go where its layout has them."""
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((lora, self.embedding)))
+        if self.layout is not None and lora is not None and not traced:
+            lora = self.layout.place(self.embedding.get_value().sharding.mesh, lora, self.layout.lora(lora))
         return GptOss(
             self.config,
             embedding=self.embedding.get_value(),
-            layers=self.layers.get_value(),
+            layers=self.stack,
             norm=self.norm.get_value(),
             head=self.head.get_value(),
             lora=lora,
             dtype=self.dtype,
             remat=self.remat,
+            layout=self.layout,
+        )
+
+    def on_mesh(self, mesh: Mesh, layout: Layout) -> "GptOss":
+        """The same model on a mesh: for models that one device holds; jmoe.gpt_oss.load reads others onto it at once.
+
+        Raises:
+          ValueError: this is on a mesh by a layout already; and as Layout.check.
+        """
+        if self.layout is not None:
+            raise ValueError(f"the model is on a mesh already, by {self.layout}")
+        layout.check(mesh, self.config)
+        mesh = with_auto_axes(mesh)
+        rows = qkv_rows(self.config, layout.size(mesh, layout.heads))
+        stack, lora = self.stack, self.lora
+        qkv = Linear(stack.qkv.weight[:, rows], stack.qkv.bias[:, rows])
+        layers = dataclasses.replace(stack, qkv=qkv)
+        arrays = {name: getattr(self, name).get_value() for name in ("embedding", "norm", "head")}
+        return GptOss(
+            self.config,
+            **layout.place(mesh, arrays, dict.fromkeys(arrays, PartitionSpec())),
+            layers=layout.place(mesh, layers, layout.layers(layers.experts)),
+            lora=lora and layout.place(mesh, lora, layout.lora(lora)),
+            dtype=self.dtype,
+            remat=self.remat,
+            layout=layout,
         )
 
     def attention_lora(self) -> AttentionLora | None:
         """The adapters on attention as the layers apply them."""
-        return AttentionLora.of(self.lora, self.config, self.dtype)
+        parts = 1 if self.layout is None else self.layout.size(mesh_of(self.stack), self.layout.heads)
+        return AttentionLora.of(self.lora, self.config, self.dtype, parts)
 
     def __call__(
         self,
@@ -147,8 +183,11 @@ class GptOss(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
         """float32 logits of what `hidden` returns."""
+        head = self.head.get_value()
         with jax.named_scope("head"):
-            return product("bth,vh->btv", hidden, self.head.get_value())
+            if self.layout is None or mesh_of(head).manual_axes:
+                return product("bth,vh->btv", hidden, head)
+            return logits_on_mesh(self.layout, mesh_of(head), hidden, head)
 
     def hidden(
         self,
@@ -209,11 +248,8 @@ class GptOss(nnx.Module):
         states: for each layer of a group what its attention carries from group to group.
         dropout: as in `hidden`.
         """
-        call = self.layer_call(inputs, attention, dropout)
-        x = self.embed(inputs.tokens, inputs.adapter_ids)
-        lora = LayerLora(self.attention_lora(), None if self.lora is None else self.lora.on_experts)
-        x, states = run_groups(x, self.layers.get_value(), lora, call, states, in_place=False)
-        return rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps), states
+        run = Run(self.config, self.dtype, self.remat, in_place=False)
+        return run(self.layout, dataclasses.replace(self.arrays(inputs, attention, states), dropout=dropout))
 
     def run_layers_in_place[S](
         self,
@@ -228,30 +264,15 @@ class GptOss(nnx.Module):
 
         attention_lora: the model's, which many calls share.
         """
-        call = self.layer_call(inputs, attention)
-        x = self.embed(inputs.tokens, inputs.adapter_ids)
-        stack, norm = self.layers.get_value(), self.norm.get_value()
-        lora = LayerLora(attention_lora, None if self.lora is None else self.lora.on_experts)
-        if inputs.tokens.size <= MOST_ROWS and x.dtype == jnp.bfloat16:
-            return run_decode_layers(x, stack, norm, lora, call, states)
-        x, states = run_groups(x, stack, lora, call, states, in_place=True)
-        return rms_norm(x, norm, self.config.rms_norm_eps), states
+        run = Run(self.config, self.dtype, self.remat, in_place=True)
+        arrays = self.arrays(inputs, attention, states)
+        return run(self.layout, dataclasses.replace(arrays, attention_lora=attention_lora))
 
-    def layer_call[S](
-        self, inputs: Inputs, attention: LayerAttention[S], dropout: LoraDropout | None = None
-    ) -> LayerCall[S]:
-        """What all layers of a call have alike."""
-        rotary = cosine_and_sine(self.config.rope, self.config.head_dim, inputs.positions)
-        return LayerCall(self.config, attention, rotary, inputs.adapter_ids, self.remat, dropout)
-
-    def embed(self, tokens: Int32[Array, "B T"], adapter_ids: Int32[Array, "B T"] | None) -> Float[Array, "B T H"]:
-        """What goes into the first layer: NaN for tokens that are not in the vocabulary, and adapters there are not."""
-        embedding = self.embedding.get_value()
-        there = (tokens >= 0) & (tokens < embedding.shape[0])
-        if adapter_ids is not None:
-            there &= (adapter_ids >= -1) & (adapter_ids < adapters_of(self.lora))
-        x = jnp.take(embedding, tokens, axis=0, mode="clip").astype(self.dtype)
-        return jnp.where(there[..., None], x, jnp.nan)
+    def arrays[S](self, inputs: Inputs, attention: LayerAttention[S], states: tuple[S, ...]) -> Arrays[S]:
+        """What the layers are computed of and on."""
+        return Arrays(
+            self.embedding.get_value(), self.stack, self.norm.get_value(), self.lora, inputs, attention, states
+        )
 
     @property
     def period(self) -> int:
@@ -272,11 +293,6 @@ def positions_in_segments(shape: tuple[int, ...], segment_ids: Int32[Array, "B T
         return index
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
     return index - lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-
-def adapters_of(lora: LoraWeights | None) -> int:
-    """How many adapters there are."""
-    return 0 if lora is None else next(iter(lora.scale.values())).shape[1]
 
 
 def check_tokens(tokens: Array, adapter_ids: Array | None, lora: LoraWeights | None, vocabulary: int) -> None:

@@ -2,8 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar, Self
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -36,8 +39,23 @@ def page_bytes(config: Config, period: int, dtype: DTypeLike) -> int:
     return groups * config.num_key_value_heads * PAGE_SIZE * 2 * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+class AttentionWithPages(LayerAttention[Array]):
+    """Attention to pages, which are all sequences' together: devices can split heads alone."""
+
+    splits_batch: ClassVar[bool] = False
+
+    def specs(self, batch: tuple[str, ...], heads: str | None) -> Self:
+        """The split of each of its arrays."""
+        return jax.tree.map_with_path(lambda path, _: P(None, heads) if path[0].name == "sinks" else P(), self)
+
+    def state_spec(self, batch: tuple[str, ...], heads: str | None) -> P:
+        """The split of each array of the PagedCache."""
+        return P(None, None, heads)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedDecodeAttention(LayerAttention[Array]):
+class PagedDecodeAttention(AttentionWithPages):
     """Attention of each sequence's next token, of tokens [B, 1]; the state is the PagedCache.
 
     windows: of each layer.
@@ -46,7 +64,7 @@ class PagedDecodeAttention(LayerAttention[Array]):
     pages: for each layer of a group, see paged_decode_attention.
     """
 
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     sinks: Float[Array, "layers N"]
     position: Int32[Array, " B"]
     pages: tuple[Int32[Array, "B P"], ...]
@@ -69,8 +87,9 @@ class PagedDecodeAttention(LayerAttention[Array]):
         return attended[:, None], state
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedPrefillAttention(LayerAttention[Array]):
+class PagedPrefillAttention(AttentionWithPages):
     """Attention of a chunk of prompts, of tokens [1, T]; the state is the PagedCache.
 
     windows, sinks: as in PagedDecodeAttention.
@@ -78,7 +97,7 @@ class PagedPrefillAttention(LayerAttention[Array]):
     pages: for each layer of a group.
     """
 
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     sinks: Float[Array, "layers N"]
     offsets: Int32[Array, " S+1"]
     first_positions: Int32[Array, " S"]

@@ -1,18 +1,25 @@
 """Random models of a given size, for tests and benchmarks."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.layer import Remat
+from jmoe.gpt_oss.layout import Layout, with_auto_axes
 from jmoe.gpt_oss.load import steps
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.stack import empty_stack, put_layer
-from jmoe.gpt_oss.weights import ATTENTION, TARGETS, LayerWeights, Linear, LoraWeights, sizes
+from jmoe.gpt_oss.stack_on_mesh import Room
+from jmoe.gpt_oss.weights import ATTENTION, TARGETS, LayerWeights, Linear, LoraWeights, qkv_rows, sizes
 from jmoe.ops.launch.local_gpu import reads_packed_here
+from jmoe.ops.mxfp4 import Mxfp4
 from jmoe.ops.random_layer import LayerShape, random_layer
 
 
@@ -25,32 +32,96 @@ def random_model(
     seed: int = 0,
     progress: bool = False,
     remat: Remat = "nothing",
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> GptOss:
     """A model of MXFP4 experts and bfloat16 weights whose activations keep about their size from layer to layer.
 
     Args:
       rank: of bfloat16 LoRA on everything it can be on; 0: none.
       packed, progress, remat: as in jmoe.gpt_oss.load, layer by layer as there.
+      mesh, layout: the model is split so, and each device makes its own part; both or neither. The values are those of
+        one device.
     """
+    if (mesh is None) != (layout is None):
+        raise ValueError(f"a layout and its mesh go together, got mesh {mesh} and layout {layout}")
     packed = reads_packed_here() if packed is None else packed
     keys = jax.random.split(jax.random.key(seed), config.num_hidden_layers + 3)
+    layers = steps(config.num_hidden_layers, "making a random model", progress)
+    vocabulary = (config.vocab_size, config.hidden_size)
+    made = functools.partial(GptOss, config, remat=remat, layout=layout)
+    if mesh is not None and layout is not None:
+        layout.check(mesh, config)
+        mesh = with_auto_axes(mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        lora = None
+        if rank:
+            make_lora = functools.partial(random_lora, config=config, rank=rank, adapters=adapters)
+            specs = layout.lora(jax.eval_shape(make_lora, keys[-1]))
+            lora = jax.jit(make_lora, out_shardings=layout.shardings(mesh, specs))(keys[-1])
+        table = jax.jit(normal, static_argnames=("shape", "scale"), out_shardings=whole)
+        return made(
+            embedding=table(keys[-3], vocabulary, 1.0),
+            layers=random_stack_on_mesh((keys[index] for index in layers), config, mesh, layout, packed),
+            norm=jnp.ones(config.hidden_size, jnp.bfloat16, device=whole),
+            head=table(keys[-2], vocabulary, 1 / math.sqrt(config.hidden_size)),
+            lora=lora,
+        )
     stack = None
-    for index in steps(config.num_hidden_layers, "making a random model", progress):
+    for index in layers:
         layer = random_weights(keys[index], config)
         if stack is None:
             stack = empty_stack(layer, config.num_hidden_layers, packed)
         stack = put_layer(stack, layer, index)
     assert stack is not None
-    vocabulary = (config.vocab_size, config.hidden_size)
-    return GptOss(
-        config,
+    return made(
         embedding=normal(keys[-3], vocabulary, 1.0),
         layers=stack,
         norm=jnp.ones(config.hidden_size, jnp.bfloat16),
         head=normal(keys[-2], vocabulary, 1 / math.sqrt(config.hidden_size)),
         lora=random_lora(keys[-1], config, rank, adapters) if rank else None,
-        remat=remat,
     )
+
+
+def random_stack_on_mesh(
+    keys: Iterable[jax.Array], config: Config, mesh: Mesh, layout: Layout, packed: bool
+) -> LayerWeights:
+    """All layers of a model on a mesh, each device's part made by itself."""
+    room = Room(mesh, config.num_hidden_layers)
+    rows = qkv_rows(config, layout.size(mesh, layout.heads))
+
+    def make(key: jax.Array) -> LayerWeights:
+        layer = random_weights(key, config)
+        return dataclasses.replace(layer, qkv=jax.tree.map(lambda leaf: leaf[rows], layer.qkv))
+
+    stack = None
+    for index, key in enumerate(keys):
+        if stack is None:
+            shapes = jax.eval_shape(make, key)
+            specs = layout.layers(shapes.experts)
+            of_layer = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
+            make_layer = jax.jit(make, out_shardings=layout.shardings(mesh, of_layer))
+
+            def empty(leaf: Any, spec: Any) -> Any:
+                if isinstance(leaf, Mxfp4):
+                    return room.empty_mxfp4(leaf.shape, spec.blocks, packed=packed)
+                return room.empty(leaf.shape, leaf.dtype, spec)
+
+            stack = jax.tree.map(empty, shapes, specs, is_leaf=is_weight)
+
+        def put(leaf: Any, stack: Any, spec: Any, layer: int = index) -> Any:
+            if isinstance(leaf, Mxfp4):
+                return room.put_experts(stack, leaf, spec.blocks, layer)
+            return room.put(stack, leaf, spec, layer)
+
+        stack = jax.block_until_ready(jax.tree.map(put, make_layer(key), stack, specs, is_leaf=is_weight))
+    assert stack is not None
+    return stack
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether it is MXFP4, whose arrays go together."""
+    return isinstance(leaf, Mxfp4)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "scale"))

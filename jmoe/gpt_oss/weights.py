@@ -7,6 +7,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -31,7 +32,10 @@ class Linear:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights, or all layers' with a leading axis; a pytree. Of qkv's rows q's come first, v's last."""
+    """One layer's weights, or all layers' with a leading axis; a pytree.
+
+    Of qkv's rows q's come first, v's last; where a mesh splits heads, of each device's rows, see qkv_rows.
+    """
 
     attention_norm: Float[Array, "... H"]
     qkv: Linear
@@ -87,6 +91,13 @@ def sizes(config: Config) -> dict[str, tuple[int, int]]:
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
     }
+
+
+def qkv_rows(config: Config, parts: int) -> Int32[np.ndarray, " N"]:
+    """Where the rows of q, then k, then v go when heads are split in so many parts: each part's q, k and v together."""
+    rows = np.arange(sum(sizes(config)[name][0] for name in ("q", "k", "v")))
+    q, k, v = np.split(rows, np.cumsum([sizes(config)[name][0] for name in ("q", "k")]))
+    return np.concatenate([own.reshape(parts, -1) for own in (q, k, v)], axis=1).reshape(-1)
 
 
 def take(array: Array, index: Int32[Array, ""] | int) -> Array:

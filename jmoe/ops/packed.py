@@ -95,7 +95,9 @@ def empty_packed(*leading: int, n: int, k: int, device: Sharding | None = None) 
     return PackedMxfp4(words, scales, n, k)
 
 
-def pack_into(packed: PackedMxfp4, weight: Mxfp4, *layer: int, first: int = 0) -> PackedMxfp4:
+def pack_into(
+    packed: PackedMxfp4, weight: Mxfp4, *layer: int | Int32[Array, ""], first: int | Int32[Array, ""] = 0
+) -> PackedMxfp4:
     """`packed` with this weight's experts in their place, in its own memory, so that the one given is used up.
 
     Args:
@@ -121,7 +123,7 @@ def unpack_weight(packed: PackedMxfp4) -> Mxfp4:
 def _pack_into(
     words: Int32[Array, "*E NB KB 512"],
     packed_scales: Int32[Array, "*E NB KB 32"],
-    index: tuple[int, ...],
+    index: tuple[int | Int32[Array, ""], ...],
     blocks: UInt8[Array, "N G 16"],
     scales: UInt8[Array, "N G"],
 ) -> tuple[Int32[Array, "*E NB KB 512"], Int32[Array, "*E NB KB 32"]]:

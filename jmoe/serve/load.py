@@ -13,9 +13,11 @@ from jmoe import gpt_oss
 from jmoe.adapters.settings import LoraBLayout
 from jmoe.gpt_oss.adapter import load_adapter
 from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layout import mesh_and_layout
 from jmoe.gpt_oss.load import Quantize
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine import Engine, EngineSettings
+from jmoe.serve.engine.placement import check_layout
 from jmoe.serve.metrics import Metrics
 from jmoe.serve.service import ModelFacts, Service
 from jmoe.text import load_tokenizer
@@ -37,6 +39,7 @@ class Served:
       max_lora_rank: the largest rank of an adapter; None: as the adapters are that are there, or LEAST_RANK if more.
       lora_b_layout, quantize: as in jmoe.gpt_oss.load.
       dtype: as in jmoe.gpt_oss.load.
+      mesh: axes that the devices are split in, as model=2; None: one device.
     """
 
     directory: Path
@@ -48,6 +51,7 @@ class Served:
     lora_b_layout: LoraBLayout | None = None
     quantize: Quantize | None = None
     dtype: DTypeLike = jnp.bfloat16
+    mesh: str | None = None
 
 
 def load_service(served: Served, loop: asyncio.AbstractEventLoop) -> Service:
@@ -57,6 +61,9 @@ def load_service(served: Served, loop: asyncio.AbstractEventLoop) -> Service:
       FileNotFoundError, ValueError: as jmoe.gpt_oss.load, jmoe.gpt_oss.load_adapter and the engine do.
     """
     config = Config.load(served.directory)
+    mesh, layout = mesh_and_layout(served.mesh, config)
+    if mesh is not None and layout is not None:
+        check_layout(mesh, layout)
 
     def read_adapter(path: str) -> LoraWeights:
         return load_adapter(path, config, lora_b_layout=served.lora_b_layout)
@@ -65,7 +72,7 @@ def load_service(served: Served, loop: asyncio.AbstractEventLoop) -> Service:
         tokenizers = beside.submit(lambda: [load_tokenizer(served.directory) for _ in range(2)])
         adapters = {name: read_adapter(str(path)) for name, path in served.adapters.items()}
         rank = served.max_lora_rank or max([LEAST_RANK, *map(rank_of, adapters.values())])
-        model = gpt_oss.load(served.directory, dtype=served.dtype, quantize=served.quantize)
+        model = gpt_oss.load(served.directory, mesh=mesh, layout=layout, dtype=served.dtype, quantize=served.quantize)
         tokenizer, prompt_tokenizer = tokenizers.result()
     engine = Engine(model, dataclasses.replace(served.engine, max_lora_rank=rank))
     engine.start()

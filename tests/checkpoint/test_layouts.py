@@ -44,7 +44,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 def arrays(directory: Path, **options: object) -> list[jax.Array]:
     """Every array of the model."""
     model = gpt_oss.load(directory, packed=False, progress=False, **options)
-    return jax.tree.leaves([model.embedding[...], model.layers.get_value(), model.norm[...], model.head[...]])
+    return jax.tree.leaves([model.embedding[...], model.stack, model.norm[...], model.head[...]])
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_any_number_of_experts(experts: int, tmp_path: Path) -> None:
     }
     directory = written(tmp_path, tensors, num_local_experts=experts)
     model = gpt_oss.load(directory, packed=False, progress=False)
-    assert model.layers.get_value().experts.gate_up.shape == (2, experts, 192, 64)
+    assert model.stack.experts.gate_up.shape == (2, experts, 192, 64)
 
 
 @pytest.mark.parametrize(

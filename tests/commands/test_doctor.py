@@ -13,6 +13,7 @@ from jmoe import gpt_oss
 from jmoe.checkpoint.tensors import Spec
 from jmoe.cli import app
 from jmoe.device_memory import FRACTION, NAMES, byte_size
+from jmoe.device_mesh import planned_mesh
 from jmoe.doctor import machine as here
 from jmoe.doctor import model as doctor
 from jmoe.finetune import memory
@@ -50,6 +51,27 @@ def test_bytes_are_those_of_the_files() -> None:
     cache = cache_bytes(gpt_oss.Config.load(TINY), 2, 48)
     assert report.resident["KV cache of 2 x 48 tokens"] == cache == 2 * 2 * 2 * 2 * 32 * (32 + 48)
     assert report.resident["adapters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "experts", "heads", "batch"),
+    [("data=2,expert=2", 2, 1, 4), ("data=4,model=2", 2, 2, 4), ("heads=2", 1, 2, 1)],
+)
+def test_on_a_mesh_it_is_the_bytes_of_each_device(text: str, experts: int, heads: int, batch: int) -> None:
+    size = {"batch": 16, "context": 48}
+    whole = doctor.examine_model(TINY, [], MACHINE, **size).resident
+    report = doctor.examine_model(TINY, [], MACHINE, mesh=planned_mesh(text), **size)
+    kinds = ("experts, packed 4-bit", "embedding and head", "KV cache of 16 x 48 tokens")
+    assert [whole[kind] // report.resident[kind] for kind in kinds] == [experts, 1, heads * batch]
+    assert report.devices == planned_mesh(text).size
+
+
+def test_a_mesh_of_devices_that_are_not_here_is_told() -> None:
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--mesh", "data=4,expert=2"])
+    assert run.exit_code == 0, run.output
+    assert "memory of each of 8 devices" in run.stdout
+    run = CliRunner().invoke(app, ["doctor", "--model", str(TINY), "--mesh", "expert=3"])
+    assert "8 experts cannot be split evenly over expert = 3 devices" in str(run.exception)
 
 
 def test_a_checkpoint_or_adapter_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:

@@ -49,6 +49,27 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_plans_for_a_mesh_of_devices_that_are_not_here(data: Path, tmp_path: Path) -> None:
+    more = ["--length", 64, "--bad-rows", "skip", "--validation-fraction", 0, "--dry-run", "--batch-size", 64]
+    done = invoke(*needed(data, tmp_path / "out"), *more, "--mesh", "data=8,expert=8")
+    assert "mesh data=8,expert=8: 64 devices; each computes 1 of 64 sequences at once and holds 1 of 8" in done.output
+    assert done.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh", "data=2"], "must be a multiple of 2, those along mesh data, got 1"),
+        (["--mesh", "data=3"], "mesh data=3 is of 3 devices, and there are 2 devices"),
+        (["--mesh", "expert=2", "--fsdp"], "fsdp splits experts over the data axis, and there is none"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error_before_rows_are_read(
+    flags: list[str], message: str, data: Path, tmp_path: Path
+) -> None:
+    assert message in str(invoke(*needed(data, tmp_path / "out"), *flags).exception)
+
+
 def test_a_step_that_does_not_fit_is_warned_of_before_the_model_is_loaded(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
     ("entries", "message"),
     [
         ({"batch": 4}, "unknown options batch; there are model, data"),
+        ({"fsdp": True}, "fsdp splits experts over a mesh's data axis, and no mesh is given"),
         ({"ranks": 4}, "ranks must be as gate_up=8,q=16, .* got 4"),
         ({"ranks": "gate=8"}, "'gate' of rank 8 in 'gate=8'"),
         ({"ranks": "q=8,q=4"}, "each once and at least 1, got twice"),

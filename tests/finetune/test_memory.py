@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from jmoe.bench.model.case import sizes
 from jmoe.checkpoint import Checkpoint
@@ -14,12 +15,14 @@ from jmoe.finetune.config import FinetuneConfig
 from jmoe.finetune.memory import (
     GIB,
     MemoryEstimate,
+    Shares,
     estimate,
     experts_in_mxfp4,
     new_adapter_shapes,
     warning,
     weight_bytes,
 )
+from jmoe.gpt_oss.layout import Layout
 from jmoe.gpt_oss.random_model import random_model
 from tests.checkpoints import TINY, dense, renamed, tensors_of, written
 
@@ -61,7 +64,7 @@ def test_weights_are_counted_exactly() -> None:
     tiny = dataclasses.replace(sizes()["tiny"], hidden_size=96, num_attention_heads=6)
     model = random_model(tiny, packed=False)
     held = (model.embedding, model.layers, model.norm, model.head)
-    leaves = jax.tree.leaves([variable.get_value() for variable in held])
+    leaves = jax.tree.leaves(held)
     assert weight_bytes(tiny, mxfp4=True) == sum(leaf.nbytes for leaf in leaves)
 
 
@@ -70,6 +73,21 @@ def test_dense_experts_take_two_bytes_a_weight() -> None:
     more = weight_bytes(config, mxfp4=False) - weight_bytes(config, mxfp4=True)
     weights = 24 * 32 * 3 * 2880 * 2880
     assert more == weights * (2 - 17 / 32)
+
+
+def test_devices_of_a_mesh_share_experts_and_batches() -> None:
+    mesh = AbstractMesh((2, 4), ("data", "expert"))
+    config, options = sizes()["120b"], FinetuneConfig(model="m", data="d", out="o", batch_size=8)
+    shapes = new_adapter_shapes(options, config)
+    shares = [Shares.of(Layout.of(mesh, config, fsdp=fsdp), mesh) for fsdp in (False, True)]
+    assert shares == [Shares(8, 4, 4), Shares(8, 8, 4)]
+    one = estimate(dataclasses.replace(options, batch_size=1), config, shapes).parts
+    own, fsdp = (estimate(options, config, shapes, shares=share).parts for share in shares)
+    experts = 36 * 128 * (3 * 2880 * 2880 * 17 // 32 + 2 * 3 * 2880)
+    assert one["weights"] - own["weights"] == experts * 3 // 4
+    assert own["weights"] - fsdp["weights"] == experts // 8 - 2 * 32 * (3 * 2880 * 2880 * 17 // 32)
+    assert own["kept for the backward pass"] == one["kept for the backward pass"]
+    assert 0.25 < own["LoRA and AdamW"] / one["LoRA and AdamW"] < 0.27
 
 
 @pytest.mark.parametrize("router", ["mlp.router.", "mlp.router.linear."])

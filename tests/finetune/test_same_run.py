@@ -17,6 +17,7 @@ SAVED = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
     "change",
     [
         *({"data": ["d"]}, {"out": "p"}, {"keep": 5}, {"log_every": 7}, {"quiet": True}, {"log_to": "none"}),
+        *({"mesh": "data=2"}, {"fsdp": True}),
         *({"steps": 41}, {"epochs": 2.0}, {"patience": 3}),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from jmoe.conversations.rows import Conversation, Text
@@ -14,7 +15,9 @@ from jmoe.finetune.config import LARGEST, FinetuneConfig
 from jmoe.finetune.examples import Example, make_example, read_examples
 from jmoe.finetune.memory import GIB, MemoryEstimate
 from jmoe.finetune.packing import pack
-from jmoe.finetune.start_report import count_steps, course, lengths, marked, printable, say_rows, say_start
+from jmoe.finetune.start_report import count_steps, course, devices, lengths, marked, printable, say_rows, say_start
+from jmoe.gpt_oss.config import Config
+from jmoe.gpt_oss.layout import Layout
 from jmoe.text import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
@@ -106,3 +109,22 @@ def test_every_start_says_shortly_what_a_dry_run_says(whole: bool) -> None:
     assert "about 13.0 GiB" in printed
     assert "of 10.0 GiB that JAX may take" in printed
     assert "warning: a step is likely to take more memory than JAX may take of the device, 13.0 of 10.0 GiB" in printed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fsdp", "said"),
+    [
+        ({"data": 2}, False, "mesh data=2: 2 devices; each computes 4 of 8 sequences at once and holds 8 of 8 experts"),
+        (
+            {"data": 2, "expert": 2},
+            True,
+            "mesh data=2,expert=2: 4 devices; each computes 2 of 8 sequences at once and holds 2 of 8 experts (fsdp: 4 "
+            "of a layer while it is computed), 8 of 8 heads",
+        ),
+        ({"model": 2}, False, "each computes 8 of 8 sequences at once and holds 4 of 8 experts, 4 of 8 heads"),
+    ],
+)
+def test_a_mesh_is_said_with_what_each_device_has(sizes: dict[str, int], fsdp: bool, said: str) -> None:
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    model = Config.load(TINY)
+    assert said in devices(mesh, Layout.of(mesh, model, fsdp=fsdp), model, 8)

@@ -24,7 +24,7 @@ def model() -> gpt_oss.GptOss:
     return gpt_oss.GptOss(
         base.config,
         embedding=base.embedding.get_value(),
-        layers=base.layers.get_value(),
+        layers=base.stack,
         norm=base.norm.get_value(),
         head=base.head.get_value(),
         lora=gpt_oss.LoraWeights(a, b, scale),

@@ -38,10 +38,10 @@ def change(folder: Path, name: str, tensor: np.ndarray | None) -> None:
 
 def test_experts_stay_in_four_bits() -> None:
     model = gpt_oss.load(CASE, packed=True, progress=False)
-    experts = model.layers.get_value().experts
+    experts = model.stack.experts
     assert isinstance(experts.gate_up, PackedMxfp4)
     assert experts.gate_up.words.shape[:2] == (2, 4)
-    plain = gpt_oss.load(CASE, packed=False, progress=False).layers.get_value().experts
+    plain = gpt_oss.load(CASE, packed=False, progress=False).stack.experts
     assert plain.down.blocks.dtype == np.uint8
 
 

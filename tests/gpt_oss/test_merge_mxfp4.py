@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import GptOssForCausalLM
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from jmoe import Mxfp4, dequantize, gpt_oss, quantize
 from jmoe.checkpoint import Checkpoint, load_moe_layer
 from jmoe.cli import app
 from jmoe.gpt_oss.merge import QUANTIZATION, Format, settings
+from jmoe.nn.variables import Frozen, variables_of
 from tests.checkpoints import dense, tensors_of
 from tests.checkpoints import written as written_checkpoint
 
@@ -86,13 +88,13 @@ def test_transformers_and_jmoe_compute_with_the_bytes_written(written: tuple[Pat
     ours = np.asarray(model(tokens))
     assert np.linalg.norm(ours - of_torch) <= 1e-3 * np.linalg.norm(of_torch)
     # The same weights in memory, dense: no other bytes, no other order, give these logits.
-    layers = model.layers.get_value()
+    layers = model.stack
     dense = jax.tree.map(
         lambda leaf: dequantize(leaf, jnp.float32) if isinstance(leaf, Mxfp4) else leaf,
         layers,
         is_leaf=lambda leaf: isinstance(leaf, Mxfp4),
     )
-    model.layers.set_value(dense)
+    model.layers = nnx.data(variables_of(Frozen, dense))
     assert np.linalg.norm(ours - model(tokens)) <= 1e-5 * np.linalg.norm(ours)
     # And they are nearer to the adapter's than the model without it is, by what MXFP4 lets through.
     assert np.linalg.norm(ours - adapted) < 0.9 * np.linalg.norm(base - adapted)

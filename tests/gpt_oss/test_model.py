@@ -36,10 +36,9 @@ def in_transformers(dtype: torch.dtype) -> GptOssForCausalLM:
 
 def ours(dtype: object) -> gpt_oss.GptOss:
     model = gpt_oss.load(CASE / "model", dtype=dtype, progress=False)
-    layers = model.layers.get_value()
-    count, heads = layers.sinks.shape
+    count, heads = model.stack.sinks.shape
     sinks = jnp.stack([jnp.roll(jnp.linspace(-3, 5, heads), i) for i in range(count)]).astype(jnp.bfloat16)
-    model.layers.set_value(gpt_oss.LayerWeights(**{**vars(layers), "sinks": sinks}))
+    model.layers.sinks.set_value(sinks)
     return model
 
 
@@ -114,7 +113,7 @@ def test_packed_decode_are_the_same_model() -> None:
 def test_remat_changes_no_gradient() -> None:
     tokens = random_tokens(ours(jnp.float32), 12)
     model = ours(jnp.float32)
-    layers, rest = model.layers.get_value(), {name: getattr(model, name)[...] for name in ("embedding", "norm", "head")}
+    layers, rest = model.stack, {name: getattr(model, name)[...] for name in ("embedding", "norm", "head")}
 
     def loss(norm: jax.Array, remat: Remat) -> jax.Array:
         changed = gpt_oss.LayerWeights(**{**vars(layers), "moe_norm": norm})

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jmoe import gpt_oss
-from jmoe.gpt_oss.model import Inputs
 from jmoe.gpt_oss.paged import (
     PAGE_SIZE,
     PagedCache,
@@ -19,6 +18,7 @@ from jmoe.gpt_oss.paged import (
     empty_paged_cache,
     page_bytes,
 )
+from jmoe.gpt_oss.run import Inputs
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
 CAPACITY = 192
@@ -50,7 +50,7 @@ def run_chunk(
     """(logits of a chunk's tokens, the cache with them)."""
     owner = jnp.minimum(jnp.searchsorted(offsets[1:], jnp.arange(len(tokens)), side="right"), len(first) - 1)
     positions = first[owner] + jnp.arange(len(tokens)) - offsets[owner]
-    sinks = model.layers.get_value().sinks
+    sinks = model.stack.sinks
     attention = PagedPrefillAttention(model.config.windows, sinks, offsets, first, pages)
     inputs = Inputs(tokens[None], positions[None], ids[owner][None])
     hidden, cache = model.run_layers_in_place(inputs, attention, cache, model.attention_lora())
@@ -67,7 +67,7 @@ def run_step(
     pages: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, PagedCache]:
     """(logits after each sequence's token, the cache with it)."""
-    attention = PagedDecodeAttention(model.config.windows, model.layers.get_value().sinks, position, pages)
+    attention = PagedDecodeAttention(model.config.windows, model.stack.sinks, position, pages)
     inputs = Inputs(tokens[:, None], jnp.maximum(position, 0)[:, None], ids[:, None])
     hidden, cache = model.run_layers_in_place(inputs, attention, cache, model.attention_lora())
     return model.logits(hidden)[:, 0], cache

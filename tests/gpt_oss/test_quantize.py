@@ -24,7 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt_oss"
 
 
 def layers(directory: Path, **options: object) -> gpt_oss.LayerWeights:
-    return gpt_oss.load(directory, quantize="mxfp4", progress=False, **options).layers.get_value()
+    return gpt_oss.load(directory, quantize="mxfp4", progress=False, **options).stack
 
 
 def random_experts(dtype: type, swapped: bool = False) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def test_experts_are_those_of_quantize(packed: bool, swapped: bool, dtype: type,
 
 
 def test_what_mxfp4_has_is_kept_and_what_is_mxfp4_is_left(tmp_path: Path) -> None:
-    plain = gpt_oss.load(TINY, packed=False, progress=False).layers.get_value()
+    plain = gpt_oss.load(TINY, packed=False, progress=False).stack
     assert tree_equal(layers(TINY, packed=False), plain)
     of_dense = layers(written(tmp_path, dense(tensors_of(TINY))), packed=False).experts.down
     for layer in range(2):  # the bytes may be others, as a zero block has any scale

@@ -27,7 +27,7 @@ from jmoe.ops.mxfp4 import PackedMxfp4
 jax.numpy.zeros(1).block_until_ready()
 model = gpt_oss.load(sys.argv[1], quantize="mxfp4", progress=False)
 jax.block_until_ready(jax.tree.leaves(model))
-assert isinstance(model.layers.get_value().experts.down, PackedMxfp4)
+assert isinstance(model.stack.experts.down, PackedMxfp4)
 packed = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) / 2**30
 print(json.dumps({"packed": packed, "held": in_use_gib(), "peak": peak_gib(), "host": anonymous_gib()}))
 """

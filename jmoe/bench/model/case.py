@@ -19,6 +19,7 @@ class ModelCase:
     sequences: decoded together, or of a step's batch.
     length: tokens of each prompt, or of each sequence.
     rank: of LoRA on experts and attention; 0: none.
+    mesh: what the devices are split in, as model=2; empty: one device.
     """
 
     kind: Kind
@@ -26,10 +27,17 @@ class ModelCase:
     sequences: int = 1
     length: int = 1024
     rank: int = 16
+    mesh: str = ""
 
     def __str__(self) -> str:
         lora = f"LoRA r={self.rank}" if self.rank else "no LoRA"
-        return f"{self.kind} {self.size}, {self.sequences} x {self.length} tokens, {lora}"
+        on = f", {self.mesh}" if self.mesh else ""
+        return f"{self.kind} {self.size}, {self.sequences} x {self.length} tokens, {lora}{on}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its fields as results have them: those of one device name no mesh."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value or name != "mesh"}
 
     @property
     def config(self) -> Config:

@@ -13,6 +13,7 @@ from jmoe.bench.model.memory import peak_gib
 from jmoe.gpt_oss.config import Config
 from jmoe.gpt_oss.decode import DecodeState
 from jmoe.gpt_oss.generate import Progress, advance, start
+from jmoe.gpt_oss.layout import mesh_and_layout
 from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.random_model import random_model
 from jmoe.gpt_oss.sample import Sampling
@@ -26,7 +27,8 @@ NO_STOP = np.array([-1], np.int32)
 
 def measure(case: ModelCase) -> Figures:
     """Medians; a step's is that of STEPS steps in one call, from the end of the prompt on."""
-    model = random_model(case.config, rank=case.rank)
+    mesh, layout = mesh_and_layout(case.mesh or None, case.config)
+    model = random_model(case.config, rank=case.rank, mesh=mesh, layout=layout)
     call, state = prefill(model, case)
     prefill_seconds = statistics.median(seconds(call) for _ in range(3))
     times = []

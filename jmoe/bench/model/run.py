@@ -3,7 +3,6 @@
 python -m jmoe.bench.model.run CASE prints the figures of one case, which is JSON, as JSON.
 """
 
-import dataclasses
 import importlib
 import json
 import os
@@ -38,7 +37,7 @@ def run_one(case: ModelCase, timeout: float) -> Figures:
     if case.kind == "parts":
         flags = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
-    command = [sys.executable, "-m", "jmoe.bench.model.run", json.dumps(dataclasses.asdict(case))]
+    command = [sys.executable, "-m", "jmoe.bench.model.run", json.dumps(case.row)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -51,10 +50,10 @@ def run_one(case: ModelCase, timeout: float) -> Figures:
 
 def add(results: dict[str, Any], case: ModelCase, figures: Figures) -> None:
     """Puts a case's row into results (see jmoe.bench.record), in the place of an earlier one of the same case."""
-    own = dataclasses.asdict(case)
+    own = case.row
     row = {**own, **figures}
     for index, earlier in enumerate(results["rows"]):
-        if own.items() <= earlier.items():
+        if own.items() <= earlier.items() and own.get("mesh") == earlier.get("mesh"):
             results["rows"][index] = row
             return
     results["rows"].append(row)

@@ -17,8 +17,8 @@ def section(results: dict[str, Any]) -> str:
 
 
 def of(rows: Sequence[Row], kind: str) -> list[Row]:
-    """The rows of one kind."""
-    return [row for row in rows if row["kind"] == kind]
+    """The rows of one kind, on one device."""
+    return [row for row in rows if row["kind"] == kind and "mesh" not in row]
 
 
 def lora(row: Row) -> str:

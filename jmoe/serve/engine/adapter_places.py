@@ -29,12 +29,12 @@ class AdapterPlaces:
     experts: LoraWeights
 
     @classmethod
-    def of(cls, weights: LoraWeights, config: Config, dtype: DTypeLike) -> Self:
-        """Adapters laid out, in the dtype of activations."""
+    def of(cls, weights: LoraWeights, config: Config, dtype: DTypeLike, parts: int = 1) -> Self:
+        """Adapters laid out, in the dtype of activations; parts: in which a mesh splits heads."""
         names = [name for name in EXPERTS if name in weights.a]
         a, b = ({name: part[name].astype(dtype) for name in names} for part in (weights.a, weights.b))
         scale = {name: weights.scale[name] for name in names or list(weights.scale)[:1]}
-        return cls(AttentionLora.of(weights, config, dtype), LoraWeights(a, b, scale))
+        return cls(AttentionLora.of(weights, config, dtype, parts), LoraWeights(a, b, scale))
 
     @classmethod
     def empty(cls, config: Config, targets: Sequence[str], places: int, rank: int, dtype: DTypeLike) -> Self:
@@ -45,14 +45,20 @@ class AdapterPlaces:
         return jax.tree.map(lambda leaf: jnp.zeros((layers, places, *leaf.shape[2:]), leaf.dtype), shapes)
 
     def put(
-        self, weights: LoraWeights, layer: Int32[Array, ""], place: Int32[Array, ""], config: Config, dtype: DTypeLike
+        self,
+        weights: LoraWeights,
+        layer: Int32[Array, ""],
+        place: Int32[Array, ""],
+        config: Config,
+        dtype: DTypeLike,
+        parts: int = 1,
     ) -> Self:
         """With one layer of one adapter, as padded_layers gives it, in a place."""
 
         def put_one(room: Array, part: Array) -> Array:
             return lax.dynamic_update_slice(room, part, (layer, place, *(0,) * (room.ndim - 2)))
 
-        return jax.tree.map(put_one, self, type(self).of(weights, config, dtype))
+        return jax.tree.map(put_one, self, type(self).of(weights, config, dtype, parts))
 
 
 def check_adapter(weights: LoraWeights, config: Config, targets: Sequence[str], rank: int) -> None:

@@ -61,9 +61,10 @@ class Adjustments:
         return cls(counts, tokens, jnp.zeros(tokens.shape, jnp.float32))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class DeviceState:
-    """All of it; each program is given up the parts that it writes and returns them.
+    """All of it, a pytree; each program is given up the parts that it writes and returns them.
 
     tokens: each row's latest, which the host may not have read yet.
     options: each row's, see row_options.

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jmoe.gpt_oss.config import Config
-from jmoe.gpt_oss.model import GptOss, Inputs
+from jmoe.gpt_oss.model import GptOss
 from jmoe.gpt_oss.paged import PagedDecodeAttention, PagedPrefillAttention
+from jmoe.gpt_oss.run import Inputs
 from jmoe.gpt_oss.weights import LoraWeights
 from jmoe.serve.engine.adapter_places import AdapterPlaces
 from jmoe.serve.engine.device_state import Adjustments, DeviceState, PageState
+from jmoe.serve.engine.placement import Placement
 from jmoe.serve.engine.row_logprobs import logprob_rows, prompt_logprob_rows
 from jmoe.serve.engine.row_options import RowOptions
 from jmoe.serve.engine.row_sampling import adjust, choose_rows
@@ -72,7 +74,7 @@ def decode_step(
     if places is not None:
         adapters = jnp.where(position < 0, -1, RowOptions.unpack(options[rows]).adapter)[:, None]
     tables = pages.tables(model.config, full[rows], windowed[rows])
-    attention = PagedDecodeAttention(model.config.windows, model.layers.get_value().sinks, position, tables)
+    attention = PagedDecodeAttention(model.config.windows, model.stack.sinks, position, tables)
     inputs = Inputs(tokens[rows][:, None], there[:, None], adapters)
     on_attention = None if places is None else places.attention
     hidden, cache = model.run_layers_in_place(inputs, attention, pages.cache, on_attention)
@@ -105,7 +107,7 @@ def prefill_chunk(
     if places is not None:
         adapters = jnp.where(padding, -1, RowOptions.unpack(part["options"]).adapter[own])[None]
     tables = pages.tables(model.config, part["full"], part["windowed"])
-    attention = PagedPrefillAttention(model.config.windows, model.layers.get_value().sinks, offsets, first, tables)
+    attention = PagedPrefillAttention(model.config.windows, model.stack.sinks, offsets, first, tables)
     inputs = Inputs(part["tokens"][None], positions[None], adapters)
     on_attention = None if places is None else places.attention
     hidden, cache = model.run_layers_in_place(inputs, attention, pages.cache, on_attention)
@@ -186,13 +188,19 @@ class Programs:
         self._weights = weights = Weights.of(model)
         config, dtype = model.config, model.dtype
         leaves, pages, tokens, options = weights.leaves, state.pages, state.tokens, state.options
+        placement = Placement.of(model)
+        # What is not told is XLA's choice on a mesh, and a program's results are another's arguments.
+        whole, of_pages, of_places, heads = None, None, None, 1
+        if placement is not None:
+            whole, of_pages, heads = placement.whole, placement.pages(pages), placement.heads
+            of_places = places and placement.places(places)
         pieces = layouts[0].pieces
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
 
         def logits(rows: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32)
+            return jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32, sharding=whole)
 
         with Compiler() as compiler:
             decode = {
@@ -200,6 +208,7 @@ class Programs:
                     functools.partial(decode_step, weights),
                     (leaves, places, pages, tokens, options, integers(size, STEP_WIDTH)),
                     donated=(2,),
+                    results=(whole, of_pages),
                 )
                 for size in row_sizes
             }
@@ -208,6 +217,7 @@ class Programs:
                     functools.partial(prefill_chunk, weights, layout),
                     (leaves, places, pages, options, integers(layout.size)),
                     donated=(2, 3),
+                    results=(whole, whole, whole, of_pages, whole),
                 )
                 for layout in layouts
             }
@@ -215,10 +225,11 @@ class Programs:
                 layout.tokens: compiler.add(
                     prompt_logprob_rows,
                     (
-                        jax.ShapeDtypeStruct((layout.tokens, config.hidden_size), dtype),
+                        jax.ShapeDtypeStruct((layout.tokens, config.hidden_size), dtype, sharding=whole),
                         model.head.get_value(),
                         integers(layout.tokens),
                     ),
+                    results=whole,
                 )
                 for layout in layouts
             }
@@ -228,18 +239,24 @@ class Programs:
                 for size in sorted({*row_sizes, pieces}):
                     arguments = logits(size), tokens, options, integers(size, STEP_WIDTH), *own
                     donated = (1, 4) if own else (1,)
-                    draws[drawing, size] = compiler.add(functools.partial(draw, drawing), arguments, donated=donated)
+                    draws[drawing, size] = compiler.add(
+                        functools.partial(draw, drawing), arguments, donated=donated, results=whole
+                    )
             row, numbers = integers(), state.adjustments
             adjust_row = compiler.add(
-                put_adjustments, (numbers, row, *(row_of(leaf) for leaf in jax.tree.leaves(numbers))), donated=(0,)
+                put_adjustments,
+                (numbers, row, *(row_of(leaf, whole) for leaf in jax.tree.leaves(numbers))),
+                donated=(0,),
+                results=whole,
             )
             put = None
             if places is not None:
 
                 def put_layer(places: AdapterPlaces, layer: LoraWeights, index: Array, place: Array) -> AdapterPlaces:
-                    return places.put(layer, index, place, config, dtype)
+                    return places.put(layer, index, place, config, dtype, heads)
 
-                put = compiler.add(put_layer, (places, layer, integers(), integers()), donated=(0,))
+                arguments = places, layer, integers(), integers()
+                put = compiler.add(put_layer, arguments, donated=(0,), results=of_places)
         self._decode, self._chunks, self._draws, self._prompts = (
             {name: program.result() for name, program in group.items()} for group in (decode, chunks, draws, prompts)
         )
@@ -299,9 +316,9 @@ class Programs:
         return self._put(places, layer, np.int32(index), np.int32(place))
 
 
-def row_of(leaf: Array) -> jax.ShapeDtypeStruct:
+def row_of(leaf: Array, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
     """The form of one row of an array."""
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
 class Compiler:
@@ -316,9 +333,17 @@ class Compiler:
         self._pool.shutdown()
 
     def add(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], *, donated: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        *,
+        donated: tuple[int, ...] = (),
+        results: Any = None,
     ) -> Future[Callable[..., Any]]:
-        """The program of a function for arguments of these forms, some of which are given up to it."""
+        """The program of a function for arguments of these forms, some of which are given up to it.
+
+        results: their shardings; None on one device.
+        """
         self.count += 1
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        lowered = jax.jit(function, donate_argnums=donated, out_shardings=results).lower(*arguments)
         return self._pool.submit(lowered.compile)

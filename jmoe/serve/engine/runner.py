@@ -1,6 +1,7 @@
 """Plans put into effect: what the programs get, and what of their results is read."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -14,6 +15,7 @@ from jmoe.serve.engine.budget import cache_budget, model_len, plan_geometry
 from jmoe.serve.engine.device_state import DeviceState
 from jmoe.serve.engine.loaded_adapters import Adapter
 from jmoe.serve.engine.pages import Pages
+from jmoe.serve.engine.placement import Placement, made
 from jmoe.serve.engine.programs import DRAWINGS, Drawing, Programs
 from jmoe.serve.engine.row_logprobs import RowLogprobs
 from jmoe.serve.engine.running import Running
@@ -52,17 +54,19 @@ class Runner:
         """Takes the memory, and compiles all programs or reads them from JAX's cache.
 
         Raises:
-          ValueError: the memory does not hold one sequence of max_model_len.
+          ValueError: the memory does not hold one sequence of max_model_len, or the model's layout splits batches.
         """
         config = model.config
         self._config, self._dtype, self._settings = config, model.dtype, settings
+        self._placement = Placement.of(model)
         row_sizes = sizes_up_to(settings.max_sequences)
         self._nobody = row_sizes[-1]
         self.places: AdapterPlaces | None = None
         form = None
         if settings.max_loras:
             self.places, form = self._empty_places(), next(self._layers(None))
-        self.geometry = plan_geometry(config, model.dtype, settings, cache_budget(settings))
+        of_device = config if self._placement is None else self._placement.config(config)
+        self.geometry = plan_geometry(of_device, model.dtype, settings, cache_budget(settings))
         self.max_model_len = model_len(config, settings, self.geometry)
         chunk_sizes = tuple(sorted(set(settings.chunk_sizes)))
         pieces = min(MOST_PIECES, row_sizes[-1])
@@ -166,14 +170,17 @@ class Runner:
 
     def _empty_places(self) -> AdapterPlaces:
         own = self._settings
-        return AdapterPlaces.empty(self._config, own.lora_targets, own.max_loras, own.max_lora_rank, self._dtype)
+        room = own.lora_targets, own.max_loras, own.max_lora_rank
+        empty = functools.partial(AdapterPlaces.empty, self._config, *room, self._dtype)
+        return made(empty, None if self._placement is None else self._placement.places)
 
     def _layers(self, weights: LoraWeights | None) -> Iterator[LoraWeights]:
         own = self._settings
         return padded_layers(weights, self._config, own.lora_targets, own.max_lora_rank, self._dtype)
 
     def _empty(self) -> DeviceState:
-        state = DeviceState.empty(self._config, self.geometry, self._nobody, self._dtype)
+        empty = functools.partial(DeviceState.empty, self._config, self.geometry, self._nobody, self._dtype)
+        state = made(empty, None if self._placement is None else self._placement.state)
         jax.block_until_ready(state.pages.cache)  # memory that is not there is an error here, not in a step
         return state
 
