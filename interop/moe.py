@@ -10,7 +10,7 @@ from jmoe.interop.launch import capability_of
 from jmoe.triton_src.activation import SwiGLU, check_activation
 from jmoe.triton_src.portable.grouped_matmul import grouped_matmul_kernel
 from jmoe.triton_src.problem import Layout
-from jmoe.triton_src.scoring import Scoring, check_scoring
+from jmoe.triton_src.scoring import Scoring, not_a_scoring
 
 
 class Mxfp4Like(Protocol):
@@ -119,7 +119,8 @@ def moe(
         raise ValueError(f"x must be bfloat16 [T, H], got {x.dtype} with shape {tuple(x.shape)}")
     if routing is None and router_logits is None:
         raise ValueError("router_logits may be None only when routing is given")
-    check_scoring(scoring)
+    if not isinstance(scoring, Scoring):
+        raise ValueError(not_a_scoring(scoring))
     buffers = tensors_by_name(x, router_logits, experts, lora, adapter_ids, routing, expert_offset)
     if choice_bias is not None and routing is None:
         buffers["choice_bias"] = choice_bias.detach() if isinstance(choice_bias, torch.Tensor) else choice_bias

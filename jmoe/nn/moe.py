@@ -23,7 +23,7 @@ from jmoe.ops.mxfp4 import Mxfp4, PackedMxfp4, quantize
 from jmoe.ops.packed import pack as pack_experts
 from jmoe.ops.routing import Routing, route
 from jmoe.triton_src.activation import SiluAndMul, SwiGLU
-from jmoe.triton_src.scoring import Scoring, check_scoring
+from jmoe.triton_src.scoring import Scoring
 
 
 class MoE(nnx.Module):
@@ -88,7 +88,6 @@ class MoE(nnx.Module):
             the weights.
         """
         self.top_k = as_count("top_k", top_k, num_experts)
-        check_scoring(scoring)
         self.scoring = scoring
         self.activation = activation
         self.recompute = recompute
@@ -97,7 +96,7 @@ class MoE(nnx.Module):
         if experts is None:
             experts = random_experts(hidden, intermediate, num_experts, mxfp4, rngs)
         check_sizes(experts, hidden, intermediate, num_experts)
-        check_options(experts, activation, backend)
+        check_options(experts, activation, backend, scoring=scoring, choice_bias=choice_bias, columns=num_experts)
         if router_kernel is None:
             router_kernel = normal(rngs, (hidden, num_experts), hidden)
             router_bias = jnp.zeros(num_experts, jnp.bfloat16) if router_bias is None else router_bias
@@ -108,8 +107,6 @@ class MoE(nnx.Module):
         kind = nnx.Param if train_router else Frozen
         self.router_kernel = kind(router_kernel)
         self.router_bias = None if router_bias is None else kind(router_bias)
-        if choice_bias is not None:
-            check_array("choice_bias", choice_bias, (num_experts,))
         self.choice_bias = None if choice_bias is None else Frozen(choice_bias)
         given = [one for one in (experts, shared) if one is not None]
         if train_experts and any(isinstance(getattr(e, p), Mxfp4 | PackedMxfp4) for e in given for p in PROJECTIONS):
@@ -202,7 +199,11 @@ class MoE(nnx.Module):
         """The block of a Qwen3-MoE or Mixtral model: of its checkpoint's files, its tensors, or transformers' module.
 
         Args:
-          block, family, layer, top_k, mxfp4: as in jmoe.checkpoint.read_hf_block.
+          block: as in jmoe.checkpoint.read_hf_block, as are the next four.
+          family: the model's kind.
+          layer: which block, where there are several.
+          top_k: experts a token; None: what config.json or the module says.
+          mxfp4: whether experts are rounded to MXFP4.
           pack: the experts are packed for Hopper, as by jmoe.pack.
           rngs: for new adapters, if `lora` asks for them.
           options: the constructor's others.

@@ -11,7 +11,7 @@ from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.mxfp4 import BLOCK, TILE, Mxfp4, PackedMxfp4
 from jmoe.ops.target import Target
 from jmoe.triton_src.activation import check_activation
-from jmoe.triton_src.scoring import check_scoring
+from jmoe.triton_src.scoring import Scoring, not_a_scoring
 
 if TYPE_CHECKING:
     from jmoe.ops.call import Tokens
@@ -176,20 +176,29 @@ def as_count(name: str, value: SupportsIndex, experts: int | None = None) -> int
     return count
 
 
-def check_options(experts: Experts, activation: object, backend: object, expert_offset: jax.Array | int = 0) -> None:
-    """Raises ValueError unless the experts can have the activation, and backend and offset are what jmoe.moe knows."""
+def check_options(
+    experts: Experts,
+    activation: object,
+    backend: object,
+    expert_offset: jax.Array | int = 0,
+    *,
+    scoring: object = Scoring(),
+    choice_bias: jax.Array | None = None,
+    columns: int = 0,
+) -> None:
+    """Raises ValueError unless the experts can have the activation, and the others are what jmoe.moe knows.
+
+    columns: of the router's logits, each of which has a value in choice_bias if there is one.
+    """
+    if not isinstance(scoring, Scoring):
+        raise ValueError(not_a_scoring(scoring))
+    if choice_bias is not None:
+        check_array("choice_bias", choice_bias, (columns,))
     check_activation(activation, isinstance(experts.gate_up, PackedMxfp4))
     if not (backend in (None, "triton", "xla") or isinstance(backend, Target)):
         raise ValueError(f'backend must be "triton", "xla", a jmoe.Target or None, got {backend!r}')
     if jnp.shape(expert_offset) not in ((), (1,)) or not jnp.issubdtype(jnp.result_type(expert_offset), jnp.integer):
         raise ValueError(f"expert_offset must be an integer scalar, got {expert_offset!r}")
-
-
-def check_scores(scoring: object, choice_bias: jax.Array | None, router_logits: jax.Array | None) -> None:
-    """Raises ValueError unless scoring is a Scoring and choice_bias, if there is one, has a value for each logit."""
-    check_scoring(scoring)
-    if choice_bias is not None and router_logits is not None:
-        check_array("choice_bias", choice_bias, (router_logits.shape[-1],))
 
 
 def one_layer(experts: Experts, lora: Lora | None, layer: jax.Array | int) -> tuple[Experts, Lora | None]:

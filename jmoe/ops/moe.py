@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.call import Call, Options, Tokens
-from jmoe.ops.check import check_experts, check_lora, check_options, check_scores, check_tokens, one_layer
+from jmoe.ops.check import check_experts, check_lora, check_options, check_tokens, one_layer
 from jmoe.ops.experts import Experts, Lora
 from jmoe.ops.gradient import moe_by_platform
 from jmoe.ops.launch.layer import check_triton_takes
@@ -81,9 +81,8 @@ def moe(
     count, hidden, intermediate = check_experts(one)
     adapters = check_lora(one_lora, count, hidden, intermediate)
     top_k = check_tokens(tokens, top_k, count, hidden, adapters)
-    check_options(one, activation, backend, expert_offset)
-    choice_bias = None if routing is not None else choice_bias
-    check_scores(scoring, choice_bias, router_logits)
+    columns, choice_bias = (0, None) if tokens.router_logits is None else (tokens.router_logits.shape[-1], choice_bias)
+    check_options(one, activation, backend, expert_offset, scoring=scoring, choice_bias=choice_bias, columns=columns)
     target = backend if isinstance(backend, Target) else None
     options = Options(intermediate, top_k, activation, target, backend is not None, recompute, scoring)
     run = _Run(options, backend == "xla")

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jmoe.ops.check import as_count, check_array
 from jmoe.ops.exportable import exportable
-from jmoe.triton_src.scoring import Scoring, check_scoring
+from jmoe.triton_src.scoring import Scoring, not_a_scoring
 
 
 @exportable
@@ -48,7 +48,8 @@ def route(
         raise ValueError(f"router_logits must be an array of rank 1 or more [..., E], got {router_logits!r}")
     top_k = as_count("top_k", top_k, router_logits.shape[-1])
     check_array("router_logits", router_logits)
-    check_scoring(scoring)
+    if not isinstance(scoring, Scoring):
+        raise ValueError(not_a_scoring(scoring))
     logits = router_logits.astype(jnp.float32)
     if choice_bias is None:
         best = logits
