@@ -5,6 +5,7 @@
 load: what is read of the tiny checkpoint, and how its arrays differ from those of the model on one device.
 made: the same of a random model, whose numbers are those of one device.
 steps: the largest error of a prompt's last logits and of a step after it, beside one device's.
+share: that of LoRA's gradients that devices return of their own tokens in a jax.shard_map, summed as docs/mesh.md says.
 run: of these, of all logits, and of LoRA's gradients; and what the layers send.
 """
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jmoe import gpt_oss
 from jmoe.bench.model.case import sizes
@@ -30,7 +32,9 @@ from jmoe.doctor.model import examine_model
 from jmoe.gpt_oss import GptOss, Layout
 from jmoe.gpt_oss.decode import decode, prefill
 from jmoe.gpt_oss.log_probs import log_probs
+from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.random_model import random_model
+from jmoe.ops.mesh_axes import names_of
 from tests.ops.mesh_program import sent
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
@@ -143,12 +147,48 @@ def compared(mesh: jax.sharding.Mesh, layout: Layout, dtype: Any, what: str) -> 
     return {"errors": errors, "sent": sorted({name for name, *_ in sent(forward)})}
 
 
+def shares(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, Any]:
+    model = random_model(SIZES, rank=4, packed=True)
+    model = model.with_adapters(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.lora))
+    model.dtype = jnp.dtype(jnp.float32)
+    dropout = LoraDropout.of(0.2, 3)
+
+    def loss(graph: Any, factors: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        hidden = nnx.merge(graph, factors, frozen).hidden(tokens, dropout=dropout)
+        return jnp.sum(hidden[..., 0] ** 2)
+
+    def parts(model: GptOss) -> Any:
+        return nnx.split(model, nnx.LoRAParam, ...)
+
+    want = jax.jit(jax.grad(loss, 1), static_argnums=0)(*parts(model), TOKENS)
+    graph, factors, frozen = parts(model.on_mesh(mesh, layout))
+    specs = nnx.get_partition_spec(factors)
+    batch = P(layout.axes_of_batch or None)
+    copies = mesh.size // layout.size(mesh, *layout.axes_of_batch)
+
+    def of_device(factors: Any, frozen: Any, tokens: jax.Array) -> Any:
+        gradient = jax.grad(lambda factors: loss(graph, factors, frozen, tokens) / copies)(factors)
+        over = lambda spec: tuple(name for name in layout.axes if name not in names_of(spec))  # noqa: E731
+        return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, over(spec)), gradient, specs)
+
+    split = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(specs, nnx.get_partition_spec(frozen), batch),
+        out_specs=specs,
+        check_vma=False,
+    )
+    return {"errors": {"gradient": error(jax.jit(split)(factors, frozen, TOKENS), want)}}
+
+
 def run(case: str) -> dict[str, Any]:
     what, text, fsdp, dtype = case.split("/")
     mesh = make_mesh(text)
     layout = Layout.of(mesh, fsdp=fsdp == "fsdp")
     if what == "load":
         return loaded(mesh, layout, packed=dtype == "packed")
+    if what == "share":
+        return shares(mesh, layout)
     return made(mesh, layout) if what == "made" else compared(mesh, layout, dtype, what)
 
 

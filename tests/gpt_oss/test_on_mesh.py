@@ -66,6 +66,13 @@ def test_results_are_those_of_one_device_in_float32(layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data=2,expert=2,heads=2/fsdp", "model=4,data=2/"])
+def test_devices_gradients_in_a_shard_map_sum_to_one_devices(layout: str) -> None:
+    (got,) = found(f"share/{layout}/").values()
+    check_run(got)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["data=2,expert=4/", "data=2,heads=2,expert=-1/fsdp"])
 def test_checkpoints_and_random_models_are_those_of_one_device(layout: str) -> None:
     cases = [f"load/{layout}/packed", f"load/{layout}/plain", f"made/{layout}/"]
