@@ -4,9 +4,9 @@
 
 load: what is read of the tiny checkpoint, and how its arrays differ from those of the model on one device.
 made: the same of a random model, whose numbers are those of one device.
-steps: the largest error of a prompt's last logits and of a step after it, beside one device's.
+logits: the largest error of logits beside one device's.
 share: that of LoRA's gradients that devices return of their own tokens in a jax.shard_map, summed as docs/mesh.md says.
-run: of these, of all logits, and of LoRA's gradients; and what the layers send.
+run: of logits, of a prompt's last and of a step after it, and of LoRA's gradients; and what the layers send.
 """
 
 import dataclasses
@@ -109,8 +109,13 @@ def made(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, Any]:
 
 @jax.jit
 def steps(model: GptOss) -> dict[str, Any]:
-    logits, state = prefill(model, TOKENS, LENGTHS, capacity=32, adapter_ids=IDS)
-    return {"prefill": logits, "decode": decode(model, TOKENS[:, 0], state)[0]}
+    last, state = prefill(model, TOKENS, LENGTHS, capacity=32, adapter_ids=IDS)
+    return {"prefill": last, "decode": decode(model, TOKENS[:, 0], state)[0]}
+
+
+@jax.jit
+def logits(model: GptOss) -> dict[str, Any]:
+    return {"logits": model(TOKENS, adapter_ids=IDS)}
 
 
 def results(model: GptOss) -> dict[str, Any]:
@@ -120,8 +125,7 @@ def results(model: GptOss) -> dict[str, Any]:
         return -log_probs(model, jnp.asarray(TOKENS), adapter_ids=jnp.asarray(IDS)).sum()
 
     gradient = jax.jit(lambda model: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
-    logits = jax.jit(lambda model: model(TOKENS, adapter_ids=IDS))(model)
-    return {**steps(model), "logits": logits, "gradient": gradient(model)}
+    return {**steps(model), **logits(model), "gradient": gradient(model)}
 
 
 def error(got: Any, want: Any) -> float:
@@ -137,12 +141,12 @@ def compared(mesh: jax.sharding.Mesh, layout: Layout, dtype: Any, what: str) -> 
     model = random_model(SIZES, rank=4, adapters=2, packed=True)
     model = model.with_adapters(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.lora))
     model.dtype = jnp.dtype(dtype)
-    compute = steps if what == "steps" else results
+    compute = logits if what == "logits" else results
     want, split = compute(model), model.on_mesh(mesh, layout)
     got = compute(split)
     errors = {name: error(got[name], want[name]) for name in want}
-    if what == "steps":
-        return {"errors": errors, "spec": str(got["prefill"].sharding.spec)}
+    if what == "logits":
+        return {"errors": errors, "spec": str(got["logits"].sharding.spec)}
     forward = jax.jit(lambda model: model.hidden(TOKENS)).lower(split.with_adapters(None)).compile().as_text()
     return {"errors": errors, "sent": sorted({name for name, *_ in sent(forward)})}
 
