@@ -43,11 +43,7 @@ def register(primitive: jex.core.Primitive, launches: Callable[..., Any]) -> Non
     """Lowers the primitive to these launches for CUDA, and to an error elsewhere."""
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     mlir.register_lowering(primitive, _elsewhere)
-
-    def aligned(*operands: jax.Array, **params: Any) -> Any:
-        return jax.tree.map(_aligned, launches(*map(_aligned, operands), **params))
-
-    lowering = mlir.lower_fun(aligned, multiple_results=primitive.multiple_results)
+    lowering = mlir.lower_fun(launches, multiple_results=primitive.multiple_results)
     mlir.register_lowering(primitive, lowering, platform="cuda")
 
 
@@ -85,7 +81,7 @@ def _elsewhere(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
 def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability: int) -> dict[str, jax.Array]:
     """Traces the plans in order and returns every buffer, given and written, by name."""
     jax_triton = import_jax_triton()
-    everything = dict(buffers)
+    everything = {name: _aligned(buffer) for name, buffer in buffers.items()}
     for plan in plans:
         if not hasattr(plan.kernel, "params"):
             raise NotImplementedError(
@@ -115,4 +111,4 @@ def launch(plans: Sequence["Plan"], buffers: Mapping[str, jax.Array], capability
         everything |= {buffer.name: result for buffer, result in zip(outputs, results, strict=True)}
         for parameter, reference in references.items():
             everything[str(plan.operands[parameter])] = jax.freeze(reference)
-    return everything
+    return {name: buffer if name in buffers else _aligned(buffer) for name, buffer in everything.items()}
