@@ -4,8 +4,9 @@
 
 load: what is read of the tiny checkpoint, and how its arrays differ from those of the model on one device.
 made: the same of a random model, whose numbers are those of one device.
-steps: the largest error of a prompt's last logits and of a step after it, beside one device's.
-run: of these, of all logits, and of LoRA's gradients; and what the layers send.
+logits: the largest error of logits beside one device's.
+share: that of LoRA's gradients that devices return of their own tokens in a jax.shard_map, summed as docs/mesh.md says.
+run: of logits, of a prompt's last and of a step after it, and of LoRA's gradients; and what the layers send.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jmoe import gpt_oss
 from jmoe.bench.model.case import sizes
@@ -30,7 +32,9 @@ from jmoe.doctor.model import examine_model
 from jmoe.gpt_oss import GptOss, Layout
 from jmoe.gpt_oss.decode import decode, prefill
 from jmoe.gpt_oss.log_probs import log_probs
+from jmoe.gpt_oss.lora_dropout import LoraDropout
 from jmoe.gpt_oss.random_model import random_model
+from jmoe.ops.mesh_axes import names_of
 from tests.ops.mesh_program import sent
 
 CASE = Path(__file__).parents[1] / "data" / "tiny_case"
@@ -105,8 +109,13 @@ def made(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, Any]:
 
 @jax.jit
 def steps(model: GptOss) -> dict[str, Any]:
-    logits, state = prefill(model, TOKENS, LENGTHS, capacity=32, adapter_ids=IDS)
-    return {"prefill": logits, "decode": decode(model, TOKENS[:, 0], state)[0]}
+    last, state = prefill(model, TOKENS, LENGTHS, capacity=32, adapter_ids=IDS)
+    return {"prefill": last, "decode": decode(model, TOKENS[:, 0], state)[0]}
+
+
+@jax.jit
+def logits(model: GptOss) -> dict[str, Any]:
+    return {"logits": model(TOKENS, adapter_ids=IDS)}
 
 
 def results(model: GptOss) -> dict[str, Any]:
@@ -116,8 +125,7 @@ def results(model: GptOss) -> dict[str, Any]:
         return -log_probs(model, jnp.asarray(TOKENS), adapter_ids=jnp.asarray(IDS)).sum()
 
     gradient = jax.jit(lambda model: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
-    logits = jax.jit(lambda model: model(TOKENS, adapter_ids=IDS))(model)
-    return {**steps(model), "logits": logits, "gradient": gradient(model)}
+    return {**steps(model), **logits(model), "gradient": gradient(model)}
 
 
 def error(got: Any, want: Any) -> float:
@@ -133,14 +141,48 @@ def compared(mesh: jax.sharding.Mesh, layout: Layout, dtype: Any, what: str) -> 
     model = random_model(SIZES, rank=4, adapters=2, packed=True)
     model = model.with_adapters(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.lora))
     model.dtype = jnp.dtype(dtype)
-    compute = steps if what == "steps" else results
+    compute = logits if what == "logits" else results
     want, split = compute(model), model.on_mesh(mesh, layout)
     got = compute(split)
     errors = {name: error(got[name], want[name]) for name in want}
-    if what == "steps":
-        return {"errors": errors, "spec": str(got["prefill"].sharding.spec)}
+    if what == "logits":
+        return {"errors": errors, "spec": str(got["logits"].sharding.spec)}
     forward = jax.jit(lambda model: model.hidden(TOKENS)).lower(split.with_adapters(None)).compile().as_text()
     return {"errors": errors, "sent": sorted({name for name, *_ in sent(forward)})}
+
+
+def shares(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, Any]:
+    model = random_model(SIZES, rank=4, packed=True)
+    model = model.with_adapters(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.lora))
+    model.dtype = jnp.dtype(jnp.float32)
+    dropout = LoraDropout.of(0.2, 3)
+
+    def loss(graph: Any, factors: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        hidden = nnx.merge(graph, factors, frozen).hidden(tokens, dropout=dropout)
+        return jnp.sum(hidden[..., 0] ** 2)
+
+    def parts(model: GptOss) -> Any:
+        return nnx.split(model, nnx.LoRAParam, ...)
+
+    want = jax.jit(jax.grad(loss, 1), static_argnums=0)(*parts(model), TOKENS)
+    graph, factors, frozen = parts(model.on_mesh(mesh, layout))
+    specs = nnx.get_partition_spec(factors)
+    batch = P(layout.axes_of_batch or None)
+    copies = mesh.size // layout.size(mesh, *layout.axes_of_batch)
+
+    def of_device(factors: Any, frozen: Any, tokens: jax.Array) -> Any:
+        gradient = jax.grad(lambda factors: loss(graph, factors, frozen, tokens) / copies)(factors)
+        over = lambda spec: tuple(name for name in layout.axes if name not in names_of(spec))  # noqa: E731
+        return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, over(spec)), gradient, specs)
+
+    split = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(specs, nnx.get_partition_spec(frozen), batch),
+        out_specs=specs,
+        check_vma=False,
+    )
+    return {"errors": {"gradient": error(jax.jit(split)(factors, frozen, TOKENS), want)}}
 
 
 def run(case: str) -> dict[str, Any]:
@@ -149,6 +191,8 @@ def run(case: str) -> dict[str, Any]:
     layout = Layout.of(mesh, fsdp=fsdp == "fsdp")
     if what == "load":
         return loaded(mesh, layout, packed=dtype == "packed")
+    if what == "share":
+        return shares(mesh, layout)
     return made(mesh, layout) if what == "made" else compared(mesh, layout, dtype, what)
 
 

@@ -1,5 +1,6 @@
 """The model's programs for several GPUs, lowered where there are none."""
 
+import dataclasses
 import re
 
 import jax
@@ -67,3 +68,22 @@ def test_gradients_are_the_launches_of_one_gpu(axes: str, fsdp: bool) -> None:
     split = program(model_on(axes, fsdp=fsdp))
     assert split.count(LAUNCH) == alone.count(LAUNCH) > 0
     assert "all_gather" in collectives(split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["nothing", "experts", "layers"])
+def test_gathered_experts_are_not_kept_for_the_gradient(remat: str) -> None:
+    """Of four layers in two groups: what a scan keeps of a layer with all four experts would begin with 2, 4."""
+    tiny = sizes()["tiny"]
+    config = dataclasses.replace(tiny, num_hidden_layers=4, layer_types=2 * tiny.layer_types)
+    mesh = make_mesh("data=2", jax.devices("cpu"))
+    model = random_model(config, rank=2, packed=True, remat=remat).on_mesh(mesh, Layout.of(mesh, fsdp=True))
+
+    def loss(model: GptOss) -> jax.Array:
+        return jnp.sum(model(TOKENS))
+
+    program = str(jax.make_jaxpr(lambda model: nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))(model))
+    gathered = re.findall(r"i32\[4,\d+,\d+,512\] = all_gather", program)
+    assert len(gathered) >= 4  # of both projections, forward and for the gradient
+    assert not re.search(r"i32\[2,4,\d+,\d+,512\]", program)
+    assert not re.search(r"i32\[2,2,\d+,\d+,512\]", program)  # nor a device's part once more

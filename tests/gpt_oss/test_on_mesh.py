@@ -1,5 +1,6 @@
 """The model on a mesh of eight CPU devices: what is read, where it lies, and that it computes what one device does."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,7 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
+
+from jmoe import gpt_oss
+from jmoe.device_mesh import make_mesh
+from jmoe.gpt_oss import Layout
+from tests.gpt_oss.mesh_program import CASE, TOKENS, bytes_read, differences, error
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ["data=8/fsdp", "data=2,expert=4/", "heads=4,data=2/fsdp", "data=2,model=4/"]
@@ -42,16 +51,29 @@ def check_load(got: dict[str, Any], layout: str) -> None:
 
 
 def check_run(got: dict[str, Any]) -> None:
-    for name, error in got["errors"].items():
-        assert error <= 2e-6, (name, got["errors"])
+    assert max(got["errors"].values()) <= 2e-6, got["errors"]
 
 
+def test_two_devices_read_their_parts_and_compute_what_one_does() -> None:
+    mesh = make_mesh("model=2", jax.devices("cpu"))
+    layout = Layout.of(mesh)
+    load = functools.partial(gpt_oss.load, CASE / "model", packed=True, dtype=jnp.float32, progress=False)
+    split, read = bytes_read(lambda: load(mesh=mesh, layout=layout))
+    alone, whole = bytes_read(load)
+    assert read == whole
+    assert differences(split, alone.on_mesh(mesh, layout)) == []
+    got, want = (jax.jit(lambda model: model(TOKENS % 100))(model) for model in (split, alone))
+    assert error(got, want) <= 2e-6
+    assert got.sharding.spec == P(None, None, "model")  # whose sequences are the same share the vocabulary
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_read_part_by_part_and_computes_what_one_device_does() -> None:
     layout = "data=2,expert=2,heads=2/fsdp"
-    load, steps = found(f"load/{layout}/packed", f"steps/{layout}/float32").values()
+    load, logits = found(f"load/{layout}/packed", f"logits/{layout}/float32").values()
     check_load(load, layout)
-    check_run(steps)
-    assert "('data', 'expert')" in steps["spec"]
+    check_run(logits)
+    assert logits["spec"] == "P(('data', 'expert'), None, 'heads')"
 
 
 @pytest.mark.slow
@@ -63,6 +85,13 @@ def test_results_are_those_of_one_device_in_float32(layout: str) -> None:
     moved |= {"all-gather", "reduce-scatter"} if "expert" in layout else set()
     moved |= {"all-gather"} if "fsdp" in layout else set()
     assert set(got["sent"]) == moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data=2,expert=2,heads=2/fsdp", "model=4,data=2/"])
+def test_devices_gradients_in_a_shard_map_sum_to_one_devices(layout: str) -> None:
+    (got,) = found(f"share/{layout}/").values()
+    check_run(got)
 
 
 @pytest.mark.slow
