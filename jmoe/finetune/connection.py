@@ -127,10 +127,11 @@ class Watch:
         dead: the number of one that will not say that it has.
         """
         deadline = time.monotonic() + 3 * GRACE_SECONDS
-        while self._process == 0 and time.monotonic() < deadline:
-            if len({dead, *numbered(self._store.key_value_dir_get(ENDED))} - {None}) == self._processes:
-                break
-            time.sleep(BEAT_SECONDS)
+        with suppress(Exception):  # a store that does not answer tells nobody anything
+            while self._process == 0 and time.monotonic() < deadline:
+                if len({dead, *numbered(self._store.key_value_dir_get(ENDED))} - {None}) == self._processes:
+                    break
+                time.sleep(BEAT_SECONDS)
         self._end(status)
 
     def _tell(self, reason: str) -> None:
