@@ -77,7 +77,6 @@ def test_each_request_ends_once(
         for answer, number in everyone:
             if number is not None and isinstance(answer.end, Finished):
                 assert answer.tokens == texts[number][: len(answer.tokens)], (number, answer.end)
-        assert engine.stats().cached_tokens > 0
 
 
 def wait_for_place(engine: Engine) -> bool:
