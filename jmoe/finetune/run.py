@@ -255,20 +255,16 @@ def day_begun(out: Path) -> datetime.date:
 
 def new_model(config: FinetuneConfig, prepared: Prepared) -> GptOss:
     """The checkpoint with the adapter to start from, or a new one that changes nothing yet."""
-    mesh, layout = prepared.mesh, prepared.layout
     model = load(
         prepared.directory,
-        mesh=mesh,
-        layout=layout,
+        mesh=prepared.mesh,
+        layout=prepared.layout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         progress=not config.quiet and writes(),
         quantize=config.quantize,
     )
-    lora = start_adapter(config, model.config) if prepared.lora is None else prepared.lora
-    if mesh is not None and layout is not None:
-        lora = layout.place(mesh, lora, layout.lora(lora))
-    return model.with_adapters(lora)
+    return model.with_adapters(start_adapter(config, model.config) if prepared.lora is None else prepared.lora)
 
 
 def in_micro_batches(batch: Batch, accumulate: int) -> Batch:

@@ -191,10 +191,12 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def place(self, mesh: Mesh, tree: Any, specs: Any) -> Any:
-        """The arrays, which every process has whole, on the mesh, split by these PartitionSpecs of theirs."""
+        """The arrays on the mesh, split by PartitionSpecs: every process has them whole, or they lie so already."""
 
         def place_one(leaf: Any, spec: P) -> jax.Array:
             sharding = NamedSharding(mesh, spec)
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+                return leaf
             if sharding.is_fully_addressable:
                 return jax.device_put(leaf, sharding)
             on_host = np.asarray(leaf)

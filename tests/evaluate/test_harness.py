@@ -194,6 +194,7 @@ def test_few_sizes_are_compiled() -> None:
     assert len({static_width(n) for n in range(1, 8193)}) <= 8 + 4 * 4
 
 
+@pytest.mark.slow
 def test_the_harness_computes_from_what_the_model_answers(base: HarnessModel, tokenizer: Any, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

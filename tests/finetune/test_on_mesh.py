@@ -30,6 +30,7 @@ ROUNDING = 2e-6
 """Of a loss in float32 after 20 steps, relative; one float32 rounding is 6e-8."""
 
 
+@pytest.mark.slow
 def test_a_step_on_two_devices_is_that_of_one_and_sums_gradients_once() -> None:
     one, two = trainer_on({}), trainer_on({"data": 2})
     batch = random_batch(1)

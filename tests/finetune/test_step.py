@@ -61,6 +61,7 @@ def copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.array, state)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_trained_tokens() -> None:
     one, batch = trainer(), random_batch(1)
     logits = one.model(one.start)(batch.tokens[0], segment_ids=batch.segment_ids[0])

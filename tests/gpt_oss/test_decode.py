@@ -23,6 +23,7 @@ def model() -> gpt_oss.GptOss:
     return gpt_oss.load(CASE / "model", adapter=CASE / "adapter", dtype=jnp.float32, progress=False)
 
 
+@pytest.mark.slow
 def test_steps_are_the_whole_sequence_for_prompts_of_different_lengths(model: gpt_oss.GptOss) -> None:
     """Across the window of 8, prompts shorter and longer than it, one with the adapter and one without."""
     tokens = np.random.default_rng(0).integers(0, 128, (3, 30)).astype(np.int32)

@@ -34,6 +34,7 @@ def test_to_jax_shares_memory(torch_dtype: torch.dtype, jax_dtype: jnp.dtype) ->
     assert array.tolist() == tensor.tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 5), max_size=4))
 def test_any_shape_survives_both_ways(shape: list[int]) -> None:
     array = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.int32).reshape(shape)
