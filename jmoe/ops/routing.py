@@ -1,6 +1,7 @@
 """The choice of experts for each token."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +61,14 @@ def route(
     _, experts = lax.top_k(lax.stop_gradient(order), top_k)
     if scoring.of_chosen_logits and choice_bias is None:
         weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+    elif scoring.renormalize:
+        # By logarithms: scores may be so small that the square of their sum, in its derivative, is zero.
+        log = jax.nn.log_softmax(logits, axis=-1) if scoring.function == "softmax" else jax.nn.log_sigmoid(logits)
+        chosen = jnp.take_along_axis(log, experts, axis=-1)
+        total = jax.nn.logsumexp(chosen, axis=-1, keepdims=True)
+        weights = jnp.exp(chosen - jnp.logaddexp(total, math.log(LEAST_SUM)))
     else:
         weights = jnp.take_along_axis(_scores(logits, scoring), experts, axis=-1)
-        if scoring.renormalize:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True) + LEAST_SUM
     return Routing(experts, weights if scoring.scale == 1 else weights * scoring.scale)
 
 

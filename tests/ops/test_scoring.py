@@ -53,6 +53,33 @@ def test_scores_that_all_vanish_have_weights_of_zero_and_nan_shows() -> None:
     assert jnp.isnan(nan.weights).all()
 
 
+@pytest.mark.parametrize(
+    ("logits", "scoring", "bias"),
+    [
+        *(([at, at + 1, at - 1, at], DEEPSEEK, None) for at in (-20.0, -45.0, -50.0, -90.0, -200.0)),
+        ([48.0, 0.0, 1.0, 2.0], jmoe.Scoring(), [-5.0, 1.0, 2.0, 0.0]),
+    ],
+)
+def test_gradients_of_small_scores_are_those_of_float64(
+    logits: list[float], scoring: jmoe.Scoring, bias: list[float] | None
+) -> None:
+    given = None if bias is None else jnp.array(bias)
+
+    def first(logits: jax.Array) -> jax.Array:
+        return jmoe.route(logits, 2, scoring=scoring, choice_bias=given).weights[0]
+
+    chosen = np.asarray(jmoe.route(jnp.array(logits), 2, scoring=scoring, choice_bias=given).experts)
+    exact = np.array(logits)
+    score = 1 / (1 + np.exp(-exact)) if scoring.function == "sigmoid" else np.exp(exact) / np.exp(exact).sum()
+    weights = scoring.scale * score[chosen] / (score[chosen].sum() + 1e-20)
+    # d score_j / d logit_i = score_j (1 - score_j) for i = j alone, or score_j ([i = j] - score_i).
+    slope = np.diag(score) - (np.diag(score**2) if scoring.function == "sigmoid" else np.outer(score, score))
+    of_score = np.zeros(4)
+    of_score[chosen] = -weights[0] / (score[chosen].sum() + 1e-20)
+    of_score[chosen[0]] += scoring.scale / (score[chosen].sum() + 1e-20)
+    np.testing.assert_allclose(jax.grad(first)(jnp.array(logits)), slope @ of_score, rtol=2e-4, atol=1e-30)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(kind: AxisType) -> None:
     layer = random_layer(LayerShape(4, 64, 64, 4, 2))
