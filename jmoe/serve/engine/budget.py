@@ -53,8 +53,10 @@ def unbroken(memory: Mapping[str, int]) -> int:
 
     memory: a device's memory_stats, with bytes_limit.
     """
-    untaken = memory["bytes_limit"] - memory.get("pool_bytes", memory["bytes_limit"])
-    return max(memory.get("largest_free_block_bytes", memory["bytes_limit"]), untaken)
+    largest = memory.get("largest_free_block_bytes", 0)
+    if "pool_bytes" not in memory:
+        return largest or memory["bytes_limit"]  # zero of an allocator that does not count
+    return max(largest, memory["bytes_limit"] - memory["pool_bytes"])
 
 
 def plan_geometry(config: Config, dtype: DTypeLike, settings: EngineSettings, budget: int) -> Geometry:

@@ -139,9 +139,10 @@ class Engine:
         """
         config, dtype, settings = self._model.config, self._model.dtype, self._settings
         check_adapter(weights, config, settings.lora_targets, settings.max_lora_rank)
+        on_host = jax.tree.map(np.asarray, weights)  # which takes a while, and steps go on
         with self._changed:
             self._check_open()
-            adapter = self._adapters.reserve(name, jax.tree.map(np.asarray, weights))
+            adapter = self._adapters.reserve(name, on_host)
         try:
             layers = padded_layers(adapter.weights, config, settings.lora_targets, settings.max_lora_rank, dtype)
             for index, layer in enumerate(layers):
