@@ -48,6 +48,9 @@ class LargeBodies:
         except (OSError, EOFError, pickle.UnpicklingError):
             self._end()
             raise ApiError.unavailable("the process that reads large bodies has ended; try again") from None
+        except BaseException:
+            self._end()  # what is left of an answer in the pipe is not the next one's
+            raise
         if isinstance(found, form):
             return found
         status, message, param = found

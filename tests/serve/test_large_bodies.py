@@ -65,6 +65,16 @@ def test_the_loop_goes_on_while_millions_of_tokens_are_read(
     assert turns > TURNS
 
 
+def test_an_answer_that_is_left_half_read_is_not_the_next_ones(
+    large: LargeBodies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jmoe.serve.large_bodies.pickle.load", lambda source: source.read(1) and 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            read(large, CompletionRequest, padded({"prompt": "another's"}))
+    assert read(large, CompletionRequest, padded({"prompt": "mine"})).prompt == "mine"
+
+
 def test_a_form_is_what_it_is_in_a_small_body(large: LargeBodies) -> None:
     body = {"prompt": [[7, 8], [9]], "stop": ["a"], "stop_token_ids": [3, 4], "logit_bias": {"5": 1}, "unknown": [1]}
     found, small = read(large, CompletionRequest, padded(body)), CompletionRequest.read(json.dumps(body).encode())
