@@ -1,8 +1,7 @@
 """What any function of the MXFP4 mixture-of-experts contract is tried on: small layers whose buffers lie in poison.
 
-Every buffer stands between guards of NaN, of 0xFF in bytes (as a scale: NaN) and of numbers that index out of every
-array: what reads past an end shows in its result, and what writes there in the guards. Results are compared with
-jmoe.interop.reference in float64.
+Every buffer stands between guards of NaN, in bytes of 0xFF (as a scale: NaN): what reads past an end shows in its
+result, and what writes there in the guards. Results are compared with jmoe.interop.reference in float64.
 """
 
 import dataclasses

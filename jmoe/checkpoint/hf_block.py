@@ -46,6 +46,7 @@ def read_hf_block(
     family: Family,
     layer: int | None = None,
     top_k: int | None = None,
+    scoring: Scoring | None = None,
     mxfp4: bool = True,
 ) -> HfBlock:
     """The weights of a block, its experts rounded to MXFP4 one by one as they are read, or as they are.
@@ -56,29 +57,41 @@ def read_hf_block(
       family: the model's kind, as its config.json has it in model_type.
       layer: which block, where there are several.
       top_k: experts a token; None: what config.json or the module says.
+      scoring: how logits become weights; None: what config.json, the module or the family says.
       mxfp4: else bfloat16 stays bfloat16, and float32 of mappings and modules float32. float16 is read as bfloat16.
 
     Raises:
       ValueError: the family is another, the block's tensors are missing, of several blocks, or of a shape or dtype that
-        does not fit; or nothing says top_k.
+        does not fit, or it has others, as blocks of other families do; or nothing says top_k or scoring.
       FileNotFoundError: files of the checkpoint are missing.
     """
     if family not in MATRICES:
         raise ValueError(f"family must be one of {', '.join(MATRICES)}, got {family!r}")
-    scoring = Scoring()
+    own_scoring: Scoring | None
     if isinstance(block, str | os.PathLike):
         tensors: Mapping[str, Any] = TensorFiles(Path(block))
-        said, scoring = _said_by_config(Path(block) / "config.json", family)
+        said, own_scoring = _said_by_config(Path(block) / "config.json", family)
     elif isinstance(block, Mapping):
-        tensors, said = block, None
-    else:
+        tensors, said, own_scoring = block, None, Scoring() if family == "mixtral" else None
+    elif hasattr(block, "gate"):
         tensors, router = block.state_dict(), block.gate
         said = getattr(router, "top_k", getattr(block, "top_k", None))
-        scoring = Scoring(renormalize=getattr(router, "norm_topk_prob", getattr(block, "norm_topk_prob", True)))
+        own_scoring = Scoring(renormalize=getattr(router, "norm_topk_prob", getattr(block, "norm_topk_prob", True)))
+    else:
+        raise ValueError(
+            f"block must be a directory, tensors by name or a block with a gate, got {type(block).__name__}"
+        )
     top_k = said if top_k is None else top_k
     if top_k is None:
         raise ValueError("top_k must be given with tensors, which do not say how many experts a token has")
+    scoring = own_scoring if scoring is None else scoring
+    if scoring is None:
+        raise ValueError(
+            f"scoring must be given with tensors of {family}, which do not say what norm_topk_prob is: "
+            "jmoe.Scoring(renormalize=...)"
+        )
     prefix = _prefix(tensors, layer)
+    _check_names(tensors, prefix, MATRICES[family])
     router_weight = _array(tensors, f"{prefix}{ROUTER}", 2)
     top_k = as_count("top_k", top_k, router_weight.shape[0])
     count, hidden = router_weight.shape
@@ -131,6 +144,14 @@ def _prefix(names: Iterable[str], layer: int | None) -> str:
         hint = ": layer says which" if len(found) > 1 and layer is None else ""
         raise ValueError(f"there must be one tensor {ROUTER}{where}, got {len(found)}{hint}")
     return found[0]
+
+
+def _check_names(names: Iterable[str], prefix: str, matrices: tuple[str, str, str]) -> None:
+    """Raises ValueError if the block has a tensor that would be left out: another family's bias or shared experts."""
+    known = rf"gate\.weight|experts\.(gate_up_proj|down_proj|\d+\.({'|'.join(matrices)})\.weight)"
+    for name in names:
+        if name.startswith(prefix) and not re.fullmatch(known, name.removeprefix(prefix)):
+            raise ValueError(f"the block has a tensor that this family has not: {name}")
 
 
 def _read_experts(

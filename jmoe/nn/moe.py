@@ -191,6 +191,7 @@ class MoE(nnx.Module):
         family: Family,
         layer: int | None = None,
         top_k: int | None = None,
+        scoring: Scoring | None = None,
         mxfp4: bool = True,
         pack: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -199,18 +200,22 @@ class MoE(nnx.Module):
         """The block of a Qwen3-MoE or Mixtral model: of its checkpoint's files, its tensors, or transformers' module.
 
         Args:
-          block: as in jmoe.checkpoint.read_hf_block, as are the next four.
+          block: as in jmoe.checkpoint.read_hf_block, as are the next five.
           family: the model's kind.
           layer: which block, where there are several.
           top_k: experts a token; None: what config.json or the module says.
+          scoring: how logits become weights; None: likewise, or what the family always does.
           mxfp4: whether experts are rounded to MXFP4.
           pack: the experts are packed for Hopper, as by jmoe.pack.
           rngs: for new adapters, if `lora` asks for them.
           options: the constructor's others.
 
         Raises: as jmoe.checkpoint.read_hf_block and from_weights do.
+          ValueError: pack of experts that are not in MXFP4.
         """
-        read = read_hf_block(block, family=family, layer=layer, top_k=top_k, mxfp4=mxfp4)
+        if pack and not mxfp4:
+            raise ValueError("pack=True packs experts in MXFP4, and mxfp4=False keeps them as they are")
+        read = read_hf_block(block, family=family, layer=layer, top_k=top_k, scoring=scoring, mxfp4=mxfp4)
         experts = pack_experts(read.experts) if pack else read.experts
         family_options: dict[str, Any] = {"scoring": read.scoring, "activation": SiluAndMul()}
         options = family_options | options

@@ -149,6 +149,29 @@ def test_files_are_read_in_bf16_or_rounded_to_mxfp4(family: str, tmp_path: Path)
         assert all(map(np.array_equal, jax.tree.leaves(layer.experts), jax.tree.leaves(want)))
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["mlp.gate.e_score_correction_bias", "mlp.shared_expert.gate_proj.weight", "mlp.experts.0.gate_proj.bias"],
+)
+def test_a_block_of_another_family_is_told_by_its_tensors(other: str) -> None:
+    tensors = {"mlp.gate.weight": np.zeros((2, 32), np.float32), "norm.weight": np.ones(32), other: np.zeros(2)}
+    with pytest.raises(ValueError, match=f"the block has a tensor that this family has not: {other}"):
+        read_hf_block(tensors, family="qwen3_moe", top_k=1, scoring=jmoe.Scoring())
+
+
+@pytest.mark.parametrize(("entry", "renormalize"), [(True, True), (False, False), (None, False)])
+def test_whether_weights_are_divided_is_what_the_config_says(
+    entry: bool | None, renormalize: bool, tmp_path: Path
+) -> None:
+    """transformers takes false where it says nothing."""
+    save_checkpoint(tmp_path, "qwen3_moe")
+    file = tmp_path / "config.json"
+    entries = json.loads(file.read_text()) | {"norm_topk_prob": entry}
+    file.write_text(json.dumps({name: value for name, value in entries.items() if value is not None}))
+    read = read_hf_block(tmp_path, family="qwen3_moe", layer=0, mxfp4=False)
+    assert read.scoring == jmoe.Scoring(renormalize=renormalize)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     block = save_checkpoint(tmp_path, "mixtral")
     with pytest.raises(ValueError, match=r"config\.json: model_type must be \"qwen3_moe\", got \"mixtral\""):
@@ -160,10 +183,19 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="top_k must be given with tensors"):
         read_hf_block(block.state_dict(), family="mixtral")
     tensors = {"gate.weight": np.zeros((2, 32), np.float32)}
-    with pytest.raises(ValueError, match=r"the block has no tensor experts\.0\.gate_proj\.weight"):
+    with pytest.raises(ValueError, match="scoring must be given with tensors of qwen3_moe, which do not say"):
         read_hf_block(tensors, family="qwen3_moe", top_k=1)
+    read = functools.partial(read_hf_block, family="qwen3_moe", top_k=1, scoring=jmoe.Scoring())
+    with pytest.raises(ValueError, match=r"the block has no tensor experts\.0\.gate_proj\.weight"):
+        read(tensors)
     tensors["experts.0.gate_proj.weight"] = np.zeros((32, 32), np.int8)
     with pytest.raises(ValueError, match="must be bfloat16, float16 or float32, got int8"):
-        read_hf_block(tensors, family="qwen3_moe", top_k=1)
+        read(tensors)
+    with pytest.raises(
+        ValueError, match="block must be a directory, tensors by name or a block with a gate, got Linear"
+    ):
+        read(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="pack=True packs experts in MXFP4"):
+        MoE.from_hf(block, family="mixtral", mxfp4=False, pack=True)
     with pytest.raises(ValueError, match="family must be one of qwen3_moe, mixtral, got 'dbrx'"):
         read_hf_block(tensors, family="dbrx")
