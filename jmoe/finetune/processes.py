@@ -89,6 +89,14 @@ def check_alike(out: Path, **texts: str) -> None:
         )
 
 
+def first_says(answer: bool) -> bool:
+    """Process 0's answer, in all of them."""
+    if not several():
+        return answer
+    wait_for_all()
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+
+
 class AgreedStop:
     """Whether somebody asked one of the processes to stop; all ask at the same places, and hear the same."""
 

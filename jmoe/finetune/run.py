@@ -24,7 +24,7 @@ from jmoe.finetune.folder import BEGUN, OPTIONS, checkpoint_steps, run_folder
 from jmoe.finetune.loop import Ending, Run, run_steps
 from jmoe.finetune.metrics import Metrics, NoMetrics, check_plot, plot
 from jmoe.finetune.prepare import Prepared, prepare
-from jmoe.finetune.processes import AgreedStop, check_alike, first_day, wait_for_all, writes
+from jmoe.finetune.processes import AgreedStop, check_alike, first_day, first_says, wait_for_all, writes
 from jmoe.finetune.start_adapter import start_adapter
 from jmoe.finetune.start_report import say
 from jmoe.finetune.step import Trainer, TrainState, make_optimizer
@@ -95,10 +95,10 @@ def run_in(out: Path, config: FinetuneConfig, console: Console, owns_process: bo
     prepared = prepare(config, day, console)
     batches, held_out, steps = prepared.batches, prepared.held_out, prepared.steps
     data = digest(batches.packed, *held_out)
+    # Before one of them reads a checkpoint, which all do together.
+    check_alike(out, options=same_in_all(config), data=data, checkpoints=str(checkpoint_steps(out)))
     with Checkpoints(out / "checkpoints", config, data) as checkpoints:
-        found = checkpoints.standing()
-        check_alike(out, options=same_in_all(config), data=data, checkpoints=str(found))
-        standing, notes = go_on(found, steps, config)
+        standing, notes = go_on(checkpoints.standing(), steps, config)
         for note in notes:
             say(console, note)
         trainer = make_trainer(config, new_model(config, prepared), steps)
@@ -189,7 +189,8 @@ class AdapterSaver:
 
     def save_last(self, state: TrainState, standing: Standing, display: Display) -> None:
         """Saves the last state's adapter, unless the best one's is there."""
-        gone = standing.best_loss is not None and not (self.directory / "adapter_model.safetensors").is_file()
+        there = (self.directory / "adapter_model.safetensors").is_file()
+        gone = standing.best_loss is not None and not first_says(there)  # all save together, or none
         if gone:
             display.say(f"the best adapter is gone from {self.directory}: the last is saved")
         if gone or standing.best_loss is None:
