@@ -24,6 +24,7 @@ from jmoe.triton_src.packed.weight import (
     nan_rows,
     scale_offsets,
     scales_layout,
+    unknown,
     unpack_weights,
     word_offsets,
     words_layout,
@@ -114,12 +115,6 @@ def multiply(acc, seen, weights, stage, step: gl.constexpr, A: gl.constexpr, B: 
     WIDTH: gl.constexpr = X.shape[1]
     x = tokens_operand(stage.slice(step * WIDTH, WIDTH, dim=1).load(X), WIDTH // 64, B)
     return mma_v2(unpack_weights(weights[0], weights[1], A), x, acc), seen | weights[1]
-
-
-@gluon.jit
-def unknown(number):
-    """The number, of which the compiler knows nothing."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -20,9 +20,9 @@ _WEIGHTS = """{{ .reg .b32 t, u, e, o; .reg .b16 l, h; mov.b32 {{l, h}}, $9; mov
  shf.r.wrap.b32 t, $8, $8, 6; and.b32 t, t, 0x81808180; shl.b32 u, $8, 2; and.b32 u, u, 0x00400040; or.b32 t, t, u;
  {raise} mul.rn.bf16x2 t, t, o; mov.b32 {{$3, $7}}, t; }}"""
 
-# 2**126 times a small scale 2**(s - 127) is a bfloat16 of exponent s + 126, and a weight by it is exact: at least half of
-# 2**-127, which is a subnormal. Of a scale of 128 and more it is past bfloat16's range, so that two products take
-# its place.
+# 2**126 times a small scale 2**(s - 127) is a bfloat16 whose exponent's bits are s + 126, and a weight by it is exact:
+# the least, half of 2**-127, is a subnormal. Times a scale of 129 and more it passes bfloat16's range, so that two
+# products take its place; 128 is counted with these, since its bit tells.
 _BY_SMALL_SCALE = gl.constexpr(_WEIGHTS.format(**{"raise": ""}))
 _BY_ANY_SCALE = gl.constexpr(_WEIGHTS.format(**{"raise": "mov.b32 u, 0x7E807E80; mul.rn.bf16x2 t, t, u;"}))
 
@@ -165,3 +165,9 @@ def nan_rows(acc, nan):
     rows = gl.permute(gl.join(even, odd), (0, 2, 1)).reshape(acc.shape[:-1])
     rows = gl.convert_layout(rows, gl.SliceLayout(len(acc.shape) - 1, acc.type.layout))
     return gl.where(gl.expand_dims(rows, len(acc.shape) - 1) != 0, float("nan"), acc)
+
+
+@gluon.jit
+def unknown(number):
+    """The number, of which the compiler knows nothing."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
