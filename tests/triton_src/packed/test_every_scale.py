@@ -32,7 +32,7 @@ def weights_of_every_scale() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray, any_scale: bool) -> None:
     """[512, 64] bfloat16 and float64, for the scales that are decoded so. What is NaN is not looked at."""
-    here = np.broadcast_to(ROWS // 2 < (255 if any_scale else 128), want.shape)
+    here = np.broadcast_to((255 if any_scale else 128) > ROWS // 2, want.shape)
     exact = want.astype(np.float32).astype(ml_dtypes.bfloat16)
     small = here & (ROWS // 2 < 253)
     np.testing.assert_array_equal(exact.astype(np.float64)[small], want[small])
