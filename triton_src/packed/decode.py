@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.decode_product import product
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
-from jmoe.triton_src.packed.ready_counters import take_ticket, tickets_to_take
+from jmoe.triton_src.packed.ready_counters import is_mine, signal_all, start, take_ticket, tickets_to_take
 from jmoe.triton_src.packed.shrink import shrink
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -20,7 +20,7 @@ from jmoe.triton_src.tiles import DecodeTile
 
 
 @gluon.jit
-def product_of_tile(p, rows, work, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
+def product_of_tile(p, rows, work, signals, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.constexpr):
     """The product of a tile's columns that `work` numbers, of PROGRAMS a tile.
 
     Of 8 rows where the tile has no more: one of 16 takes longer.
@@ -30,7 +30,7 @@ def product_of_tile(p, rows, work, COLUMN_WARPS: gl.constexpr, PROGRAMS: gl.cons
     if expert >= 0:
         first = gl.load(rows.tiles_ptr + index * 3 + 1)
         end = gl.load(rows.tiles_ptr + index * 3 + 2)
-        tile = Tile(expert, first, end, rows.ready_counters_ptr + index)
+        tile = Tile(expert, first, end, rows.ready_counters_ptr + index, signals)
         short = end - first <= 8 if rows.BLOCK_M > 8 else True
         if short:
             product(p, rows, tile, work % PROGRAMS, min(8, rows.BLOCK_M), COLUMN_WARPS)
@@ -45,7 +45,7 @@ def multiply_tiles(p, rows, program, first_wave_tiles, max_tiles, COLUMN_WARPS: 
     What LLVM could take out of the loop would need registers in it, so it may not.
     """
     for work in tl.range(program, max_tiles * PROGRAMS, first_wave_tiles * PROGRAMS, disable_licm=True):
-        product_of_tile(p, rows, work, COLUMN_WARPS, PROGRAMS)
+        product_of_tile(p, rows, work, 1, COLUMN_WARPS, PROGRAMS)
 
 
 @gluon.jit
@@ -76,7 +76,7 @@ def packed_decode_kernel(
     tiles_ptr,  # (max_tiles, 3) int32: expert or -1, first position, end position
     layer_ptr,  # (1,) int32: which layer's weights, of several; None: there is one layer's
     lora_layer_ptr,  # (1,) int32: which layer's LoRA, of several; None: there is one layer's
-    ready_counters_ptr,  # (max_tiles + 1,) int32, zero at first: a tile's programs that have signalled; tickets taken
+    ready_counters_ptr,  # (max_tiles + 1,) int32, zero at first: see ready_counters
     gate_up_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
     activations_ptr,  # (P, IP) bf16 by position, in mma K order
     down_shrunk_ptr,  # (SPLITS, P, rank padded) float32 by position, or None
@@ -106,8 +106,8 @@ def packed_decode_kernel(
     """The roles of a layer in order, each for all tiles: gate_up's shrink, gate_up, down's shrink, down.
 
     activations = swiglu(x W^T + bias + LoRA) and pair_out = gate * (activations W^T + bias + LoRA), as in
-    grouped_matmul_kernel. A program waits for those that have its rows: all roles but down are work of tickets. Tiles
-    past the first wave's, of which there are some if routing is uneven, are further work for the programs of these.
+    grouped_matmul_kernel. A program waits for those that have its rows: see ready_counters. Tiles past the first
+    wave's, of which there are some if routing is uneven, are further work for the programs of these.
     Grid: (first_wave_tiles * (GATE_UP_SHRINK + GATE_UP + DOWN_SHRINK) + (first_wave_tiles - tail_tiles) * DOWN
     + tail_tiles * TAIL_DOWN,).
     """
@@ -147,17 +147,32 @@ def packed_decode_kernel(
     down_shrink_begin = gate_up_begin + first_wave_tiles * GATE_UP
     down_begin = down_shrink_begin + first_wave_tiles * DOWN_SHRINK
     tail_begin = down_begin + (first_wave_tiles - tail_tiles) * DOWN
-    tickets_ptr = ready_counters_ptr + max_tiles
-    for _ in tl.range(0, tickets_to_take(tickets_ptr, program, down_begin, True), disable_licm=True):
-        ticket = take_ticket(tickets_ptr, True)
-        if GATE_UP_SHRINK > 0 and ticket < gate_up_begin:
-            shrink_tiles(gate_up, rows, ticket, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
-        elif ticket < down_shrink_begin:
-            multiply_tiles(
-                gate_up, rows, ticket - gate_up_begin, first_wave_tiles, max_tiles, GATE_UP_COLUMN_WARPS, GATE_UP
-            )
-        elif DOWN_SHRINK > 0 and ticket < down_begin:
-            shrink_tiles(down, rows, ticket - down_shrink_begin, first_wave_tiles, max_tiles, DOWN_SHRINK)
+    if GATE_UP_RANK == 0 and DOWN_RANK == 0:
+        if TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
+            down_tile = (program - down_begin) // DOWN
+        else:
+            down_tile = (program - tail_begin) // TAIL_DOWN + (first_wave_tiles - tail_tiles)
+        started_ptr = ready_counters_ptr + max_tiles
+        pieces = max_tiles * GATE_UP
+        begin, step = start(started_ptr, program, down_begin, pieces, tiles_ptr + down_tile * 3)
+        for work in tl.range(begin, pieces, step, disable_licm=True):
+            if is_mine(started_ptr, program, down_begin):
+                signals = gl.where(program < down_begin, 1, 0)
+                product_of_tile(gate_up, rows, work, signals, GATE_UP_COLUMN_WARPS, GATE_UP)
+                if (program >= down_begin) & (work == pieces - 1):
+                    signal_all(ready_counters_ptr, max_tiles, GATE_UP)
+    else:
+        tickets_ptr = ready_counters_ptr + max_tiles
+        for _ in tl.range(0, tickets_to_take(tickets_ptr, program, down_begin), disable_licm=True):
+            ticket = take_ticket(tickets_ptr)
+            if GATE_UP_SHRINK > 0 and ticket < gate_up_begin:
+                shrink_tiles(gate_up, rows, ticket, first_wave_tiles, max_tiles, GATE_UP_SHRINK)
+            elif ticket < down_shrink_begin:
+                multiply_tiles(
+                    gate_up, rows, ticket - gate_up_begin, first_wave_tiles, max_tiles, GATE_UP_COLUMN_WARPS, GATE_UP
+                )
+            elif DOWN_SHRINK > 0 and ticket < down_begin:
+                shrink_tiles(down, rows, ticket - down_shrink_begin, first_wave_tiles, max_tiles, DOWN_SHRINK)
     if program >= down_begin:
         if TAIL_COLUMN_WARPS >= DOWN_COLUMN_WARPS or program < tail_begin:
             multiply_tiles(down, rows, program - down_begin, first_wave_tiles, max_tiles, DOWN_COLUMN_WARPS, DOWN)

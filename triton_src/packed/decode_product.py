@@ -336,7 +336,7 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
         padded_ok = (column < p.OUT_WIDTH)[:, None] & row_ok[None, :]
         at = p.out_ptr + out_position.to(gl.int64)[None, :] * p.OUT_WIDTH + slot[:, None]
         gl.store(at, out, mask=padded_ok)
-        signal(tile.counter)
+        signal(tile.counter, tile.signals)
     else:
         at = p.out_ptr + pair.to(gl.int64)[None, :] * p.N + 2 * column[:, None]
         gl.store(at, (even * gate[None, :]).to(gl.bfloat16), mask=ok)

@@ -99,7 +99,7 @@ def packed_dgrad_kernel(
     if expert >= 0:
         first = gl.load(tiles_ptr + index * 3 + 1)
         end = gl.load(tiles_ptr + index * 3 + 2)
-        tile = Tile(expert, first, end, None)
+        tile = Tile(expert, first, end, None, 0)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             dgrad_tile(p, rows, tile, max(BLOCK_M // 4, SMALLEST_M))
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):

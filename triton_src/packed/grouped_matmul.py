@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from jmoe.triton_src.packed.grouped_product import packed_tile
 from jmoe.triton_src.packed.operands import Lora, Product, Rows, Tile
-from jmoe.triton_src.packed.ready_counters import take_ticket, tickets_to_take
+from jmoe.triton_src.packed.ready_counters import is_mine, signal_all, start
 from jmoe.triton_src.plan import Buffer, Plan, cdiv
 from jmoe.triton_src.portable.grouped_matmul import pre_activations
 from jmoe.triton_src.portable.shrink import rank_blocks
@@ -21,7 +21,7 @@ from jmoe.triton_src.tiles import GroupedTile
 
 
 @gluon.jit
-def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, PROGRAMS: gl.constexpr):
+def tile_of_rows(p, rows, pre_activations_ptr, work, signals, SMALLEST_M: gl.constexpr, PROGRAMS: gl.constexpr):
     """A tile's columns that `work` numbers, of PROGRAMS a tile.
 
     By a product of fewer rows where that is enough, down to SMALLEST_M.
@@ -36,7 +36,7 @@ def tile_of_rows(p, rows, pre_activations_ptr, work, SMALLEST_M: gl.constexpr, P
         counter = rows.ready_counters_ptr
         if rows.ready_counters_ptr is not None:
             counter = rows.ready_counters_ptr + index
-        tile = Tile(expert, first, end, counter)
+        tile = Tile(expert, first, end, counter, signals)
         if (end - first <= BLOCK_M // 4) & (BLOCK_M // 4 >= SMALLEST_M):
             packed_tile(p, rows, tile, pre_activations_ptr, program, max(BLOCK_M // 4, SMALLEST_M))
         elif (end - first <= BLOCK_M // 2) & (BLOCK_M // 2 >= SMALLEST_M):
@@ -90,7 +90,7 @@ def packed_grouped_matmul_kernel(
 ):
     """gate_up, down, or both of grouped_matmul_kernel; a program has 128 columns of a tile. Eight warps.
 
-    Of both, gate_up comes first for all tiles, by ticket, and down's programs wait for those that have their rows.
+    Of both, gate_up comes first for all tiles, and down's programs wait for those that have their rows.
     GATE_UP and DOWN are programs a tile, 0 of what is not computed. Grid: (max_tiles * (GATE_UP + DOWN),).
     """
     pairs = gl.to_tensor(pairs)  # a single one is a constexpr, by jax-triton
@@ -107,15 +107,19 @@ def packed_grouped_matmul_kernel(
             X_READY=0, SHRUNK_READY=0,
         )  # fmt: skip
         if ready_counters_ptr is None:
-            tile_of_rows(gate_up, rows, pre_activations_ptr, program, SMALLEST_M, GATE_UP)
+            tile_of_rows(gate_up, rows, pre_activations_ptr, program, 1, SMALLEST_M, GATE_UP)
         else:
-            tickets = max_tiles * GATE_UP
-            tickets_ptr = ready_counters_ptr + max_tiles
-            for _ in tl.range(0, tickets_to_take(tickets_ptr, program, tickets, False), disable_licm=True):
-                ticket = take_ticket(tickets_ptr, False)
-                if ticket < tickets:
-                    tile_of_rows(gate_up, rows, pre_activations_ptr, ticket, SMALLEST_M, GATE_UP)
-            program -= tickets
+            pieces = max_tiles * GATE_UP
+            started_ptr = ready_counters_ptr + max_tiles
+            expert_ptr = tiles_ptr + (program - pieces) // DOWN * 3
+            begin, step = start(started_ptr, program, pieces, pieces, expert_ptr)
+            for work in tl.range(begin, pieces, step, disable_licm=True):
+                if is_mine(started_ptr, program, pieces):
+                    signals = gl.where(program < pieces, 1, 0)
+                    tile_of_rows(gate_up, rows, pre_activations_ptr, work, signals, SMALLEST_M, GATE_UP)
+                    if (program >= pieces) & (work == pieces - 1):
+                        signal_all(ready_counters_ptr, max_tiles, GATE_UP)
+            program -= pieces
     if DOWN > 0:
         down = Product(
             activations_ptr, down_words_ptr, down_scales_ptr, down_bias_ptr, layer_ptr, gates_ptr, pair_out_ptr,
@@ -127,7 +131,7 @@ def packed_grouped_matmul_kernel(
             X_READY=GATE_UP, SHRUNK_READY=0,
         )  # fmt: skip
         if program >= 0:
-            tile_of_rows(down, rows, None, program, SMALLEST_M, DOWN)
+            tile_of_rows(down, rows, None, program, 1, SMALLEST_M, DOWN)
 
 
 def plan_packed_grouped_matmul(

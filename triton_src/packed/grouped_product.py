@@ -111,7 +111,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     store_tile(acc, p, rows, tile, pre_activations_ptr, program, BLOCK_M)
     if p.GATE_UP:  # noqa: SIM102
         if tile.counter is not None:
-            signal(tile.counter)
+            signal(tile.counter, tile.signals)
 
 
 @gluon.jit

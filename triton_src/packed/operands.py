@@ -15,7 +15,7 @@ class Rows:
 
     order_ptr: gl.tensor  # (P,) int32, position -> pair
     tiles_ptr: gl.tensor  # (max_tiles, 3) int32: expert or -1, first position, end position
-    ready_counters_ptr: OptionalPointer  # (max_tiles + 1,) int32: a tile's programs that have signalled; tickets
+    ready_counters_ptr: OptionalPointer  # (max_tiles + 1,) int32: see ready_counters
     adapter_ids_ptr: OptionalPointer  # (T,) int32, -1 for none; None: adapter 0 for all
     pairs: gl.tensor
     EXPERTS: gl.constexpr
@@ -70,3 +70,4 @@ class Tile:
     first: gl.tensor  # position
     end: gl.tensor
     counter: OptionalPointer  # of Rows.ready_counters_ptr
+    signals: gl.tensor | gl.constexpr  # by each program that has written: 1, or 0 if it does others' work

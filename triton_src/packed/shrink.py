@@ -49,7 +49,7 @@ def shrink(p, rows, work, PROGRAMS: gl.constexpr):
                 if adapter < rows.ADAPTERS:
                     shrink_rows(p, rows, expert, first, end, split, rank, adapter, used == adapter)
                     adapter = next_adapter(used, adapter, rows.ADAPTERS)
-        signal(rows.ready_counters_ptr + tile)
+        signal(rows.ready_counters_ptr + tile, 1)
 
 
 @gluon.constexpr_function

@@ -22,7 +22,7 @@ class RouteProblem:
     expert_offset: bool
     block_m: int  # rows of a tile
     hidden: int | None  # of x, if it is to be put into mma K order
-    counters: bool = False  # a zero for each tile and one for tickets, where programs of a launch wait for others
+    counters: bool = False  # a zero for each tile and one beside, where programs of a launch wait for others
     prefetch: Prefetch | None = None  # weights to fetch meanwhile
     pairs: int = dataclasses.field(init=False)
     rows: int = dataclasses.field(init=False)  # tokens, or pairs where experts are given

@@ -34,6 +34,9 @@ def run_ptx(text: str, constraints: str, inputs: Sequence[Any]) -> list[np.ndarr
         if words[0] == "st.shared.b32":
             registers[into] = registers[operands[0]]
             continue
+        if words[0].startswith("red."):
+            fetch_and_add(addresses[into], np.uint64(operands[0]))
+            continue
         values = [addresses[name] if name in addresses else value_of(name, registers, shape) for name in operands]
         result = INSTRUCTIONS[words[0]](*values) & MASK
         if into.startswith("{"):
@@ -109,11 +112,20 @@ def fetch_and_add(address: Any, value: np.ndarray) -> np.ndarray:
     return before
 
 
+def signed(value: np.ndarray) -> np.ndarray:
+    """32 bits as a number with a sign."""
+    return value.astype(np.uint32).view(np.int32)
+
+
 INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "ld.shared.b32": lambda a: a,
     "setp.eq.u32": lambda a, b: (a == b).astype(np.uint64),
+    "setp.ge.s32": lambda a, b: (signed(a) >= signed(b)).astype(np.uint64),
+    "setp.lt.or.s32": lambda a, b, c: (signed(a) < signed(b)).astype(np.uint64) | c,
+    "selp.b32": lambda a, b, c: np.where(c, a, b),
+    "bar.red.and.pred": lambda barrier, p: p,  # of threads that have all seen the same
     "atom.relaxed.gpu.global.add.u32": fetch_and_add,
     "ld.relaxed.gpu.global.b32": lambda address: address.array.reshape(-1)[address.at].astype(np.uint64),
     "and.b32": lambda a, b: a & b,

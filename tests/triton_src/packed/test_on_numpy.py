@@ -66,6 +66,9 @@ def shrunk_parts(plan: Plan, layer: PackedLayer, rows: np.ndarray, projection: s
     return out
 
 
+SMALL_DECODE, SMALL_GROUPED = problem_of(2, 64, 32, experts=2, top_k=1), problem_of(60, 96, 160, experts=2, top_k=1)
+
+
 @pytest.mark.parametrize(
     ("problem", "scales_from"),
     [
@@ -173,9 +176,7 @@ def test_dgrad(problem: MoeProblem, scales_from: int) -> None:
     assert_same(buffers["pair_dx"][layer.pair], layer.input_gradient(rows["gate_up"], "gate_up"))
 
 
-@pytest.mark.parametrize(
-    "problem", [problem_of(9, 96, 160, experts=5, top_k=3, **PLAIN), problem_of(40, 160, 96, 3, 2)]
-)
+@pytest.mark.parametrize("problem", [SMALL_DECODE, SMALL_GROUPED, problem_of(9, 96, 160, 5, 3, **PLAIN)], ids=name)
 def test_programs_may_start_in_any_order(problem: MoeProblem) -> None:
     layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
     buffers = layer.buffers | {"x_in_mma_order": in_mma_k_order(layer.buffers["x"])}
@@ -186,6 +187,24 @@ def test_programs_may_start_in_any_order(problem: MoeProblem) -> None:
         results.append(run_plan(plan, own, programs.tolist())["pair_out"].astype(np.float32))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("problem", [SMALL_DECODE, SMALL_GROUPED], ids=name)
+def test_down_does_the_work_of_programs_that_never_start(problem: MoeProblem) -> None:
+    layer, (plan,) = layer_of(problem, plan_moe(problem, 90))
+    buffers = layer.buffers | {"x_in_mma_order": in_mma_k_order(layer.buffers["x"])}
+    own = buffers | {"ready_counters": buffers["ready_counters"].copy()}
+    usual = run_plan(plan, own)
+    *signals, started = own["ready_counters"]
+    of_a_tile = max(signals)
+    assert of_a_tile > 0
+    assert set(signals) <= {0, of_a_tile}
+    alone = run_plan(plan, buffers, range(int(started), plan.grid[0]))
+    for buffer in ("activations", "pair_out"):
+        np.testing.assert_array_equal(alone[buffer].astype(np.float32), usual[buffer].astype(np.float32))
+    *signals, nobody = buffers["ready_counters"]
+    assert nobody == 0
+    assert min(signals) >= of_a_tile
 
 
 def check_layer(layer: PackedLayer, activations: np.ndarray, pair_out: np.ndarray) -> None:
