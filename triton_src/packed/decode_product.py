@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from jmoe.triton_src.activation_tile import activate
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk, packed_column
+from jmoe.triton_src.packed.operands import Tile
 from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import (
     copy_stage,
@@ -126,9 +127,10 @@ def multiply_by_any_scale(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_
     B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
     X: gl.constexpr = tokens_layout(BLOCK_M, K_PARTS, COLUMN_WARPS)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    # Computed anew: kept for here, it would take registers from the loops before.
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
     stream = weights_of(p, rows, tile, unknown(program), K_PARTS, COLUMN_WARPS)
-    x, there = row_pointers(p, rows, unknown(tile.first), tile.end, BLOCK_M, X)
+    x, there = row_pointers(p, rows, tile.first, tile.end, BLOCK_M, X)
     slot = gl.arange(0, 64 * K_PARTS, gl.SliceLayout(0, X))[None, :]
     acc = gl.zeros([K_PARTS, 16 * COLUMN_WARPS, BLOCK_M], gl.float32, C)
     nan = gl.zeros([K_PARTS * COLUMN_WARPS, 8], gl.int32, scales_layout(K_PARTS * COLUMN_WARPS))

@@ -148,7 +148,7 @@ def dgrad_tile(p, rows, tile, BLOCK_M: gl.constexpr):
 
     words, scales, group = weights_of(p, rows, tile, gl.program_id(0), W)
     # The last stage holds no rows until the loop below fills it.
-    acc = lora_alone(stages.index(STAGES - 1), p, rows, tile, BLOCK_M, C)
+    acc = lora_alone(stages.index(STAGES - 1), p, rows, tile, gl.program_id(0), BLOCK_M, C)
     w = ()
     s = ()
     for i in gl.static_range(p.AHEAD):
@@ -200,11 +200,13 @@ def multiply_by_any_scale(stages, p, rows, tile, BLOCK_M: gl.constexpr, C: gl.co
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     BLOCKS: gl.constexpr = (p.N + 63) // 64
     COLUMN_BLOCKS: gl.constexpr = (p.K + 63) // 64
-    # Computed anew: kept for here, it would take registers from the loops before.
-    grad, n_in_stage = rows_of_tile(p, rows, unknown(tile.first), tile.end, BLOCK_M, X)
-    words, scales, group = weights_of(p, rows, tile, unknown(gl.program_id(0)), W)
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
+    program = unknown(gl.program_id(0))
     gl.barrier()
-    acc = lora_alone(stages.index(0), p, rows, tile, BLOCK_M, C)
+    acc = lora_alone(stages.index(0), p, rows, tile, program, BLOCK_M, C)
+    grad, n_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
+    words, scales, group = weights_of(p, rows, tile, program, W)
     nan = gl.zeros([WARPS, 8, 4], gl.int32, W)
     for block in range(BLOCKS):
         gl.barrier()
@@ -259,33 +261,33 @@ def weights_of(p, rows, tile, program, W: gl.constexpr):
 
 
 @gluon.jit
-def lora_alone(stage, p, rows, tile, BLOCK_M: gl.constexpr, C: gl.constexpr):
+def lora_alone(stage, p, rows, tile, program, BLOCK_M: gl.constexpr, C: gl.constexpr):
     """The accumulators (BLOCK_K, BLOCK_M) before any weight: LoRA's part of them, or zeros. A stage is room for it."""
     acc = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
     if p.lora.a_ptr is not None:
         expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
         shrunk = stage.slice(0, p.lora.BLOCK_R, dim=1)
         if rows.adapter_ids_ptr is None:
-            acc = expand(acc, shrunk, p, rows, expert, tile.first, tile.end, BLOCK_M)
+            acc = expand(acc, shrunk, p, rows, expert, tile.first, tile.end, program, BLOCK_M)
         else:
             # Half of the tile at a time: a whole second accumulator does not fit beside the first.
             HALF: gl.constexpr = BLOCK_M // 2
             part_of_shrunk = shrunk.slice(0, HALF, dim=0)
-            low = expand_mixed(part_of_shrunk, p, rows, expert, tile.first, tile.end, HALF)
-            high = expand_mixed(part_of_shrunk, p, rows, expert, tile.first + HALF, tile.end, HALF)
+            low = expand_mixed(part_of_shrunk, p, rows, expert, tile.first, tile.end, program, HALF)
+            high = expand_mixed(part_of_shrunk, p, rows, expert, tile.first + HALF, tile.end, program, HALF)
             both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([p.BLOCK_K, BLOCK_M])
             acc = gl.convert_layout(both, C)
     return acc
 
 
 @gluon.jit
-def expand(acc, shared, p, rows, matrix, first, end, BLOCK_M: gl.constexpr):
+def expand(acc, shared, p, rows, matrix, first, end, program, BLOCK_M: gl.constexpr):
     """acc + A^T (scale * grad B)^T for the matrix of an adapter and expert."""
     lora = p.lora
     WARPS: gl.constexpr = p.BLOCK_K // 32
     A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     fragment_row = gl.arange(0, p.BLOCK_K, gl.SliceLayout(1, A))
-    column = gl.program_id(0) * p.BLOCK_K + transposed_column(fragment_row, WARPS)
+    column = program * p.BLOCK_K + transposed_column(fragment_row, WARPS)
     first_rank = matrix.to(gl.int64) * lora.RANK
     for rank in range(0, lora.RANK_PADDED, lora.BLOCK_R):
         shared.store(load_shrunk(lora, first, end, rank, rows.pairs, BLOCK_M, WARPS))
@@ -299,7 +301,7 @@ def expand(acc, shared, p, rows, matrix, first, end, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
+def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.constexpr):
     """(BLOCK_K, BLOCK_M) expand of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[p.BLOCK_K // 32, 1], instr_shape=[16, BLOCK_M, 16]
@@ -309,7 +311,7 @@ def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
     adapter = next_adapter(used, -1, rows.ADAPTERS)
     while adapter < rows.ADAPTERS:
         zero = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
-        expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, BLOCK_M)
+        expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, program, BLOCK_M)
         acc = gl.where((used == adapter)[None, :], expanded, acc)
         adapter = next_adapter(used, adapter, rows.ADAPTERS)
     return acc

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from jmoe.triton_src.activation_tile import activate, keep_clamped
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
+from jmoe.triton_src.packed.operands import Tile
 from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.weight import (
     any_large,
@@ -142,13 +143,13 @@ def multiply_by_any_scale(stages, p, rows, tile, program, BLOCK_M: gl.constexpr,
     S: gl.constexpr = scales_layout(8)
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    # Computed anew: kept for here, it would take registers from the loops before.
-    first = unknown(tile.first)
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
     program = unknown(program)
-    x, row_ok, k_in_stage = rows_of_tile(p, rows, first, tile.end, BLOCK_M, X)
-    words, word, scales, scale = weights_of(p, rows, tile, program, W, S)
     gl.barrier()
     acc = lora_alone(stages.index(0), p, rows, tile, program, BLOCK_M, C)
+    x, row_ok, k_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
+    words, word, scales, scale = weights_of(p, rows, tile, program, W, S)
     nan = gl.zeros([8, 8], gl.int32, S)
     for block in range(BLOCKS):
         gl.barrier()
