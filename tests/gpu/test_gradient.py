@@ -116,7 +116,7 @@ def test_nothing_beside_the_buffers_is_read_or_written(
     assert allocator.guards_are_intact()
 
 
-@pytest.mark.parametrize("scale", [0, 253, 254, 255])
+@pytest.mark.parametrize("scale", [0, 128, 129, 200, 253, 254, 255])
 def test_scale_bytes_at_the_ends(scale: int) -> None:
     from jmoe.interop import reference
     from jmoe.interop.moe import moe

@@ -153,6 +153,23 @@ def test_scale_bytes_at_the_ends(scale: int, tokens: int) -> None:
         assert torch_layers.relative_error(to_torch(y), exact(odd, 2)) <= BFLOAT16.relative
 
 
+@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize("tokens", [3, 24, 400])
+@pytest.mark.parametrize("scale", [128, 140, 255])
+def test_columns_have_the_same_bits_beside_one_with_a_large_scale(scale: int, tokens: int, rank: int) -> None:
+    """A large scale has all columns of its program decoded by other instructions."""
+    adapters = {"adapters": 2, "rank": rank, "mixed": True} if rank else {}
+    layer = random_layer(LayerShape(tokens, hidden=640, intermediate=1440, experts=4, top_k=2, **adapters))
+    down = layer.experts.down
+    large = jmoe.Mxfp4(down.blocks, down.scales.at[:, 11, 3].set(scale))
+    changed = dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, down=large))
+    call = jax.jit(functools.partial(run, top_k=2))
+    y, z = call(packed(layer)), call(packed(changed))
+    others = jnp.arange(640) != 11
+    assert jnp.array_equal(y[:, others], z[:, others])
+    assert not jnp.array_equal(y[:, 11], z[:, 11])
+
+
 @pytest.mark.parametrize("tokens", [24, 400])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_adapter_shows_in_its_own_tokens_alone(value: float, tokens: int) -> None:

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from jmoe.triton_src.activation_tile import activate
 from jmoe.triton_src.packed.lora import load_adapters, load_shrunk, packed_column
+from jmoe.triton_src.packed.operands import Tile
 from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.tokens import (
     copy_stage,
@@ -19,11 +20,12 @@ from jmoe.triton_src.packed.tokens import (
     tokens_operand,
 )
 from jmoe.triton_src.packed.weight import (
-    NAN_OF_EVEN_ROWS,
-    NAN_OF_ODD_ROWS,
+    any_large,
     nan_bits,
+    nan_rows,
     scale_offsets,
     scales_layout,
+    unknown,
     unpack_weights,
     word_offsets,
     words_layout,
@@ -109,11 +111,36 @@ def load_weights(stream, step, MASK: gl.constexpr):
 
 
 @gluon.jit
-def multiply(acc, nan, weights, stage, step: gl.constexpr, A: gl.constexpr, B: gl.constexpr, X: gl.constexpr):
-    """(acc and nan) with one block a warp more, the stage's step-th."""
+def multiply(acc, seen, weights, stage, step: gl.constexpr, A: gl.constexpr, B: gl.constexpr, X: gl.constexpr):
+    """acc with one block a warp more, the stage's step-th, if its scales are small; | of all scales so far."""
     WIDTH: gl.constexpr = X.shape[1]
     x = tokens_operand(stage.slice(step * WIDTH, WIDTH, dim=1).load(X), WIDTH // 64, B)
-    return mma_v2(unpack_weights(weights[0], weights[1], A), x, acc), nan | nan_bits(weights[1])
+    return mma_v2(unpack_weights(weights[0], weights[1], A), x, acc), seen | weights[1]
+
+
+@gluon.jit
+def multiply_by_any_scale(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.constexpr):
+    """The accumulators of `product`, whatever the scales are: NaN where a scale is. Few weights have large ones."""
+    K_PARTS: gl.constexpr = 4 // COLUMN_WARPS
+    C: gl.constexpr = accumulator_layout(K_PARTS, COLUMN_WARPS)
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, C, 2)
+    X: gl.constexpr = tokens_layout(BLOCK_M, K_PARTS, COLUMN_WARPS)
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
+    stream = weights_of(p, rows, tile, unknown(program), K_PARTS, COLUMN_WARPS)
+    x, there = row_pointers(p, rows, tile.first, tile.end, BLOCK_M, X)
+    slot = gl.arange(0, 64 * K_PARTS, gl.SliceLayout(0, X))[None, :]
+    acc = gl.zeros([K_PARTS, 16 * COLUMN_WARPS, BLOCK_M], gl.float32, C)
+    nan = gl.zeros([K_PARTS * COLUMN_WARPS, 8], gl.int32, scales_layout(K_PARTS * COLUMN_WARPS))
+    for step in range((BLOCKS + K_PARTS - 1) // K_PARTS):
+        words, scales = load_weights(stream, step, True)
+        at = step * (64 * K_PARTS) + slot
+        tokens = gl.load(x + at, mask=there & (at < BLOCKS * 64), other=0.0)
+        acc = mma_v2(unpack_weights(words, scales, A, True), tokens_operand(tokens, K_PARTS, B), acc)
+        nan = nan | nan_bits(scales)
+    return nan_rows(acc, nan)
 
 
 @gluon.jit
@@ -205,19 +232,13 @@ def add_mixed_lora(
 
 
 @gluon.jit
-def even_and_odd(acc, nan, BLOCK_M: gl.constexpr, K_PARTS: gl.constexpr, COLUMN_WARPS: gl.constexpr, OUT: gl.constexpr):
-    """The products' even and odd columns, gate and up, (8 * COLUMN_WARPS, BLOCK_M) each. NaN where a scale is."""
+def even_and_odd(acc, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.constexpr, OUT: gl.constexpr):
+    """The products' even and odd columns, gate and up, (8 * COLUMN_WARPS, BLOCK_M) each."""
     # Fragment rows g and g + 8 are columns 2g and 2g + 1.
     total = gl.sum(acc, axis=0).reshape([COLUMN_WARPS, 2, 8, BLOCK_M])
     even, odd = gl.split(gl.permute(total, (0, 2, 3, 1)))
     even = gl.convert_layout(even.reshape([8 * COLUMN_WARPS, BLOCK_M]), OUT)
     odd = gl.convert_layout(odd.reshape([8 * COLUMN_WARPS, BLOCK_M]), OUT)
-    nan = nan.reshape([K_PARTS, 8 * COLUMN_WARPS])
-    nan_even = gl.max(((nan & NAN_OF_EVEN_ROWS) != 0).to(gl.int32), axis=0)
-    nan_odd = gl.max(((nan & NAN_OF_ODD_ROWS) != 0).to(gl.int32), axis=0)
-    COLUMNS: gl.constexpr = gl.SliceLayout(1, OUT)
-    even = gl.where(gl.convert_layout(nan_even, COLUMNS)[:, None] != 0, float("nan"), even)
-    odd = gl.where(gl.convert_layout(nan_odd, COLUMNS)[:, None] != 0, float("nan"), odd)
     return even, odd
 
 
@@ -255,14 +276,14 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
     for i in gl.static_range(p.STAGES - 1):
         copy_stage(stages[i], x, there, i, p.K, STAGE_WIDTH)
     acc = gl.zeros([K_PARTS, 16 * COLUMN_WARPS, BLOCK_M], gl.float32, C)
-    nan = gl.zeros([K_PARTS * COLUMN_WARPS, 8], gl.int32, scales_layout(K_PARTS * COLUMN_WARPS))
+    seen = gl.zeros([K_PARTS * COLUMN_WARPS, 8], gl.int32, scales_layout(K_PARTS * COLUMN_WARPS))
     for start in range(0, LOOP, p.STAGES):
         for i in gl.static_range(p.STAGES):
             async_copy.wait_group(p.STAGES - 2)
             free = stages[(i + p.STAGES - 1) % p.STAGES]
             copy_stage(free, x, there, start + (i + p.STAGES - 1), p.K, STAGE_WIDTH)
             for j in gl.static_range(STAGE_STEPS):
-                acc, nan = multiply(acc, nan, weights[0], stages[i], j, A, B, X)
+                acc, seen = multiply(acc, seen, weights[0], stages[i], j, A, B, X)
                 step = start * STAGE_STEPS + (i * STAGE_STEPS + j + p.AHEAD)
                 weights = weights[1:] + (load_weights(stream, step, False),)
 
@@ -291,18 +312,20 @@ def product(p, rows, tile, program, BLOCK_M: gl.constexpr, COLUMN_WARPS: gl.cons
             free = stages[(i // STAGE_STEPS + p.STAGES - 1) % p.STAGES]
             copy_stage(free, x, there, i // STAGE_STEPS + p.STAGES - 1, p.K, STAGE_WIDTH)
         stage = stages[i // STAGE_STEPS % p.STAGES]
-        acc, nan = multiply(acc, nan, weights[0], stage, i % STAGE_STEPS, A, B, X)
+        acc, seen = multiply(acc, seen, weights[0], stage, i % STAGE_STEPS, A, B, X)
         weights = weights[1:]
         if i + p.AHEAD < STEPS:
             weights = weights + (load_weights(stream, i + p.AHEAD, i + p.AHEAD >= WHOLE),)
     async_copy.wait_group(0)
+    if any_large(seen):
+        acc = multiply_by_any_scale(p, rows, tile, program, BLOCK_M, COLUMN_WARPS)
 
     if p.lora.b_ptr is not None:
         if rows.adapter_ids_ptr is None:
             acc = add_lora(acc, p, rows, tile, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
         else:
             acc = add_mixed_lora(acc, p, rows, tile, used, program, BLOCK_M, K_PARTS, COLUMN_WARPS)
-    even, odd = even_and_odd(acc, nan, BLOCK_M, K_PARTS, COLUMN_WARPS, OUT)
+    even, odd = even_and_odd(acc, BLOCK_M, COLUMN_WARPS, OUT)
     if p.bias_ptr is not None:
         even += bias_even.to(gl.float32)[:, None]
         odd += bias_odd.to(gl.float32)[:, None]

@@ -20,7 +20,7 @@ from jmoe.triton_src.packed.transposed import (
     transposed_column,
     transposed_word,
 )
-from jmoe.triton_src.packed.weight import NAN_OF_FIRST_GROUP, NAN_OF_SECOND_GROUP, nan_bits
+from jmoe.triton_src.packed.weight import NAN_OF_FIRST_GROUP, NAN_OF_SECOND_GROUP, any_large, nan_bits, unknown
 from jmoe.triton_src.plan import Plan, cdiv
 from jmoe.triton_src.portable.dgrad import dgrad_lora_operands, dgrad_output
 from jmoe.triton_src.portable.shrink import lora_constexprs
@@ -141,49 +141,22 @@ def dgrad_tile(p, rows, tile, BLOCK_M: gl.constexpr):
     COLUMN_BLOCKS: gl.constexpr = (p.K + 63) // 64
     PARTS: gl.constexpr = 64 // STEP
 
-    # Rows past the end are computed from the last one and not stored.
-    position = gl.minimum(tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X)), tile.end - 1)
-    row = position
-    if not p.GATE_UP:
-        row = gl.load(rows.order_ptr + position) // rows.TOP_K
-    n_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
-    grad = p.grad_ptr + row.to(gl.int64)[:, None] * p.N + n_in_stage
+    grad, n_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
     stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], SHARED)
     for i in gl.static_range(STAGES - 1):
         grad = copy_rows(stages, i, grad, n_in_stage, 128 * i, p.N)
 
-    # Two warps share a block of 64 columns; the last block's are taken again past K, and not stored.
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, W)))[:, None, None]
-    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
-    row_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))[None, None, :]
-    block = gl.minimum(gl.program_id(0) * (BLOCK_K // 64) + warp // 2, COLUMN_BLOCKS - 1)
-    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
-    block += matrix.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
-    words = transposed_word(p.words_ptr + block * 512, warp, column, row_pair)
-    scales = p.scales_ptr + block * 32 + column * 4 + row_pair
-    acc = gl.zeros([BLOCK_K, BLOCK_M], gl.float32, C)
-    if p.lora.a_ptr is not None:
-        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
-        # The last stage holds no rows until the loop below fills it.
-        shrunk = stages.index(STAGES - 1).slice(0, p.lora.BLOCK_R, dim=1)
-        if rows.adapter_ids_ptr is None:
-            acc = expand(acc, shrunk, p, rows, expert, tile.first, tile.end, BLOCK_M)
-        else:
-            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
-            HALF: gl.constexpr = BLOCK_M // 2
-            part_of_shrunk = shrunk.slice(0, HALF, dim=0)
-            low = expand_mixed(part_of_shrunk, p, rows, expert, tile.first, tile.end, HALF)
-            high = expand_mixed(part_of_shrunk, p, rows, expert, tile.first + HALF, tile.end, HALF)
-            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([BLOCK_K, BLOCK_M])
-            acc = gl.convert_layout(both, C)
+    words, scales, group = weights_of(p, rows, tile, gl.program_id(0), W)
+    # The last stage holds no rows until the loop below fills it.
+    acc = lora_alone(stages.index(STAGES - 1), p, rows, tile, gl.program_id(0), BLOCK_M, C)
     w = ()
     s = ()
     for i in gl.static_range(p.AHEAD):
         w = w + (load_words(words, i, COLUMN_BLOCKS * 512, BLOCKS),)
         s = s + (gl.load(scales + min(i, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
-    nan = nan_bits(s[0])
-    factors = spread_scales(s[0], warp % 2)
-    operand = decode_transposed(w[0], factors, 0, A)
+    seen = s[0]
+    factors = spread_scales(s[0], group, False)
+    operand = decode_transposed(w[0], factors, 0, A, False)
     read = 0
     write = STAGES - 1
     for block in range(0, BLOCKS // 2 * 2, 2):
@@ -196,12 +169,12 @@ def dgrad_tile(p, rows, tile, BLOCK_M: gl.constexpr):
                     ahead = block + half + p.AHEAD
                     w = w[1:] + (load_words(words, ahead, COLUMN_BLOCKS * 512, BLOCKS),)
                     s = s[1:] + (gl.load(scales + gl.minimum(ahead, BLOCKS - 1) * (COLUMN_BLOCKS * 32)),)
-                    nan = nan | nan_bits(s[0])
-                    factors = spread_scales(s[0], warp % 2)
+                    seen = seen | s[0]
+                    factors = spread_scales(s[0], group, False)
                 if half == 1 and part == PARTS - 1:
                     grad = copy_rows(stages, write, grad, n_in_stage, (block + 2 * (STAGES - 1)) * 64, p.N)
                 # The next operand is among what the wait is for, so that it is decoded while the product runs.
-                operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
+                operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A, False)
                 acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
         read = gl.where(read == STAGES - 1, 0, read + 1)
         write = gl.where(write == STAGES - 1, 0, write + 1)
@@ -210,20 +183,111 @@ def dgrad_tile(p, rows, tile, BLOCK_M: gl.constexpr):
         for part in gl.static_range(PARTS):
             grads = stages.index(read).slice(STEP * part, STEP, dim=1)
             acc = warpgroup_mma(operand, grads.permute((1, 0)), acc, is_async=True)
-            operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A)
+            operand = decode_transposed(w[0], factors, (part + 1) % PARTS, A, False)
             acc, operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, operand])
     async_copy.wait_group(0)
-    store_tile(acc, nan, p, rows, tile, BLOCK_M)
+    if any_large(seen):
+        acc = multiply_by_any_scale(stages, p, rows, tile, BLOCK_M, C)
+    store_tile(acc, p, rows, tile, BLOCK_M)
 
 
 @gluon.jit
-def expand(acc, shared, p, rows, matrix, first, end, BLOCK_M: gl.constexpr):
+def multiply_by_any_scale(stages, p, rows, tile, BLOCK_M: gl.constexpr, C: gl.constexpr):
+    """The accumulators of dgrad_tile, whatever the scales are: NaN where a scale is. Few weights have large ones."""
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    WARPS: gl.constexpr = p.BLOCK_K // 32
+    W: gl.constexpr = part_layout(WARPS)
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    BLOCKS: gl.constexpr = (p.N + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.K + 63) // 64
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
+    program = unknown(gl.program_id(0))
+    gl.barrier()
+    acc = lora_alone(stages.index(0), p, rows, tile, program, BLOCK_M, C)
+    grad, n_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
+    words, scales, group = weights_of(p, rows, tile, program, W)
+    nan = gl.zeros([WARPS, 8, 4], gl.int32, W)
+    for block in range(BLOCKS):
+        gl.barrier()
+        copy_rows(stages, 0, grad + block * 64, n_in_stage, block * 64, p.N)
+        w = load_words(words, block, COLUMN_BLOCKS * 512, BLOCKS)
+        s = gl.load(scales + block * (COLUMN_BLOCKS * 32))
+        nan = nan | nan_bits(s)
+        factors = spread_scales(s, group, True)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.barrier()
+        for part in gl.static_range(64 // STEP):
+            grads = stages.index(0).slice(STEP * part, STEP, dim=1)
+            acc = warpgroup_mma(decode_transposed(w, factors, part, A, True), grads.permute((1, 0)), acc)
+    # A warp's columns are of one group: of the first and third bytes' groups in turn.
+    bad = gl.where(group == 0, nan & NAN_OF_FIRST_GROUP, nan & NAN_OF_SECOND_GROUP) != 0
+    bad = gl.max(gl.max(bad.to(gl.int32), axis=2), axis=1)
+    parts = acc.reshape([2, WARPS, 16, BLOCK_M])
+    WARP: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
+    bad = gl.convert_layout(bad, WARP)[None, :, None, None]
+    parts = gl.where(bad != 0, float("nan"), parts)
+    return gl.convert_layout(parts.reshape([p.BLOCK_K, BLOCK_M]), C)
+
+
+@gluon.jit
+def rows_of_tile(p, rows, first, end, BLOCK_M: gl.constexpr, X: gl.constexpr):
+    """(pointers to the tile's rows of the gradient, columns of a stage), by a stage's layout."""
+    # Rows past the end are computed from the last one and not stored.
+    position = gl.minimum(first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X)), end - 1)
+    row = position
+    if not p.GATE_UP:
+        row = gl.load(rows.order_ptr + position) // rows.TOP_K
+    n_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
+    return p.grad_ptr + row.to(gl.int64)[:, None] * p.N + n_in_stage, n_in_stage
+
+
+@gluon.jit
+def weights_of(p, rows, tile, program, W: gl.constexpr):
+    """(pointers to a thread's first words, to its scales, its warp's group of 32 columns) of a program's columns."""
+    WARPS: gl.constexpr = p.BLOCK_K // 32
+    BLOCKS: gl.constexpr = (p.N + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.K + 63) // 64
+    # Two warps share a block of 64 columns; the last block's are taken again past K, and not stored.
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, W)))[:, None, None]
+    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, W)))[None, :, None]
+    row_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, W)))[None, None, :]
+    block = gl.minimum(program * (p.BLOCK_K // 64) + warp // 2, COLUMN_BLOCKS - 1)
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
+    block += matrix.to(gl.int64) * (BLOCKS * COLUMN_BLOCKS)
+    words = transposed_word(p.words_ptr + block * 512, warp, column, row_pair)
+    return words, p.scales_ptr + block * 32 + column * 4 + row_pair, warp % 2
+
+
+@gluon.jit
+def lora_alone(stage, p, rows, tile, program, BLOCK_M: gl.constexpr, C: gl.constexpr):
+    """The accumulators (BLOCK_K, BLOCK_M) before any weight: LoRA's part of them, or zeros. A stage is room for it."""
+    acc = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
+    if p.lora.a_ptr is not None:
+        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
+        shrunk = stage.slice(0, p.lora.BLOCK_R, dim=1)
+        if rows.adapter_ids_ptr is None:
+            acc = expand(acc, shrunk, p, rows, expert, tile.first, tile.end, program, BLOCK_M)
+        else:
+            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
+            HALF: gl.constexpr = BLOCK_M // 2
+            part_of_shrunk = shrunk.slice(0, HALF, dim=0)
+            low = expand_mixed(part_of_shrunk, p, rows, expert, tile.first, tile.end, program, HALF)
+            high = expand_mixed(part_of_shrunk, p, rows, expert, tile.first + HALF, tile.end, program, HALF)
+            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([p.BLOCK_K, BLOCK_M])
+            acc = gl.convert_layout(both, C)
+    return acc
+
+
+@gluon.jit
+def expand(acc, shared, p, rows, matrix, first, end, program, BLOCK_M: gl.constexpr):
     """acc + A^T (scale * grad B)^T for the matrix of an adapter and expert."""
     lora = p.lora
     WARPS: gl.constexpr = p.BLOCK_K // 32
     A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     fragment_row = gl.arange(0, p.BLOCK_K, gl.SliceLayout(1, A))
-    column = gl.program_id(0) * p.BLOCK_K + transposed_column(fragment_row, WARPS)
+    column = program * p.BLOCK_K + transposed_column(fragment_row, WARPS)
     first_rank = matrix.to(gl.int64) * lora.RANK
     for rank in range(0, lora.RANK_PADDED, lora.BLOCK_R):
         shared.store(load_shrunk(lora, first, end, rank, rows.pairs, BLOCK_M, WARPS))
@@ -237,7 +301,7 @@ def expand(acc, shared, p, rows, matrix, first, end, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
+def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.constexpr):
     """(BLOCK_K, BLOCK_M) expand of each position's own adapter; others' are selected away, not multiplied by zero."""
     C: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[p.BLOCK_K // 32, 1], instr_shape=[16, BLOCK_M, 16]
@@ -247,27 +311,19 @@ def expand_mixed(shared, p, rows, expert, first, end, BLOCK_M: gl.constexpr):
     adapter = next_adapter(used, -1, rows.ADAPTERS)
     while adapter < rows.ADAPTERS:
         zero = gl.zeros([p.BLOCK_K, BLOCK_M], gl.float32, C)
-        expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, BLOCK_M)
+        expanded = expand(zero, shared, p, rows, adapter * rows.EXPERTS + expert, first, end, program, BLOCK_M)
         acc = gl.where((used == adapter)[None, :], expanded, acc)
         adapter = next_adapter(used, adapter, rows.ADAPTERS)
     return acc
 
 
 @gluon.jit
-def store_tile(acc, nan, p, rows, tile, BLOCK_M: gl.constexpr):
-    """NaN where a scale says so, columns in their order, and the store."""
+def store_tile(acc, p, rows, tile, BLOCK_M: gl.constexpr):
+    """Columns in their order, and the store."""
     BLOCK_K: gl.constexpr = p.BLOCK_K
     WARPS: gl.constexpr = BLOCK_K // 32
-    # A warp's columns are of one group: of the first and third bytes' groups in turn.
-    group = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, nan.type.layout)))[:, None, None] % 2
-    bad = gl.where(group == 0, nan & NAN_OF_FIRST_GROUP, nan & NAN_OF_SECOND_GROUP) != 0
-    bad = gl.max(gl.max(bad.to(gl.int32), axis=2), axis=1)
-    parts = acc.reshape([2, WARPS, 16, BLOCK_M])
-    WARP: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, parts.type.layout)))
-    bad = gl.convert_layout(bad, WARP)[None, :, None, None]
-    parts = gl.where(bad != 0, float("nan"), parts).to(gl.bfloat16)
     # c, block, group, p, step, quad -> block, group, step, c, quad, p
-    parts = parts.reshape([2, WARPS // 2, 2, 2, 2, 4, BLOCK_M])
+    parts = acc.to(gl.bfloat16).reshape([2, WARPS // 2, 2, 2, 2, 4, BLOCK_M])
     parts = gl.permute(parts, (1, 2, 4, 0, 5, 3, 6)).reshape([BLOCK_K, BLOCK_M])
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
     out = gl.convert_layout(parts, OUT)

@@ -11,13 +11,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from jmoe.triton_src.activation_tile import activate, keep_clamped
 from jmoe.triton_src.packed.lora import load_adapters, load_lora_b, load_shrunk
+from jmoe.triton_src.packed.operands import Tile
 from jmoe.triton_src.packed.ready_counters import signal, wait
 from jmoe.triton_src.packed.weight import (
-    NAN_OF_EVEN_ROWS,
-    NAN_OF_ODD_ROWS,
+    any_large,
     nan_bits,
+    nan_rows,
     scale_offsets,
     scales_layout,
+    unknown,
     unpack_weights,
     word_offsets,
     words_layout,
@@ -52,7 +54,6 @@ def in_column_blocks(offset, stride, BLOCK: gl.constexpr):
 def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
     """Columns `program` * 128 and on of a tile of at most BLOCK_M rows."""
     STAGES: gl.constexpr = p.STAGES
-    BLOCK_R: gl.constexpr = p.lora.BLOCK_R
     C: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
     W: gl.constexpr = words_layout(8)
@@ -60,23 +61,9 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     BLOCKS: gl.constexpr = (p.K + 63) // 64
-    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
 
-    position = tile.first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
-    row_ok = (position < tile.end)[:, None]
-    row = position
-    if p.GATE_UP:
-        row = gl.load(rows.order_ptr + position, mask=position < tile.end, other=0) // rows.TOP_K
-    k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
-    x = p.x_ptr + row.to(gl.int64)[:, None] * p.K + k_in_stage
-
-    stride = gl.where(program * 2 + 1 < COLUMN_BLOCKS, BLOCKS, 0)
-    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
-    block = (matrix.to(gl.int64) * COLUMN_BLOCKS + program * 2) * BLOCKS
-    word = in_column_blocks(word_offsets(8, 128, W), stride, 512)
-    scale = in_column_blocks(scale_offsets(8, 8, S), stride, 32)
-    words = p.words_ptr + block * 512 + word
-    scales = p.scales_ptr + block * 32 + scale
+    x, row_ok, k_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
+    words, word, scales, scale = weights_of(p, rows, tile, program, W, S)
     w = ()
     s = ()
     for i in gl.static_range(p.AHEAD):
@@ -88,29 +75,16 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
     for i in gl.static_range(STAGES - 1):
         copy_tokens(stages, i, x, row_ok, k_in_stage, 128 * i, p.K)
 
-    acc = gl.zeros([128, BLOCK_M], gl.float32, C)
-    if p.lora.b_ptr is not None:
-        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
-        # The last stage holds no tokens until the loop below fills it.
-        shrunk = stages.index(STAGES - 1).slice(0, BLOCK_R, dim=1)
-        if rows.adapter_ids_ptr is None:
-            acc = expand(acc, shrunk, p, rows.pairs, expert, tile.first, tile.end, program, BLOCK_M)
-        else:
-            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
-            HALF: gl.constexpr = BLOCK_M // 2
-            part = shrunk.slice(0, HALF, dim=0)
-            low = expand_mixed(part, p, rows, expert, tile.first, tile.end, program, HALF)
-            high = expand_mixed(part, p, rows, expert, tile.first + HALF, tile.end, program, HALF)
-            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([128, BLOCK_M])
-            acc = gl.convert_layout(both, C)
-    nan = nan_bits(s[0])
+    # The last stage holds no tokens until the loop below fills it.
+    acc = lora_alone(stages.index(STAGES - 1), p, rows, tile, program, BLOCK_M, C)
+    seen = s[0]
     even = unpack_weights(w[0], s[0], A)
     read = 0
     write = STAGES - 1
     for block in range(0, BLOCKS // 2 * 2, 2):
         async_copy.wait_group(STAGES - 2)
         acc = warpgroup_mma(even, stages.index(read).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
-        nan = nan | nan_bits(s[1])
+        seen = seen | s[1]
         odd = unpack_weights(w[1], s[1], A)
         ahead_w = ()
         ahead_s = ()
@@ -123,7 +97,7 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
         acc, odd = warpgroup_mma_wait(num_outstanding=0, deps=[acc, odd])
         acc = warpgroup_mma(odd, stages.index(read).slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
         copy_tokens(stages, write, x, row_ok, k_in_stage, (block + 2 * (STAGES - 1)) * 64, p.K)
-        nan = nan | nan_bits(s[0])
+        seen = seen | s[0]
         even = unpack_weights(w[0], s[0], A)
         acc, even = warpgroup_mma_wait(num_outstanding=0, deps=[acc, even])
         read = gl.where(read == STAGES - 1, 0, read + 1)
@@ -133,10 +107,87 @@ def packed_tile(p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constex
         acc = warpgroup_mma(even, stages.index(read).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
     async_copy.wait_group(0)
-    store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M)
+    if any_large(seen):
+        acc = multiply_by_any_scale(stages, p, rows, tile, program, BLOCK_M, C)
+    store_tile(acc, p, rows, tile, pre_activations_ptr, program, BLOCK_M)
     if p.GATE_UP:  # noqa: SIM102
         if tile.counter is not None:
             signal(tile.counter, tile.signals)
+
+
+@gluon.jit
+def lora_alone(stage, p, rows, tile, program, BLOCK_M: gl.constexpr, C: gl.constexpr):
+    """The accumulators (128, BLOCK_M) before any weight: LoRA's part of the tile, or zeros. A stage is room for it."""
+    acc = gl.zeros([128, BLOCK_M], gl.float32, C)
+    if p.lora.b_ptr is not None:
+        expert = in_stack(tile.expert, p.lora.layer_ptr, rows.ADAPTERS * rows.EXPERTS)
+        shrunk = stage.slice(0, p.lora.BLOCK_R, dim=1)
+        if rows.adapter_ids_ptr is None:
+            acc = expand(acc, shrunk, p, rows.pairs, expert, tile.first, tile.end, program, BLOCK_M)
+        else:
+            # Half of the tile at a time: a whole second accumulator does not fit beside the first.
+            HALF: gl.constexpr = BLOCK_M // 2
+            part = shrunk.slice(0, HALF, dim=0)
+            low = expand_mixed(part, p, rows, expert, tile.first, tile.end, program, HALF)
+            high = expand_mixed(part, p, rows, expert, tile.first + HALF, tile.end, program, HALF)
+            both = gl.permute(gl.join(low, high), (0, 2, 1)).reshape([128, BLOCK_M])
+            acc = gl.convert_layout(both, C)
+    return acc
+
+
+@gluon.jit
+def multiply_by_any_scale(stages, p, rows, tile, program, BLOCK_M: gl.constexpr, C: gl.constexpr):
+    """The accumulators of packed_tile, whatever the scales are: NaN where a scale is. Few weights have large ones."""
+    A: gl.constexpr = gl.DotOperandLayout(0, C, 2)
+    W: gl.constexpr = words_layout(8)
+    S: gl.constexpr = scales_layout(8)
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    # What follows is computed anew: kept for here, it would take registers from the loops before.
+    tile = Tile(unknown(tile.expert), unknown(tile.first), unknown(tile.end), tile.counter, tile.signals)
+    program = unknown(program)
+    gl.barrier()
+    acc = lora_alone(stages.index(0), p, rows, tile, program, BLOCK_M, C)
+    x, row_ok, k_in_stage = rows_of_tile(p, rows, tile.first, tile.end, BLOCK_M, X)
+    words, word, scales, scale = weights_of(p, rows, tile, program, W, S)
+    nan = gl.zeros([8, 8], gl.int32, S)
+    for block in range(BLOCKS):
+        gl.barrier()
+        copy_tokens(stages, 0, x, row_ok, k_in_stage, block * 64, p.K)
+        w = load_ahead(words, word, block, 512, BLOCKS)
+        s = load_ahead(scales, scale, block, 32, BLOCKS)
+        nan = nan | nan_bits(s)
+        a = unpack_weights(w, s, A, True)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.barrier()
+        acc = warpgroup_mma(a, stages.index(0).slice(0, 64, dim=1).permute((1, 0)), acc)
+    return nan_rows(acc, nan)
+
+
+@gluon.jit
+def rows_of_tile(p, rows, first, end, BLOCK_M: gl.constexpr, X: gl.constexpr):
+    """(pointers to the tile's rows of x, whether there are such rows, columns of a stage), by a stage's layout."""
+    position = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, X))
+    row_ok = (position < end)[:, None]
+    row = position
+    if p.GATE_UP:
+        row = gl.load(rows.order_ptr + position, mask=position < end, other=0) // rows.TOP_K
+    k_in_stage = gl.arange(0, 128, gl.SliceLayout(0, X))[None, :]
+    return p.x_ptr + row.to(gl.int64)[:, None] * p.K + k_in_stage, row_ok, k_in_stage
+
+
+@gluon.jit
+def weights_of(p, rows, tile, program, W: gl.constexpr, S: gl.constexpr):
+    """(words' pointers, offsets, scales' pointers, offsets) of the program's first block along K."""
+    BLOCKS: gl.constexpr = (p.K + 63) // 64
+    COLUMN_BLOCKS: gl.constexpr = (p.N + 63) // 64
+    stride = gl.where(program * 2 + 1 < COLUMN_BLOCKS, BLOCKS, 0)
+    matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
+    block = (matrix.to(gl.int64) * COLUMN_BLOCKS + program * 2) * BLOCKS
+    word = in_column_blocks(word_offsets(8, 128, W), stride, 512)
+    scale = in_column_blocks(scale_offsets(8, 8, S), stride, 32)
+    return p.words_ptr + block * 512 + word, word, p.scales_ptr + block * 32 + scale, scale
 
 
 @gluon.jit
@@ -170,7 +221,7 @@ def expand_mixed(shared, p, rows, expert, first, end, program, BLOCK_M: gl.const
 
 
 @gluon.jit
-def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
+def store_tile(acc, p, rows, tile, pre_activations_ptr, program, BLOCK_M: gl.constexpr):
     """What follows the product, and the store."""
     column = program * 128
     POSITIONS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
@@ -182,11 +233,9 @@ def store_tile(acc, nan, p, rows, tile, matrix, pre_activations_ptr, program, BL
     odd = odd.reshape([64, BLOCK_M])
     COLUMNS: gl.constexpr = gl.SliceLayout(1, even.type.layout)
     ROWS: gl.constexpr = gl.SliceLayout(0, even.type.layout)
-    nan = gl.convert_layout(nan.reshape([64]), COLUMNS)[:, None]
-    even = gl.where((nan & NAN_OF_EVEN_ROWS) != 0, float("nan"), even)
-    odd = gl.where((nan & NAN_OF_ODD_ROWS) != 0, float("nan"), odd)
     if p.bias_ptr is not None:
         pair_column = column + 2 * gl.arange(0, 64, COLUMNS)
+        matrix = in_stack(tile.expert, p.layer_ptr, rows.EXPERTS)
         bias = p.bias_ptr + matrix.to(gl.int64) * p.N + pair_column
         even += gl.load(bias, mask=pair_column < p.N, other=0.0).to(gl.float32)[:, None]
         odd += gl.load(bias + 1, mask=pair_column < p.N, other=0.0).to(gl.float32)[:, None]

@@ -58,4 +58,4 @@ def check_programs_fit(plan: Plan, programs: int, tmp_path: Path) -> None:
     assert (shared + 1024) * programs <= 228 * 1024
     assert "serialized" not in messages
     spilled = int(messages.split(" bytes spill stores")[0].split()[-1])
-    assert spilled <= 128
+    assert spilled <= 136

@@ -44,6 +44,10 @@ class Tensor(np.ndarray):
         return self.transpose(dims)
 
     @property
+    def numel(self) -> int:
+        return self.size
+
+    @property
     def type(self) -> Any:
         return types.SimpleNamespace(layout=None)
 
@@ -200,6 +204,7 @@ def language() -> types.SimpleNamespace:
         min=lambda x, axis: tensor(np.asarray(x).min(axis)),
         join=lambda a, b: tensor(np.stack(np.broadcast_arrays(a, b), -1)),
         split=lambda x: (x[..., 0], x[..., 1]),
+        expand_dims=lambda x, axis: tensor(np.expand_dims(x, axis)),
         permute=lambda x, dims: tensor(np.asarray(x).transpose(tuple(dims))),
         reshape=lambda x, shape: x.reshape(tuple(shape)),
         broadcast=lambda a, b: tuple(map(tensor, np.broadcast_arrays(a, b))),

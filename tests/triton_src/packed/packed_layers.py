@@ -82,14 +82,19 @@ class PackedLayer:
         return self.shrunk(rows, projection, factor).astype(np.float32).astype(BF16).astype(np.float64)
 
 
-def packed_layer(problem: MoeProblem, block_m: int, slots: int, held: float = 0.9, seed: int = 0) -> PackedLayer:
-    """A layer whose pairs lie in tiles of block_m rows; a part of them, 1 - held, is of experts that are not here."""
+def packed_layer(
+    problem: MoeProblem, block_m: int, slots: int, held: float = 0.9, seed: int = 0, scales_from: int = 122
+) -> PackedLayer:
+    """A layer whose pairs lie in tiles of block_m rows; a part of them, 1 - held, is of experts that are not here.
+
+    scales_from: the least of the three scales' bytes.
+    """
     p, rng = problem, np.random.default_rng(seed)
     weights, buffers = {}, {}
     for product in (p.gate_up, p.down):
         projection, n, k = product.name, product.n, product.k
         blocks = rng.integers(0, 256, (p.experts, n, k // 32, 16), np.uint8)
-        scales = rng.integers(122, 125, (p.experts, n, k // 32), np.uint8)
+        scales = rng.integers(scales_from, scales_from + 3, (p.experts, n, k // 32), np.uint8)
         # NaN for 32 weights of the last expert: a whole column of its rows.
         scales[-1, n // 2 + 1, -1] = 255
         weights[projection] = dequantize(blocks, scales)

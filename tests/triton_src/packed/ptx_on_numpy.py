@@ -30,21 +30,14 @@ def run_ptx(text: str, constraints: str, inputs: Sequence[Any]) -> list[np.ndarr
         if not words or words[0] in (".reg", ".shared", "bar.sync"):
             continue
         assert not statement.strip().startswith("@p ") or registers["p"].all()
-        into, *operands = (part.strip() for part in re.findall(r"{[^}]*}|[^,]+", words[1]))
+        into, *operands = (part.strip() for part in re.findall(r"{[^}]*}|[^,{\s]+", words[1]))
         if words[0] == "st.shared.b32":
             registers[into] = registers[operands[0]]
             continue
         if words[0].startswith("red."):
             fetch_and_add(addresses[into], np.uint64(operands[0]))
             continue
-        values = [
-            addresses[name]
-            if name in addresses
-            else registers[name]
-            if name in registers
-            else np.full(shape, int(name, 0), np.uint64)
-            for name in operands
-        ]
+        values = [addresses[name] if name in addresses else value_of(name, registers, shape) for name in operands]
         result = INSTRUCTIONS[words[0]](*values) & MASK
         if into.startswith("{"):
             low, high = (name.strip() for name in into.strip("{}").split(","))
@@ -53,6 +46,14 @@ def run_ptx(text: str, constraints: str, inputs: Sequence[Any]) -> list[np.ndarr
             registers[into] = result
     kinds = [np.uint32 if constraint.endswith("r") else np.uint16 for constraint in outputs]
     return [registers[f"${i}"].astype(kind) for i, kind in enumerate(kinds)]
+
+
+def value_of(operand: str, registers: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """A register's value, that of two halves {low, high}, or a number."""
+    if operand.startswith("{"):
+        low, high = (registers[name.strip()] for name in operand.strip("{}").split(","))
+        return low | high << np.uint64(16)
+    return registers[operand] if operand in registers else np.full(shape, int(operand, 0), np.uint64)
 
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
@@ -85,6 +86,12 @@ def multiply_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         product = (x * y).astype(np.float32).astype(ml_dtypes.bfloat16)
         result |= product.view(np.uint16).astype(np.uint64) << place
     return result
+
+
+def larger_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """max.u16x2."""
+    low, high = (value & np.uint64(0xFFFF) for value in (a, b)), (value >> np.uint64(16) for value in (a, b))
+    return np.maximum(*low) | np.maximum(*high) << np.uint64(16)
 
 
 def shuffle(value: np.ndarray, source: np.ndarray, clamp: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -123,6 +130,8 @@ INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "ld.relaxed.gpu.global.b32": lambda address: address.array.reshape(-1)[address.at].astype(np.uint64),
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "max.u16x2": larger_halves,
     "shl.b32": lambda a, b: a << b,
     "shf.r.wrap.b32": lambda a, b, c: (a | b << np.uint64(32)) >> (c & np.uint64(31)),
     "prmt.b32": permute_bytes,
