@@ -21,7 +21,7 @@ def on_gpu(array: np.ndarray) -> torch.Tensor:
     """A copy; numpy's bfloat16 is not torch's."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
-    return torch.from_numpy(array).cuda()
+    return torch.from_numpy(array.copy()).cuda()
 
 
 @pytest.mark.parametrize("problem", [SMALL_DECODE, SMALL_GROUPED], ids=name)
